@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake the user can mend: the message says what was wrong, where, and what would be right."""
+    """A mistake the user can mend; the message says what, where, and what would be right."""
 
 
 def friendly(main: Callable[[], None]) -> Callable[[], None]:

@@ -1,0 +1,38 @@
+"""Dropout by counter: whether a value is kept is a hash of the seed and its indices.
+
+There is no random state to carry, so every implementation, tiling, sharding and `vmap` of an
+operation drops the same values.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, UInt32
+
+
+def mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    """A bijection of 32-bit words in which every input bit moves every output bit.
+
+    Two rounds of xor-shift and multiply (the construction of MurmurHash3's finaliser).
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def keep(
+    seed: UInt32[Array, ""], rate: float | jax.Array, *indices: jax.Array
+) -> Bool[Array, "*shape"]:
+    """True with probability 1 - rate, decided by the seed and the (broadcast) indices."""
+    word = seed
+    for index in indices:
+        word = mix(word ^ (index.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)))
+    threshold = jnp.asarray(rate * 2.0**32, jnp.float32).astype(jnp.uint32)
+    return word >= threshold
+
+
+def dropout(x: jax.Array, seed: UInt32[Array, ""], rate: float) -> jax.Array:
+    """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate) (arXiv 1207.0580)."""
+    indices = [jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) for axis in range(x.ndim)]
+    return jnp.where(keep(seed, rate, *indices), x / (1.0 - rate), 0.0).astype(x.dtype)

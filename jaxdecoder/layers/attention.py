@@ -1,0 +1,106 @@
+"""Attention mechanisms. Each is a mask in the mask algebra; the operation is one and the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxdecoder.config import ModelConfig
+from jaxdecoder.kernels import masks
+from jaxdecoder.kernels.flash import flash_attention
+from jaxdecoder.kernels.reference import attention
+from jaxdecoder.layers.cache import Cursor, LayerCache, write
+from jaxdecoder.layers.dropout import Dropout, dropout_seed
+from jaxdecoder.layers.linear import linear
+from jaxdecoder.layers.positions import POSITIONS
+
+
+def full(config: ModelConfig) -> masks.Mask:
+    """Every earlier token (arXiv 1706.03762)."""
+    return masks.causal()
+
+
+def sliding_window(config: ModelConfig) -> masks.Mask:
+    """The last attention_window tokens (arXiv 2004.05150, 2310.06825)."""
+    return masks.causal() & masks.sliding_window(config.attention_window)
+
+
+ATTENTIONS: dict[str, Callable[[ModelConfig], masks.Mask]] = {
+    "full": full,
+    "sliding_window": sliding_window,
+}
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys and values (arXiv 1706.03762, 2305.13245)."""
+
+    config: ModelConfig
+    mechanism: str = "full"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch time d_model"],
+        positions: Int[Array, "#batch time"],
+        cache: LayerCache | None = None,
+        cursor: Cursor | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "batch time d_model"], LayerCache | None]:
+        """Attends within x, or, given a cache, from x to the cache with x written to it."""
+        c = self.config.resolve()
+        assert c.d_head is not None
+        assert c.n_kv_heads is not None
+        batch, time, _ = x.shape
+
+        def heads(name: str, count: int) -> Float[Array, "batch time heads width"]:
+            width = count * c.d_head
+            dense = linear(c, c.d_model, width, bias=c.qkv_bias, dtype=self.dtype, name=name)
+            return dense(x).reshape(batch, time, count, c.d_head)
+
+        q = heads("query", c.n_heads)
+        k, v = heads("key", c.n_kv_heads), heads("value", c.n_kv_heads)
+        if c.qk_norm:
+            q = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=self.dtype, name="query_norm")(q)
+            k = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=self.dtype, name="key_norm")(k)
+        turn = POSITIONS[c.position].rotate
+        if turn is not None:
+            q, k = turn(c, q, positions), turn(c, k, positions)
+
+        mask = ATTENTIONS[self.mechanism](c)
+        scale = c.d_head**-0.5
+        if cache is None or cursor is None:
+            dropped = c.dropout > 0 and not deterministic
+            mixed = flash_attention(
+                q,
+                k,
+                v,
+                mask=mask,
+                scale=scale,
+                dropout_rate=c.dropout if dropped else 0.0,
+                dropout_seed=dropout_seed(self) if dropped else None,
+                implementation=c.attention_implementation,
+            )
+        else:
+            cache = write(cache, k, v, cursor)
+            held = cursor.slot_positions(time, cache.k.shape[1])
+            allowed = mask(positions[:, :, None], held[:, None, :]) & (held >= 0)[:, None, :]
+            mixed = attention(q, cache.k, cache.v, allowed[:, None], scale=scale)
+
+        out = mixed.reshape(batch, time, c.n_heads * c.d_head)
+        if c.attention_projection:
+            out = linear(
+                c,
+                c.n_heads * c.d_head,
+                c.d_model,
+                bias=c.bias,
+                dtype=self.dtype,
+                residual_output=True,
+                name="out",
+            )(out)
+        return Dropout(c.dropout)(out, deterministic=deterministic), cache

@@ -1,0 +1,105 @@
+"""A decoder block: how its two branches, its norms and the residual stream are wired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxdecoder.config import ModelConfig
+from jaxdecoder.layers.attention import Attention
+from jaxdecoder.layers.cache import Cursor, LayerCache
+from jaxdecoder.layers.dropout import Dropout
+from jaxdecoder.layers.feed_forward import FeedForward
+from jaxdecoder.layers.norms import NORMS
+
+Stream = Float[Array, "batch time d_model"]
+Branch = tuple[str, Callable[[jax.Array], jax.Array]]
+NewNorm = Callable[[str], Callable[[jax.Array], jax.Array]]
+Add = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def pre(x: Stream, branches: list[Branch], norm: NewNorm, add: Add) -> Stream:
+    """x + f(norm(x)): GPT-2 (arXiv 2002.04745)."""
+    for name, branch in branches:
+        x = add(x, branch(norm(f"{name}_norm")(x)))
+    return x
+
+
+def post(x: Stream, branches: list[Branch], norm: NewNorm, add: Add) -> Stream:
+    """norm(x + f(x)): the first transformer (arXiv 1706.03762)."""
+    for name, branch in branches:
+        x = norm(f"{name}_norm")(add(x, branch(x)))
+    return x
+
+
+def sandwich(x: Stream, branches: list[Branch], norm: NewNorm, add: Add) -> Stream:
+    """x + norm(f(norm(x))) (CogView, arXiv 2105.13290)."""
+    for name, branch in branches:
+        x = add(x, norm(f"{name}_out_norm")(branch(norm(f"{name}_norm")(x))))
+    return x
+
+
+def parallel(x: Stream, branches: list[Branch], norm: NewNorm, add: Add) -> Stream:
+    """x + attention(norm(x)) + feed_forward(norm(x)), with one norm (GPT-J)."""
+    normed = norm("norm")(x)
+    return add(x, sum((branch(normed) for _, branch in branches[1:]), branches[0][1](normed)))
+
+
+def unnormed(x: Stream, branches: list[Branch], norm: NewNorm, add: Add) -> Stream:
+    """x + f(x): no norms inside the blocks; the one before the head stays."""
+    for _, branch in branches:
+        x = add(x, branch(x))
+    return x
+
+
+PLACEMENTS: dict[str, Callable[[Stream, list[Branch], NewNorm, Add], Stream]] = {
+    "pre": pre,
+    "post": post,
+    "sandwich": sandwich,
+    "parallel": parallel,
+    "none": unnormed,
+}
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, on the residual stream."""
+
+    config: ModelConfig
+    mechanism: str = "full"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Stream,
+        positions: Int[Array, "#batch time"],
+        cache: LayerCache | None = None,
+        cursor: Cursor | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Stream, LayerCache | None]:
+        """The new residual stream and, if one came in, the extended cache."""
+        c = self.config
+
+        def attend(h: Stream) -> Stream:
+            nonlocal cache
+            module = Attention(c, self.mechanism, self.dtype, name="attention")
+            out, cache = module(h, positions, cache, cursor, deterministic=deterministic)
+            return out
+
+        def feed_forward(h: Stream) -> Stream:
+            out = FeedForward(c, self.dtype, name="feed_forward")(h)
+            return Dropout(c.dropout)(out, deterministic=deterministic)
+
+        branches: list[Branch] = [("attention", attend)]
+        if c.feed_forward:
+            branches.append(("feed_forward", feed_forward))
+        norm = partial(NORMS[c.norm], c, self.dtype)
+        add: Add = (lambda x, y: x + y) if c.residual else (lambda x, y: y)
+        x = PLACEMENTS[c.norm_placement](x, branches, norm, add)
+        return x, cache

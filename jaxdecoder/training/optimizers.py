@@ -1,0 +1,152 @@
+"""Update rules and learning-rate schedules, from optax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from jaxdecoder.config import OptimizerConfig
+
+
+def constant(c: OptimizerConfig, peak: Any, steps: int) -> optax.Schedule:
+    """The peak, throughout."""
+    return optax.constant_schedule(peak)
+
+
+def cosine(c: OptimizerConfig, peak: Any, steps: int) -> optax.Schedule:
+    """Half a cosine from the peak to its final fraction (arXiv 1608.03983)."""
+    return optax.cosine_decay_schedule(peak, steps, alpha=c.final_fraction)
+
+
+def linear(c: OptimizerConfig, peak: Any, steps: int) -> optax.Schedule:
+    """A straight line from the peak to its final fraction (arXiv 2310.07831)."""
+    return optax.linear_schedule(peak, peak * c.final_fraction, steps)
+
+
+def warmup_stable_decay(c: OptimizerConfig, peak: Any, steps: int) -> optax.Schedule:
+    """The peak, then a straight line down over the last decay_fraction (arXiv 2404.06395)."""
+    decay = max(1, round(c.decay_fraction * steps))
+    down = optax.linear_schedule(peak, peak * c.final_fraction, decay)
+    return optax.join_schedules([optax.constant_schedule(peak), down], [steps - decay])
+
+
+SCHEDULES: dict[str, Callable[[OptimizerConfig, Any, int], optax.Schedule]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "linear": linear,
+    "wsd": warmup_stable_decay,
+}
+
+
+def make_schedule(c: OptimizerConfig, steps: int, peak: Any = None) -> optax.Schedule:
+    """Learning rate as a function of the step: a linear warm-up, then the named shape."""
+    peak = c.learning_rate if peak is None else peak
+    after = SCHEDULES[c.schedule](c, peak, max(1, steps - c.warmup_steps))
+    if not c.warmup_steps:
+        return after
+    # Rises to the peak in warmup_steps steps, the first of which is not wasted at zero.
+    rise = optax.linear_schedule(peak / c.warmup_steps, peak, max(1, c.warmup_steps - 1))
+    return optax.join_schedules([rise, after], [c.warmup_steps])
+
+
+def adamw(c: OptimizerConfig, rate: optax.Schedule, steps: int) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+    return optax.adamw(
+        rate, c.beta1, c.beta2, c.epsilon, weight_decay=c.weight_decay, mask=matrices
+    )
+
+
+def muon_and_adamw(
+    c: OptimizerConfig, rate: optax.Schedule, steps: int
+) -> optax.GradientTransformation:
+    """Muon, orthogonalised momentum, on the blocks' matrices; AdamW on the rest.
+
+    Keller Jordan et al., 2024; the update is scaled by sqrt(max(1, fan_out / fan_in)).
+    """
+    return muon(
+        rate,
+        beta=c.beta1,
+        weight_decay=c.weight_decay,
+        adam_b1=c.beta1,
+        adam_b2=c.beta2,
+        adam_learning_rate=make_schedule(c, steps, c.adam_learning_rate),
+        muon_weight_dimension_numbers=_block_matrices,
+    )
+
+
+def lion(c: OptimizerConfig, rate: optax.Schedule, steps: int) -> optax.GradientTransformation:
+    """Sign of an interpolated momentum (arXiv 2302.06675)."""
+    return optax.lion(rate, c.beta1, c.beta2, weight_decay=c.weight_decay, mask=matrices)
+
+
+def adafactor(c: OptimizerConfig, rate: optax.Schedule, steps: int) -> optax.GradientTransformation:
+    """Adam with factored second moments (arXiv 1804.04235); the lean one in memory.
+
+    Its own clipping by update size and relative step sizes are left at their defaults.
+    """
+    return optax.chain(
+        optax.adafactor(rate, min_dim_size_to_factor=64),
+        # Decoupled from the rule above, which has its own order of scaling.
+        optax.masked(_decay(rate, c.weight_decay), matrices),
+    )
+
+
+def sgd(c: OptimizerConfig, rate: optax.Schedule, steps: int) -> optax.GradientTransformation:
+    """Gradient descent with Nesterov momentum beta1."""
+    return optax.chain(
+        optax.add_decayed_weights(c.weight_decay, mask=matrices),
+        optax.sgd(rate, momentum=c.beta1 or None, nesterov=c.beta1 > 0),
+    )
+
+
+OPTIMIZERS: dict[
+    str, Callable[[OptimizerConfig, optax.Schedule, int], optax.GradientTransformation]
+] = {
+    "adamw": adamw,
+    "muon": muon_and_adamw,
+    "lion": lion,
+    "adafactor": adafactor,
+    "sgd": sgd,
+}
+
+
+def make_optimizer(c: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then the named update rule under its schedule."""
+    rule = OPTIMIZERS[c.name](c, make_schedule(c, steps), steps)
+    clip = optax.clip_by_global_norm(c.gradient_clip) if c.gradient_clip else optax.identity()
+    return optax.chain(clip, rule)
+
+
+def matrices(params: Any) -> Any:
+    """True for the weights of linear layers and embeddings, False for biases and norms."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key in ("kernel", "embedding"), params
+    )
+
+
+def _block_matrices(params: Any) -> Any:
+    """Muon's dimension numbers: every kernel that carries leading layer axes."""
+
+    def numbers(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
+        inner = path[-1].key == "kernel" and leaf.ndim > 2
+        return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if inner else None
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
+
+
+def _decay(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """Subtracts rate x weight_decay x the parameters."""
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(count=jax.numpy.zeros([], jax.numpy.int32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        factor = rate(state.count) * weight_decay
+        updates = jax.tree.map(lambda u, p: u - factor * p, updates, params)
+        return updates, optax.ScaleByScheduleState(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)

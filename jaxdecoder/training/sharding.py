@@ -1,0 +1,84 @@
+"""Where arrays live: a device mesh, and one table from parameters to its axes.
+
+A parameter's axes have names (`AXES`), and names map to mesh axes (`RULES`). A new kind of
+parallelism is a new mesh axis and new rows here, not new code elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxdecoder.config import Config, ConfigError
+
+# The last two names of a parameter's path -> the names of its axes. Blocks carry a leading
+# "layers" axis besides. What is not listed (norms, biases) is small and stays whole.
+AXES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("embedding",): ("vocab", "model"),
+    ("positions", "embedding"): ("time", "model"),
+    ("query", "kernel"): ("model", "heads"),
+    ("key", "kernel"): ("model", "heads"),
+    ("value", "kernel"): ("model", "heads"),
+    ("out", "kernel"): ("heads", "model"),
+    ("up", "kernel"): ("model", "hidden"),
+    ("gate", "kernel"): ("model", "hidden"),
+    ("down", "kernel"): ("hidden", "model"),
+    ("head", "kernel"): ("model", "vocab"),
+}
+
+# Axis name -> mesh axis that splits it, under `train.fsdp` (ZeRO-3, arXiv 1910.02054).
+RULES: dict[str, str] = {"model": "data"}
+
+
+def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
+    """All visible devices along `data`. The batch must divide over them."""
+    devices = jax.devices() if devices is None else devices
+    train = config.train
+    share = train.batch_size // train.gradient_accumulation
+    if share % len(devices):
+        fits = len(devices) * -(-share // len(devices)) * train.gradient_accumulation
+        raise ConfigError(
+            "train.batch_size",
+            train.batch_size,
+            f"does not divide over {len(devices)} devices and gradient_accumulation = "
+            f"{train.gradient_accumulation}; {fits} would",
+        )
+    return Mesh(np.array(devices), ("data",))
+
+
+def state_sharding(state: Any, mesh: Mesh, *, fsdp: bool) -> Any:
+    """A sharding for every array of a training state (or its shapes).
+
+    Optimiser moments have their parameters' names at the end of their paths, so the same table
+    places them.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        spec = _spec(path, leaf.shape, mesh) if fsdp else PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Splits the batch axis, which follows `leading` others, over the devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, "data"))
+
+
+def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    names = tuple(_name(entry) for entry in path)
+    axes = AXES.get(names[-2:]) or AXES.get(names[-1:])
+    if axes is None or len(shape) < len(axes):
+        return PartitionSpec()
+    axes = ("layers",) * (len(shape) - len(axes)) + axes
+    split = [RULES.get(axis) for axis in axes]
+    return PartitionSpec(
+        *(m if m and n % mesh.shape[m] == 0 else None for m, n in zip(split, shape, strict=True))
+    )
+
+
+def _name(entry: Any) -> str:
+    return str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))

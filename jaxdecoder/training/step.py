@@ -1,0 +1,123 @@
+"""The train step: a pure function from a state and a batch to the next state and its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxdecoder.config import Config
+from jaxdecoder.data.batches import Batch
+from jaxdecoder.decoder import Decoder
+from jaxdecoder.training.losses import summed_cross_entropy
+from jaxdecoder.training.optimizers import make_optimizer, make_schedule
+
+
+class State(NamedTuple):
+    """All that training carries from step to step."""
+
+    step: Int[Array, ""]
+    params: Any
+    optimizer: Any
+    ema: Any
+    """Moving average of the parameters; empty when it is off."""
+
+
+class Metrics(NamedTuple):
+    """What one step reports."""
+
+    train_loss: Float[Array, "*steps"]
+    gradient_norm: Float[Array, "*steps"]
+    learning_rate: Float[Array, "*steps"]
+
+
+Step = Callable[[State, Batch], tuple[State, Metrics]]
+
+
+def compute_dtype(config: Config) -> Any:
+    """The dtype of the model's compute on this machine."""
+    named = config.train.compute_dtype
+    if named == "auto":
+        named = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(named)
+
+
+def make_decoder(config: Config) -> Decoder:
+    """The config's decoder, computing in the config's dtype."""
+    return Decoder(config.model, dtype=compute_dtype(config))
+
+
+def init_state(config: Config, key: jax.Array | None = None) -> State:
+    """A fresh state; the weights depend on train.seed alone."""
+    key = jax.random.key(config.train.seed) if key is None else key
+    tokens = jnp.zeros((1, min(2, config.model.context_length)), jnp.int32)
+    return state_of(config, make_decoder(config).init(key, tokens)["params"])
+
+
+def state_of(config: Config, params: Any) -> State:
+    """The state at step 0 of a run that starts from these weights."""
+    optimizer = make_optimizer(config.optimizer, config.train.steps).init(params)
+    # A copy: the state is donated to every call, and no buffer may be given away twice.
+    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else ()
+    return State(jnp.zeros((), jnp.int32), params, optimizer, ema)
+
+
+def evaluated_params(state: State) -> Any:
+    """The weights to evaluate and sample with: the moving average where there is one."""
+    return state.ema if state.ema != () else state.params
+
+
+def make_step(config: Config) -> Step:
+    """The pure train step of a config."""
+    decoder = make_decoder(config)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    accumulation = config.train.gradient_accumulation
+
+    def gradients(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any]:
+        def loss(params: Any, part: Batch, key: jax.Array) -> Any:
+            dropout_key = key if config.model.dropout else None
+            return summed_cross_entropy(decoder, params, part, dropout_key)
+
+        if accumulation == 1:
+            return jax.value_and_grad(loss)(params, batch, key)
+
+        def add_part(total: Any, part_and_key: Any) -> tuple[Any, None]:
+            part = jax.value_and_grad(loss)(params, *part_and_key)
+            return jax.tree.map(jnp.add, total, part), None
+
+        # Interleaved rows, so that every device has its share of every part.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+        total, _ = jax.lax.scan(add_part, zeros, (parts, jax.random.split(key, accumulation)))
+        return total
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        # A step's randomness depends on the seed and the step alone, so a run can stop anywhere.
+        key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state.step)
+        total, grads = gradients(state.params, batch, key)
+        count = jnp.maximum(jnp.sum(batch.weights), 1.0)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = config.optimizer.ema_decay
+        ema = (
+            jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+            if decay
+            else ()
+        )
+        metrics = Metrics(total / count, optax.global_norm(grads), schedule(state.step))
+        return State(state.step + 1, params, optimizer_state, ema), metrics
+
+    return step
+
+
+def fuse(step: Step) -> Step:
+    """Several steps as one: batches and metrics gain a leading axis."""
+    return lambda state, batches: jax.lax.scan(step, state, batches)
