@@ -1,0 +1,386 @@
+"""Where text comes from: one stream of documents, whatever the source, in bounded memory.
+
+A document may be larger than memory (a 2 GB book is one document), so the stream is made of
+`Piece`s, cut where tokenizers cut anyway.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from jaxdecoder.config import DataConfig
+from jaxdecoder.errors import UserError
+
+PIECE = 1 << 17
+"""Characters of a piece, about."""
+LONGEST_PIECE = 8 * PIECE
+"""A text with no safe place to cut is cut here all the same."""
+
+TINY_SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+Part = Literal["train", "validation"]
+
+
+class Piece(NamedTuple):
+    """A stretch of a document; `ends` says that the document ends with it."""
+
+    text: str
+    ends: bool
+
+
+def documents(data: DataConfig) -> Iterator[str]:
+    """The documents of the corpus, in order. Each is whole, so the largest must fit in memory."""
+    held: list[str] = []
+    for piece in pieces(data):
+        held.append(piece.text)
+        if piece.ends:
+            yield "".join(held)
+            held.clear()
+
+
+def pieces(data: DataConfig, part: Part = "train") -> Iterator[Piece]:
+    """The corpus as pieces of at most `LONGEST_PIECE` characters; documents without text are
+    left out. `part` = "validation" is the separate split that `data.validation_split` names.
+    """
+    empty = True
+    for chunks in _SOURCES[data.source].chunks(data, part):
+        held = None
+        for text in cut(chunks):
+            if held is not None:
+                yield Piece(held, ends=False)
+            held = text
+        if held is not None:
+            empty = False
+            yield Piece(held, ends=True)
+    if empty:
+        raise UserError(f"data.{_where(data)}: the corpus is empty; there is no text in it")
+
+
+def fingerprint(data: DataConfig) -> str:
+    """A key to the content of the corpus: another text, another key."""
+    return _SOURCES[data.source].fingerprint(data)
+
+
+def size(data: DataConfig) -> int | None:
+    """About how many bytes of text the corpus has, if that can be known without reading it."""
+    return _SOURCES[data.source].size(data)
+
+
+# A place where no tokenizer's words continue, so that the tokens of the two sides are the tokens
+# of the whole: between a visible character and a space, or after a lone line break that a letter
+# or digit follows. (A space opens a word in byte-level BPE; a longer run of white space is one
+# word whose extent depends on what follows, and line breaks may belong to the punctuation before.)
+_LAST_SAFE_CUT = re.compile(r"(?s).*(?:\S(?= )|\S\n(?=[^\W_]))")
+
+
+def cut(chunks: Iterable[str], piece: int = PIECE, longest: int = LONGEST_PIECE) -> Iterator[str]:
+    """Regroups one document into pieces that tokenise apart exactly as they do together.
+
+    Only a run of `longest` characters with no space or line break in it is cut inside a word:
+    it still decodes to the same text, at worst in other tokens around the cut.
+    """
+    held = ""
+    for chunk in chunks:
+        for start in range(0, len(chunk), piece):
+            held += chunk[start : start + piece]
+            if len(held) <= piece:
+                continue
+            safe = _LAST_SAFE_CUT.match(held)
+            if safe or len(held) >= longest:
+                end = safe.end() if safe else longest
+                yield held[:end]
+                held = held[end:]
+    if held:
+        yield held
+
+
+# Sources: how to stream a document's text in chunks, how to name the content, how large it is.
+
+
+class Source(NamedTuple):
+    chunks: Callable[[DataConfig, Part], Iterator[Iterable[str]]]
+    fingerprint: Callable[[DataConfig], str]
+    size: Callable[[DataConfig], int | None]
+
+
+def _story_chunks(data: DataConfig, part: Part) -> Iterator[Iterable[str]]:
+    from jaxdecoder.data.stories import stories
+
+    for story in stories(data.stories_bytes, data.seed):
+        yield (story,)
+
+
+def _story_fingerprint(data: DataConfig) -> str:
+    from jaxdecoder.data import stories
+
+    return _digest("stories", stories.VERSION, data.stories_bytes, data.seed)
+
+
+def _text_chunks(data: DataConfig, part: Part) -> Iterator[Iterable[str]]:
+    for path in _text_files(data.path):
+        yield _read(path)
+
+
+def _text_files(path: str) -> list[Path]:
+    """The files that `data.path` means: itself, the *.txt below it, or what a glob finds."""
+    root = Path(path).expanduser()
+    if root.is_file():
+        return [root]
+    if root.is_dir():
+        found = sorted(p for p in root.rglob("*.txt") if p.is_file())
+        if not found:
+            raise UserError(f"data.path = {json.dumps(path)}: no *.txt file in this folder")
+        return found
+    found = sorted(Path(p) for p in glob.glob(str(root), recursive=True) if Path(p).is_file())
+    if not found:
+        what = "no file matches" if glob.has_magic(path) else "no such file or folder"
+        raise UserError(f"data.path = {json.dumps(path)}: {what} (seen from {Path.cwd()})")
+    return found
+
+
+def _read(path: Path, block: int = 1 << 20) -> Iterator[str]:
+    """The text of a UTF-8 file, block by block and byte for byte (line ends are kept)."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    try:
+        with path.open("rb") as file:
+            while True:
+                raw = file.read(block)
+                held = len(decoder.getstate()[0])
+                try:
+                    text = decoder.decode(raw, final=not raw)
+                except UnicodeDecodeError as error:
+                    at = offset - held + error.start
+                    raise UserError(
+                        f"{path}: not UTF-8 text: byte {at:,} (0x{error.object[error.start]:02x}) "
+                        "does not belong there; convert the file to UTF-8"
+                    ) from None
+                if text:
+                    yield text
+                if not raw:
+                    return
+                offset += len(raw)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _text_size(data: DataConfig) -> int:
+    return sum(path.stat().st_size for path in _text_files(data.path))
+
+
+def _text_fingerprint(data: DataConfig) -> str:
+    return _digest("text", *(_file_digest(path) for path in _text_files(data.path)))
+
+
+def _huggingface_chunks(data: DataConfig, part: Part) -> Iterator[Iterable[str]]:
+    dataset = _huggingface_split(data, part)
+    for rows in dataset.iter(batch_size=64):
+        if data.text_column not in rows:
+            raise UserError(
+                f"data.text_column = {json.dumps(data.text_column)}: {data.path} has no such "
+                f"column; it has {', '.join(sorted(rows))}"
+            )
+        for text in rows[data.text_column]:
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                raise UserError(
+                    f"data.text_column = {json.dumps(data.text_column)}: {data.path} holds "
+                    f"{type(text).__name__} there, not text; name a column of text"
+                )
+            yield (text,)
+
+
+def _huggingface_split(data: DataConfig, part: Part) -> Any:
+    """The stream of one split of a Hub repository or of a local folder of parquet or jsonl."""
+    import datasets
+
+    folder = _huggingface_folder(data)
+    revision = None if folder else _revision(data)
+    try:
+        splits = datasets.load_dataset(
+            str(folder or data.path), revision=revision, streaming=True, cache_dir=_hub_cache(data)
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"data.path = {json.dumps(data.path)}: this is not a data set that can be read "
+            f"({_first_line(error)}); give a hub id such as roneneldan/TinyStories, or a folder "
+            "of parquet or jsonl files"
+        ) from None
+    names = list(splits)
+    if data.validation_split and data.validation_split not in names:
+        raise UserError(
+            f"data.validation_split = {json.dumps(data.validation_split)}: {data.path} has no "
+            f"such split; it has {', '.join(names)}"
+        )
+    if part == "validation":
+        return splits[data.validation_split]
+    others = [name for name in names if name != data.validation_split]
+    if "train" not in others and len(others) != 1:
+        raise UserError(
+            f"data.path = {json.dumps(data.path)}: there is no split to train on besides "
+            f"data.validation_split = {json.dumps(data.validation_split)}; the splits are "
+            f"{', '.join(names)}, and the one to train on is called train"
+        )
+    return splits["train" if "train" in others else others[0]]
+
+
+def _huggingface_folder(data: DataConfig) -> Path | None:
+    path = Path(data.path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.path):
+        raise UserError(
+            f"data.path = {json.dumps(data.path)}: neither a folder nor a hub id such as "
+            "roneneldan/TinyStories"
+        )
+    return None
+
+
+def _hub_cache(data: DataConfig) -> str:
+    return str(Path(data.cache) / "huggingface")
+
+
+def _revision(data: DataConfig) -> str:
+    """The commit a hub id stands for now; without a network, the one it stood for last."""
+    import huggingface_hub
+
+    note = Path(data.cache) / "huggingface" / f"{data.path.replace('/', '--')}.revision"
+    try:
+        revision = huggingface_hub.HfApi().dataset_info(data.path, timeout=30).sha
+    except huggingface_hub.errors.RepositoryNotFoundError:
+        raise UserError(
+            f"data.path = {json.dumps(data.path)}: the Hugging Face Hub has no such data set, or "
+            "you may not read it; check the name, or log in with `hf auth login`"
+        ) from None
+    except Exception as error:  # the client's errors for "no network" have no common base
+        if note.is_file():
+            return note.read_text().strip()
+        raise UserError(
+            f"data.path = {json.dumps(data.path)}: the Hugging Face Hub cannot be reached "
+            f"({_first_line(error)}); where there is a network, run `hf download {data.path} "
+            "--repo-type dataset --local-dir FOLDER`, bring FOLDER here and set "
+            'data.path = "FOLDER"'
+        ) from None
+    _write_atomically(note, f"{revision}\n".encode())
+    return str(revision)
+
+
+def _huggingface_fingerprint(data: DataConfig) -> str:
+    folder = _huggingface_folder(data)
+    if folder is None:
+        content: tuple[object, ...] = (data.path, _revision(data))
+    else:
+        files = [(p.relative_to(folder), p) for p in sorted(folder.rglob("*")) if p.is_file()]
+        seen = [(name, p) for name, p in files if not any(x.startswith(".") for x in name.parts)]
+        # File names take part: they say which split a file belongs to.
+        content = tuple(part for name, p in seen for part in (name.as_posix(), _file_digest(p)))
+    return _digest("huggingface", data.text_column, data.validation_split, *content)
+
+
+def _shakespeare_chunks(data: DataConfig, part: Part) -> Iterator[Iterable[str]]:
+    yield _read(tiny_shakespeare(data))
+
+
+def tiny_shakespeare(data: DataConfig) -> Path:
+    """The file of Tiny Shakespeare: `data.path` if given, else the cached or a fresh download."""
+    if data.path:
+        local = Path(data.path).expanduser()
+        if not local.is_file():
+            raise UserError(f"data.path = {json.dumps(data.path)}: no such file")
+        _check_shakespeare(local, "data.path")
+        return local
+    cached = Path(data.cache) / "tinyshakespeare.txt"
+    if not cached.is_file():
+        _write_atomically(cached, _download_shakespeare(cached))
+    _check_shakespeare(cached, "the cached Tiny Shakespeare")
+    return cached
+
+
+def _download_shakespeare(destination: Path) -> bytes:
+    import requests
+
+    try:
+        response = requests.get(TINY_SHAKESPEARE_URL, timeout=30)
+        response.raise_for_status()
+    except requests.RequestException as error:
+        raise UserError(
+            f"Tiny Shakespeare cannot be downloaded ({_first_line(error)}); fetch "
+            f"{TINY_SHAKESPEARE_URL} where there is a network and put it at {destination}, or "
+            "name a copy with data.path"
+        ) from None
+    if hashlib.sha256(response.content).hexdigest() != TINY_SHAKESPEARE_SHA256:
+        raise UserError(
+            f"{TINY_SHAKESPEARE_URL}: what came back is not Tiny Shakespeare (a login page or a "
+            f"proxy, perhaps); put the right file at {destination}"
+        )
+    return response.content
+
+
+def _check_shakespeare(path: Path, what: str) -> None:
+    if _file_digest(path) != TINY_SHAKESPEARE_SHA256:
+        raise UserError(
+            f"{what} = {path}: this is not Tiny Shakespeare (its SHA-256 should be "
+            f"{TINY_SHAKESPEARE_SHA256}); get it from {TINY_SHAKESPEARE_URL}, or use "
+            'data.source = "text" for a text of your own'
+        )
+
+
+_SOURCES: dict[str, Source] = {
+    "stories": Source(_story_chunks, _story_fingerprint, lambda data: data.stories_bytes),
+    "text": Source(_text_chunks, _text_fingerprint, _text_size),
+    "huggingface": Source(_huggingface_chunks, _huggingface_fingerprint, lambda data: None),
+    "tiny_shakespeare": Source(
+        _shakespeare_chunks,
+        lambda data: _digest("text", TINY_SHAKESPEARE_SHA256),
+        lambda data: 1_115_394,
+    ),
+}
+
+
+def _where(data: DataConfig) -> str:
+    return f"path = {json.dumps(data.path)}" if data.path else f"source = {json.dumps(data.source)}"
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that no reader, and no crash, ever sees half of it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            try:
+                file.write(content)
+                file.flush()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None

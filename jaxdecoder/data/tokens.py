@@ -1,0 +1,433 @@
+"""A corpus tokenised once, into memory-mapped files that later runs open in milliseconds.
+
+The files live in `<data.cache>/tokens/<key>`, where the key stands for the text, the tokenizer
+and the split. They are written to a sibling folder that is renamed when complete, under a lock,
+so neither a crash nor a second process ever leaves or sees half a corpus.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import types
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache, partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import numpy as np
+from jaxtyping import Int64, UInt16, UInt32
+
+from jaxdecoder.config import DataConfig
+from jaxdecoder.data import corpora, tokenizers
+from jaxdecoder.data.corpora import Part, Piece
+from jaxdecoder.data.tokenizers import Tokenizer
+from jaxdecoder.errors import UserError
+
+FORMAT = 1
+"""Part of every key: raise it when the files, or the meaning of what is in them, change."""
+JOB = 1 << 20
+"""Characters that are tokenised at once."""
+JOBS_ALONE = 32
+"""Jobs done before helpers are called: a small corpus is ready before they could start."""
+
+Stream = UInt16[np.ndarray, "length"] | UInt32[np.ndarray, "length"]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A stretch of the corpus as tokens; a memory map, so slices of it cost what they hold."""
+
+    tokens: Stream
+    starts: Int64[np.ndarray, "documents"]
+    """Where in `tokens` each document starts; the first is 0."""
+    n_bytes: int
+    """UTF-8 bytes of the text in `tokens`: nats per token times tokens / n_bytes / ln 2 gives
+    bits per byte."""
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """What a run learns from and what it is judged on."""
+
+    tokenizer: Tokenizer
+    train: Split
+    validation: Split
+
+
+def prepare(data: DataConfig, *, progress: bool = True) -> Corpus:
+    """The corpus of a config as tokens: from the cache, or tokenised into it now.
+
+    `progress` shows a bar on the terminal's error stream.
+    """
+    folder = Path(data.cache) / "tokens" / cache_key(data)
+    if not folder.is_dir():
+        with _lock(folder, progress):
+            if not folder.is_dir():  # another process may have been faster
+                _write(data, folder, progress)
+    return _open(folder)
+
+
+def cache_key(data: DataConfig) -> str:
+    """The name of the folder for this corpus, tokenizer and split."""
+    files = (
+        sorted(Path(data.tokenizer_path).expanduser().glob("[mv]*")) if data.tokenizer_path else []
+    )
+    settings = {
+        "format": FORMAT,
+        "corpus": corpora.fingerprint(data),
+        "tokenizer": data.tokenizer,
+        "tokenizer_files": [hashlib.sha256(p.read_bytes()).hexdigest() for p in files],
+        "vocab_size": data.vocab_size,
+        "end_of_text": data.end_of_text,
+        "validation": _validation_split(data) or data.validation_fraction,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def place_to_split(starts: Int64[np.ndarray, "documents"], n: int, fraction: float) -> int:
+    """How many of `n` tokens to train on, when the last `fraction` is for validation.
+
+    The nearest start of a document, unless it would make the validation share wrong by more than
+    half of it; then, and in a single document, exactly int(n (1 - fraction)).
+    """
+    # As a decimal number, for 1 - 0.9 in binary is less than 0.1.
+    exact = int(n * (1 - Fraction(str(fraction))))
+    exact = min(max(exact, 1), n - 1)
+    inner = starts[(starts > 0) & (starts < n)]
+    if len(inner):
+        nearest = int(inner[np.argmin(np.abs(inner - exact))])
+        if abs(nearest - exact) <= (n - exact) / 2:
+            return nearest
+    return exact
+
+
+class Encoded(NamedTuple):
+    """The tokens of some pieces in a row, and for each piece its share of tokens and of bytes."""
+
+    tokens: Stream
+    counts: list[int]
+    n_bytes: list[int]
+    ends: list[bool]
+
+
+@dataclass
+class _Ledger:
+    """What every piece of the corpus came to, in order: a few bytes a piece."""
+
+    counts: array[int] = field(default_factory=lambda: array("q"))
+    n_bytes: array[int] = field(default_factory=lambda: array("q"))
+    ends: bytearray = field(default_factory=bytearray)
+
+    def add(self, encoded: Encoded) -> None:
+        self.counts.extend(encoded.counts)
+        self.n_bytes.extend(encoded.n_bytes)
+        self.ends.extend(encoded.ends)
+
+    @property
+    def stops(self) -> np.ndarray:
+        """The token each piece stops before."""
+        return np.cumsum(np.array(self.counts, np.int64))
+
+
+def _write(data: DataConfig, folder: Path, progress: bool) -> None:
+    unfinished = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process: we hold the lock
+    ledger = _Ledger()
+    try:
+        unfinished.mkdir()
+        with _bar(progress, corpora.size(data)) as start:
+            _tokenise(data, unfinished, ledger, start)
+        os.replace(unfinished, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"{folder.parent}: no room for the tokens ({error.strerror}): this corpus needs "
+            f"{_room_needed(data, ledger)}; free some space or set data.cache to another disk"
+        ) from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+Start = Callable[[str], Callable[[int], None]]
+"""Starts a progress bar with a title; what it returns is told of bytes done."""
+
+
+def _tokenise(data: DataConfig, folder: Path, ledger: _Ledger, start: Start) -> None:
+    def texts() -> Iterator[str]:
+        done = start("learning the vocabulary")
+        for part in parts:
+            for piece in corpora.pieces(data, part):
+                yield piece.text
+                done(len(piece.text))
+
+    parts: tuple[Part, ...] = ("train", "validation") if _validation_split(data) else ("train",)
+    tokenizer = tokenizers.build(data, texts)
+    if data.end_of_text and tokenizer.end_token is None:
+        raise UserError(
+            f"data.end_of_text = true: the tokenizer {tokenizer.name} has no end token; set "
+            "data.end_of_text = false"
+        )
+    tokenizers.save(tokenizer, folder / "tokenizer.json")
+    done = start("tokenising")
+    pieces_of_train = 0
+    with (folder / "train.bin").open("wb") as file:
+        for part in parts:
+            jobs = _jobs(corpora.pieces(data, part))
+            for encoded in _encode_all(data, tokenizer, folder / "tokenizer.json", jobs):
+                file.write(encoded.tokens.data)
+                ledger.add(encoded)
+                done(sum(encoded.n_bytes))
+            pieces_of_train = pieces_of_train or len(ledger.counts)
+    _divide(data, tokenizer, folder, ledger, pieces_of_train)
+    for path in folder.iterdir():
+        with path.open("rb") as file_to_keep:
+            os.fsync(file_to_keep.fileno())
+
+
+def _divide(
+    data: DataConfig, tokenizer: Tokenizer, folder: Path, ledger: _Ledger, pieces_of_train: int
+) -> None:
+    """Moves the validation tokens out of train.bin and writes down what is where."""
+    stops = ledger.stops
+    n = int(stops[-1])
+    if n < 2:
+        raise UserError(
+            f"the corpus has {n} token(s), and 2 are the least that can be split into training "
+            "and validation; give more text (data.path)"
+        )
+    ends = np.flatnonzero(np.frombuffer(ledger.ends, np.uint8))
+    starts = np.concatenate([[0], stops[ends][:-1]]).astype(np.int64)
+    if _validation_split(data):
+        place = int(stops[pieces_of_train - 1])
+    else:
+        place = place_to_split(starts, n, data.validation_fraction)
+    train_bytes = _bytes_before(place, tokenizer, folder / "train.bin", ledger)
+    dtype = _dtype(tokenizer)
+    with (folder / "train.bin").open("r+b") as train:
+        train.seek(place * dtype.itemsize)
+        with (folder / "validation.bin").open("wb") as validation:
+            shutil.copyfileobj(train, validation, 1 << 22)
+        train.truncate(place * dtype.itemsize)
+    np.save(folder / "train_starts.npy", starts[starts < place])
+    later = starts[starts > place] - place
+    np.save(folder / "validation_starts.npy", np.concatenate([[0], later]).astype(np.int64))
+    meta = {
+        "dtype": dtype.name,
+        "train": {"tokens": place, "bytes": train_bytes},
+        "validation": {"tokens": n - place, "bytes": sum(ledger.n_bytes) - train_bytes},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _bytes_before(place: int, tokenizer: Tokenizer, path: Path, ledger: _Ledger) -> int:
+    """The bytes of text in the first `place` tokens."""
+    stops, n_bytes = ledger.stops, np.array(ledger.n_bytes, np.int64)
+    whole = int(np.searchsorted(stops, place, side="right"))
+    total = int(n_bytes[:whole].sum())
+    first = int(stops[whole - 1]) if whole else 0
+    if first < place:
+        # The cut is inside a piece: its bytes are shared out by what the tokens stand for, which
+        # is exact unless some stand for unknown characters.
+        tokens = np.memmap(path, _dtype(tokenizer), "r")[first : int(stops[whole])]
+        lengths = tokenizer.byte_lengths[tokens]
+        share = int(lengths[: place - first].sum()) * int(n_bytes[whole])
+        total += share // max(1, int(lengths.sum()))
+    return total
+
+
+def _open(folder: Path) -> Corpus:
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+    def split(name: str) -> Split:
+        return Split(
+            tokens=np.memmap(folder / f"{name}.bin", meta["dtype"], "r"),
+            starts=np.load(folder / f"{name}_starts.npy", mmap_mode="r"),
+            n_bytes=meta[name]["bytes"],
+        )
+
+    tokenizer = tokenizers.load(folder / "tokenizer.json")
+    return Corpus(tokenizer, split("train"), split("validation"))
+
+
+# Tokenising: pieces are gathered into jobs, jobs are done in parallel, results come in order.
+
+
+def _jobs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    job: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        job.append(piece)
+        characters += len(piece.text)
+        if characters >= JOB:
+            yield job
+            job, characters = [], 0
+    if job:
+        yield job
+
+
+def _encode(tokenizer: Tokenizer, end_of_text: bool, job: list[Piece]) -> Encoded:
+    end = np.array([tokenizer.end_token] if end_of_text else [], np.int32)
+    parts, counts, n_bytes = [], [], []
+    for text, ends in job:
+        ids = tokenizer.encode(text)
+        parts += [ids, end] if ends else [ids]
+        counts.append(len(ids) + (len(end) if ends else 0))
+        n_bytes.append(len(text) if text.isascii() else len(text.encode()))
+    tokens = np.concatenate(parts).astype(_dtype(tokenizer))
+    return Encoded(tokens, counts, n_bytes, [piece.ends for piece in job])
+
+
+def _encode_all(
+    data: DataConfig, tokenizer: Tokenizer, saved: Path, jobs: Iterator[list[Piece]]
+) -> Iterator[Encoded]:
+    """Encodes the jobs in order; from `JOBS_ALONE` on in `data.processes` processes."""
+    here = partial(_encode, tokenizer, data.end_of_text)
+    processes = data.processes or os.cpu_count() or 1
+    # Characters and bytes are looked up faster than they could be sent to a helper.
+    if processes == 1 or tokenizer.kind != "bpe":
+        yield from map(here, jobs)
+        return
+    yield from map(here, islice(jobs, JOBS_ALONE))
+    first = next(jobs, None)
+    if first is not None:
+        there = partial(_encode_in_helper, str(saved), data.end_of_text)
+        yield from _in_order(there, chain([first], jobs), processes)
+
+
+def _in_order(
+    function: Callable[[list[Piece]], Encoded], jobs: Iterable[list[Piece]], processes: int
+) -> Iterator[Encoded]:
+    """Like `map`, in helper processes, with at most two jobs a helper in memory."""
+    # Spawned, not forked: JAX has threads, and a fork of them may hang.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, initializer=_start_helper) as pool:
+        waiting: deque[Future[Encoded]] = deque()
+        for job in jobs:
+            with _no_main_module():
+                waiting.append(pool.submit(function, job))
+            if len(waiting) >= 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _encode_in_helper(saved: str, end_of_text: bool, job: list[Piece]) -> Encoded:
+    return _encode(_load_once(saved), end_of_text, job)
+
+
+@lru_cache(maxsize=1)
+def _load_once(saved: str) -> Tokenizer:
+    return tokenizers.load(saved)
+
+
+def _start_helper() -> None:
+    """Leaves interrupts to the parent, and goes when the parent goes, even if it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def follow() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Hides the running script from helpers while they start.
+
+    They would import it first: train.py with the model and all, and a script on standard input
+    could not be found. They need nothing of it.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+# Small matters.
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+def _validation_split(data: DataConfig) -> str:
+    """The split of the source that is for validation, where the source has splits."""
+    return data.validation_split if data.source == "huggingface" else ""
+
+
+def _room_needed(data: DataConfig, ledger: _Ledger) -> str:
+    """About how much disk the tokens take, judged by those written so far."""
+    written, seen, total = sum(ledger.counts), sum(ledger.n_bytes), corpora.size(data)
+    itemsize = 2 if not data.vocab_size or data.vocab_size <= 1 << 16 else 4
+    if total is None:
+        return f"more than {written * itemsize / 1e6:,.1f} MB"
+    tokens = total * written / seen if seen else total
+    # The validation tokens are there twice for a moment.
+    return f"about {tokens * itemsize * (1 + data.validation_fraction) / 1e6:,.1f} MB"
+
+
+@contextmanager
+def _lock(folder: Path, progress: bool) -> Iterator[None]:
+    lock = filelock.FileLock(f"{folder}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            if progress:
+                print("another process is tokenising this corpus; waiting for it", file=sys.stderr)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"data.cache = {json.dumps(str(folder.parent.parent))}: tokens cannot be written "
+            f"there: {error.strerror or error}"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _bar(progress: bool, total: int | None) -> Iterator[Start]:
+    """Progress bars on standard error, one a title, counted in bytes of text."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
+    console = Console(stderr=True)
+    show = progress and console.is_terminal
+    with Progress(*columns, console=console, disable=not show, transient=True) as bar:
+
+        def start(title: str) -> Callable[[int], None]:
+            task = bar.add_task(title, total=total)
+            return partial(bar.advance, task)
+
+        yield start
