@@ -67,9 +67,10 @@ class Mask:
         The bounds are integers or NumPy arrays that broadcast; no block may be void. EMPTY and
         FULL are always true. PARTIAL may be an EMPTY or FULL block that was not recognised.
         """
-        bounds = Bounds(*(np.asarray(bound, np.int32) for bound in (q_lo, q_hi, k_lo, k_hi)))
-        shape = np.broadcast_shapes(*(bound.shape for bound in bounds))
-        return np.array(np.broadcast_to(_states(self, bounds, np.True_), shape))
+        shape = np.broadcast_shapes(*map(np.shape, (q_lo, q_hi, k_lo, k_hi)))
+        bounds = Bounds(*(np.array(bound, np.int32, ndmin=1) for bound in (q_lo, q_hi, k_lo, k_hi)))
+        states = _states(self, bounds, np.ones(1, bool))
+        return np.array(np.broadcast_to(states, shape or 1)).reshape(shape)
 
     def __and__(self, other: Mask) -> Mask:
         return Mask("&", (self, other)) if isinstance(other, Mask) else NotImplemented
@@ -295,10 +296,8 @@ def _document_blocks(bounds: Bounds, data: bytes) -> np.ndarray:
             )
         lo, hi = np.broadcast_arrays(lo, hi)
         pairs = np.stack([lo.ravel(), hi.ravel()], 1).ravel()
-        return tuple(
-            reduce.reduceat(labels, pairs)[::2].reshape(lo.shape)
-            for reduce in (np.minimum, np.maximum)
-        )
+        least = np.minimum.reduceat(labels, pairs)[::2].reshape(lo.shape)
+        return least, np.maximum.reduceat(labels, pairs)[::2].reshape(lo.shape)
 
     (q_min, q_max), (k_min, k_max) = extremes(*bounds[:2]), extremes(*bounds[2:])
     some = (q_min <= k_max) & (k_min <= q_max)
@@ -394,7 +393,7 @@ def _states(mask: Mask, bounds: Bounds, wanted: np.ndarray) -> np.ndarray:
         return FULL - _states(mask.arguments[0], bounds, wanted)
     if mask.rule in OPERATORS:
         _, combine, decisive = OPERATORS[mask.rule]
-        states = np.array(FULL - decisive, np.int8)
+        states = np.full(1, FULL - decisive, np.int8)
         for operand in _operands_cheapest_first(mask):
             open_ = wanted & (states != decisive)
             states = combine(states, _states(operand, bounds, open_))
@@ -411,8 +410,9 @@ def _operands_cheapest_first(mask: Mask) -> list[Mask]:
     """A chain's operands, those along one axis joined: together they are decided exactly."""
     joined: dict[Any, Mask] = {}
     for operand in _chain(mask, mask.rule):
-        key = _axis(operand) or operand
-        joined[key] = Mask(mask.rule, (joined[key], operand)) if key in joined else operand
+        axis = _axis(operand)
+        fits = axis is not None and axis in joined
+        joined[axis or operand] = Mask(mask.rule, (joined[axis], operand)) if fits else operand
     return sorted(joined.values(), key=_is_evaluated)
 
 
