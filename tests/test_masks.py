@@ -335,7 +335,7 @@ def impure():
         (lambda: masks.sliding_window(0), "sliding_window: n must be at least 1, not 0"),
         (lambda: masks.first(-2), "first: n must be at least 1"),
         (lambda: masks.first(True), "whole number"),
-        (lambda: masks.strided(2.5), "strided: n must be a whole number"),
+        (lambda: masks.strided(np.array([4])), "strided: n must be a whole number"),
         (lambda: masks.dilated(4, 0), "dilated: dilation must be at least 1"),
         (lambda: masks.fixed_blocks(4, 5), "summary must lie between 0 and block = 4"),
         (lambda: masks.documents([[1, 2]]), "one row of integers"),

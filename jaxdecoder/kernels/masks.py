@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,7 @@ def future() -> Mask:
     return diagonal() | ~causal()
 
 
-def sliding_window(n: int) -> Mask:
+def sliding_window(n: SupportsIndex) -> Mask:
     """No further back than the last n positions, the query's own among them: q - k < n.
 
     It says nothing of the future: `causal() & sliding_window(n)` allows exactly n keys.
@@ -142,12 +142,12 @@ def sliding_window(n: int) -> Mask:
     return Mask("sliding_window", (_positive("sliding_window", "n", n),))
 
 
-def first(n: int) -> Mask:
+def first(n: SupportsIndex) -> Mask:
     """Every query sees the first n keys (global tokens, attention sinks): k < n."""
     return Mask("first", (_positive("first", "n", n),))
 
 
-def prefix(n: int) -> Mask:
+def prefix(n: SupportsIndex) -> Mask:
     """The first n positions see one another, in both directions: q < n and k < n.
 
     `causal() | prefix(n)` is the prefix language model (arXiv 1910.10683). It differs from
@@ -157,7 +157,7 @@ def prefix(n: int) -> Mask:
     return Mask("prefix", (_positive("prefix", "n", n),))
 
 
-def strided(n: int) -> Mask:
+def strided(n: SupportsIndex) -> Mask:
     """Every n-th position, counted from the query: (q - k) mod n = 0.
 
     The column term of the strided Sparse Transformer (arXiv 1904.10509), which is
@@ -166,24 +166,22 @@ def strided(n: int) -> Mask:
     return Mask("strided", (_positive("strided", "n", n),))
 
 
-def dilated(window: int, dilation: int) -> Mask:
+def dilated(window: SupportsIndex, dilation: SupportsIndex) -> Mask:
     """Longformer's dilated window (arXiv 2004.05150): the last `window` keys, `dilation` apart."""
-    window = _positive("dilated", "window", window)
-    return Mask("dilated", (window, _positive("dilated", "dilation", dilation)))
+    lengths = _positive("dilated", "window", window), _positive("dilated", "dilation", dilation)
+    return Mask("dilated", lengths)
 
 
-def fixed_blocks(block: int, summary: int = 1) -> Mask:
+def fixed_blocks(block: SupportsIndex, summary: SupportsIndex = 1) -> Mask:
     """The Sparse Transformer's fixed pattern (arXiv 1904.10509), to be used with `causal()`.
 
     A query sees its own block of `block` positions, and the last `summary` positions of each.
     """
-    block = _positive("fixed_blocks", "block", block)
-    summary = _integer("fixed_blocks", "summary", summary)
-    if not 0 <= summary <= block:
-        raise UserError(
-            f"fixed_blocks: summary must lie between 0 and block = {block}, not {summary}"
-        )
-    return Mask("fixed_blocks", (block, summary))
+    size = _positive("fixed_blocks", "block", block)
+    last = _integer("fixed_blocks", "summary", summary)
+    if not 0 <= last <= size:
+        raise UserError(f"fixed_blocks: summary must lie between 0 and block = {size}, not {last}")
+    return Mask("fixed_blocks", (size, last))
 
 
 def documents(segment_ids: Any) -> Mask:
