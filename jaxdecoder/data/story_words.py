@@ -15,131 +15,45 @@ PRONOUNS = {
     "it": ("it", "it", "its", "itself"),
 }
 
-GIRLS = [
-    "Mia",
-    "Anna",
-    "Lucy",
-    "Nora",
-    "Ella",
-    "Rosa",
-    "Ivy",
-    "Clara",
-    "Tess",
-    "Ruby",
-    "Maya",
-    "Lena",
-    "Zoe",
-    "Amy",
-    "Hanna",
-    "Sara",
-    "Lily",
-    "Emma",
-    "Jane",
-    "Molly",
-    "Poppy",
-    "Alma",
-    "Greta",
-    "Kate",
-    "June",
-    "Vera",
-    "Sofia",
-    "Dina",
-    "Nell",
-    "Kira",
-]
-BOYS = [
-    "Leo",
-    "Tom",
-    "Ben",
-    "Max",
-    "Finn",
-    "Omar",
-    "Jack",
-    "Noah",
-    "Theo",
-    "Sam",
-    "Hugo",
-    "Luca",
-    "Eli",
-    "Oscar",
-    "Tim",
-    "Adam",
-    "Felix",
-    "Paul",
-    "Henry",
-    "Nico",
-    "Ravi",
-    "Kai",
-    "Emil",
-    "Peter",
-    "Milo",
-    "Ned",
-    "Jonas",
-    "Ali",
-    "Simon",
-    "Toby",
-]
-ANIMALS_SHE = [
-    "Hazel",
-    "Clover",
-    "Nutmeg",
-    "Daisy",
-    "Willow",
-    "Fern",
-    "Olive",
-    "Honey",
-    "Maple",
-    "Plum",
-    "Bella",
-    "Penny",
-    "Tansy",
-    "Minnie",
-    "Juniper",
-    "Pearl",
-    "Dot",
-    "Mimi",
-    "Lark",
-    "Rosie",
-]
-ANIMALS_HE = [
-    "Pip",
-    "Bramble",
-    "Otto",
-    "Rusty",
-    "Barley",
-    "Moss",
-    "Chester",
-    "Bruno",
-    "Gus",
-    "Pepper",
-    "Basil",
-    "Rocky",
-    "Bobo",
-    "Hector",
-    "Biscuit",
-    "Oakley",
-    "Monty",
-    "Fudge",
-    "Tuck",
-    "Percy",
-]
-ROBOTS = [
-    "Beep",
-    "Bolt",
-    "Zip",
-    "Clank",
-    "Tick",
-    "Dash",
-    "Pixel",
-    "Gizmo",
-    "Widget",
-    "Sprocket",
-    "Rivet",
-    "Cog",
-]
-TOYS_SHE = ["Lulu", "Dolly", "Trixie", "Bonnie", "Coco", "Tilly"]
-TOYS_HE = ["Jasper", "Corky", "Button", "Waldo", "Marvin", "Rufus"]
-CLOUDS = ["Puff", "Wisp", "Misty", "Fluff", "Drift", "Nimbus", "Drizzle", "Cotton"]
+
+def names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+GIRLS = names(
+    """
+    Mia Anna Lucy Nora Ella Rosa Ivy Clara Tess Ruby Maya Lena Zoe Amy Hanna Sara Lily Emma
+    Jane Molly Poppy Alma Greta Kate June Vera Sofia Dina Nell Kira
+    """
+)
+BOYS = names(
+    """
+    Leo Tom Ben Max Finn Omar Jack Noah Theo Sam Hugo Luca Eli Oscar Tim Adam Felix Paul
+    Henry Nico Ravi Kai Emil Peter Milo Ned Jonas Ali Simon Toby
+    """
+)
+ANIMALS_SHE = names(
+    """
+    Hazel Clover Nutmeg Daisy Willow Fern Olive Honey Maple Plum Bella Penny Tansy Minnie
+    Juniper Pearl Dot Mimi Lark Rosie
+    """
+)
+ANIMALS_HE = names(
+    """
+    Pip Bramble Otto Rusty Barley Moss Chester Bruno Gus Pepper Basil Rocky Bobo Hector
+    Biscuit Oakley Monty Fudge Tuck Percy
+    """
+)
+ROBOTS = names(
+    """
+    Beep Bolt Zip Clank Tick Dash Pixel Gizmo Widget Sprocket Rivet Cog
+    """
+)
+CLOUDS = names(
+    """
+    Puff Wisp Misty Fluff Drift Nimbus Drizzle Cotton
+    """
+)
 
 
 @dataclass(frozen=True)
@@ -155,28 +69,48 @@ class Kind:
 
 
 CHILD_HOMES = (
-    "a small house by the sea",
-    "a yellow house at the end of the road",
-    "a little village between two hills",
-    "a tall house in the middle of the city",
-    "an old farm near the river",
-    "a cottage at the edge of the woods",
-    "a red house with a round window",
-    "a quiet street near the park",
-    "a flat above the bakery",
-    "a white house on top of a hill",
+    "in a small house by the sea",
+    "in a yellow house at the end of the road",
+    "in a little village between two hills",
+    "in a tall house in the middle of the city",
+    "on an old farm near the river",
+    "in a cottage at the edge of the woods",
+    "in a red house with a round window",
+    "on a quiet street near the park",
+    "in a flat above the bakery",
+    "in a white house on top of a hill",
 )
-DEN = ("a cozy den under the hill", "a warm den by the stream", "a den at the edge of the woods")
-BURROW = ("a snug burrow under an oak", "a deep burrow in the meadow", "a burrow below the hedge")
-TREE = ("a hollow tree in the woods", "a tall pine by the lake", "an old oak on the hill")
-POND = ("the reeds by the pond", "a little house beside the lake", "a quiet bend of the river")
-FARM = ("a big red barn", "a farm at the foot of the hill", "a green field behind the mill")
-BASKET = ("a soft basket by the stove", "a house with a green door", "a cottage near the mill")
+DEN = (
+    "in a cozy den under the hill",
+    "in a warm den by the stream",
+    "in a den at the edge of the woods",
+)
+BURROW = (
+    "in a snug burrow under an oak",
+    "in a deep burrow in the meadow",
+    "in a burrow below the hedge",
+)
+TREE = ("in a hollow tree in the woods", "in a tall pine by the lake", "in an old oak on the hill")
+POND = (
+    "in the reeds by the pond",
+    "in a little house beside the lake",
+    "at a quiet bend of the river",
+)
+FARM = (
+    "in a big red barn",
+    "on a farm at the foot of the hill",
+    "in a green field behind the mill",
+)
+BASKET = (
+    "in a soft basket by the stove",
+    "in a house with a green door",
+    "in a cottage near the mill",
+)
 WORKSHOP = (
-    "a workshop full of tools",
-    "a garage at the end of the road",
-    "a toy shop on a busy street",
-    "a bright room at the top of the house",
+    "in a workshop full of tools",
+    "in a garage at the end of the road",
+    "in a toy shop on a busy street",
+    "in a bright room at the top of the house",
 )
 
 CHILD_ADJECTIVES = ("little", "young", "small")
@@ -253,10 +187,14 @@ IMPATIENT = Trait(
         "{He} wanted everything to happen right now.",
         "For {hero}, even one minute was much too long.",
         "{hero} was always in a hurry.",
+        "{hero} ran where others walked and never sat still.",
+        '"Is it ready yet?" {he} asked all day long.',
     ),
     (
         "After that, {hero} knew how to wait.",
         "{hero} was not in such a hurry any more.",
+        '"Good things take time," {hero} said from then on.',
+        "From that day on, {hero} thought first and acted later.",
         "And whenever {hero} wanted to rush, {he} took a deep breath and counted to ten.",
     ),
 )
@@ -441,7 +379,7 @@ TREASURES = (
     ("whistle", "It could be heard from far away."),
     ("blanket", "It smelled like home."),
     ("toy car", "It rolled faster than the wind."),
-    ("bear", "It had button eyes and a soft belly."),
+    ("toy bear", "It had button eyes and a soft belly."),
     ("bag", "It had a pocket for every little thing."),
     ("flute", "It sang like a bird."),
     ("umbrella", "It had a handle like the head of a duck."),
@@ -482,7 +420,7 @@ MISHAPS = (
         "fly {his} kite",
         "The wind pulled the string out of {his} {hand}, and the kite sailed into a tall tree",
         "in the tree",
-        "too high",
+        "It is too high.",
         TREE_TRIES,
         "a long ladder",
         "{friend} held the ladder, and {hero} climbed up, step by step, and pulled the kite free",
@@ -497,7 +435,7 @@ MISHAPS = (
         "run with {his} balloon",
         "The string slipped away, and the balloon floated up into the apple tree",
         "in the apple tree",
-        "too high",
+        "It is too high.",
         TREE_TRIES[:2],
         "a long pole with a hook",
         "{friend} lifted the pole, caught the string with the hook, and pulled the balloon down",
@@ -512,7 +450,7 @@ MISHAPS = (
         "sail {his} boat",
         "A little wave carried the boat away, and it got stuck in the reeds",
         "in the reeds",
-        "too far from the shore",
+        "It is too far from the shore.",
         (
             "{hero} threw pebbles to make waves, but the boat only went deeper into the reeds.",
             "{hero} stretched out {his} arm, but the boat was far out of reach.",
@@ -531,7 +469,7 @@ MISHAPS = (
         "kick {his} ball",
         "The ball flew up in the air and landed on the roof of the shed",
         "on the roof",
-        "too high",
+        "It is too high.",
         (
             "{hero} jumped up and down, but the roof was much too high.",
             "{hero} climbed onto a bucket, but the bucket tipped over and {he} fell.",
@@ -550,7 +488,7 @@ MISHAPS = (
         "roll {his} ball",
         "The ball rolled down the slope and disappeared under a bush full of thorns",
         "under the bush",
-        "behind too many thorns",
+        "The thorns are too sharp.",
         (
             "{hero} reached under the bush, but a thorn pricked {him}.",
             "{hero} kicked the bush, but the ball stayed where it was.",
@@ -566,7 +504,7 @@ MISHAPS = (
         "carry water in {his} bucket",
         "The knot came loose, and the bucket fell into the well with a splash",
         "in the well",
-        "too deep down",
+        "It is too dark and deep.",
         (
             "{hero} leaned over the edge, but {he} could not even see the bottom.",
             "{hero} let down a ribbon, but the ribbon was too short.",
@@ -582,7 +520,7 @@ MISHAPS = (
         "ride {his} sled",
         "The sled slid down the hill without {him} and sank into a deep pile of snow",
         "in the snow",
-        "too deep in the snow",
+        "The snow is too deep.",
         (
             "{hero} pulled at the sled, but it did not move at all.",
             "{hero} dug with both {hands} until they were cold, but there was too much snow.",
@@ -598,7 +536,7 @@ MISHAPS = (
         "fly {his} paper plane",
         "The plane made a loop and landed on top of the tall cupboard",
         "on the cupboard",
-        "too high",
+        "It is too high.",
         (
             "{hero} climbed onto a chair, but {his} arms were too short.",
             "{hero} threw a sock at the plane, but the sock stayed up there too.",
@@ -615,8 +553,9 @@ MISHAPS = (
 class Craft:
     """Something to make for someone, how haste spoils it, and how help saves it."""
 
-    noun: str
-    verb: str
+    craft: str
+    gift: str
+    make: str
     gather: str
     slip: str
     spoiled: str
@@ -628,6 +567,7 @@ class Craft:
 CRAFTS = (
     Craft(
         "a cake",
+        "cake",
         "bake",
         "flour, eggs, and sugar",
         "{hero} opened the oven again and again to look",
@@ -638,16 +578,18 @@ CRAFTS = (
     ),
     Craft(
         "some cookies",
+        "cookies",
         "bake",
         "butter, flour, and sugar",
         "{hero} made the fire much too hot",
-        "smoke filled the kitchen, and the cookies were black",
+        "the cookies burned until they were black",
         "A small fire is enough. Then we must watch the cookies",
         "they sat in front of the oven and watched",
         "the cookies were brown and sweet",
     ),
     Craft(
         "a pot of soup",
+        "soup",
         "cook",
         "carrots, onions, and beans",
         "{hero} threw in the salt without looking",
@@ -658,6 +600,7 @@ CRAFTS = (
     ),
     Craft(
         "a loaf of bread",
+        "bread",
         "bake",
         "flour, water, and a little salt",
         "{hero} did not let the dough rest",
@@ -668,6 +611,7 @@ CRAFTS = (
     ),
     Craft(
         "a card",
+        "card",
         "make",
         "paper, paint, and glue",
         "{hero} folded the card before the paint was dry",
@@ -678,6 +622,7 @@ CRAFTS = (
     ),
     Craft(
         "a bird house",
+        "bird house",
         "build",
         "boards, nails, and a hammer",
         "{hero} cut the boards without measuring them",
@@ -688,6 +633,7 @@ CRAFTS = (
     ),
     Craft(
         "a scarf",
+        "scarf",
         "knit",
         "two needles and a basket of wool",
         "{hero} went so fast that {he} lost count",
@@ -698,6 +644,7 @@ CRAFTS = (
     ),
     Craft(
         "a lantern",
+        "lantern",
         "make",
         "paper, string, and thin sticks",
         "{hero} pulled the string much too hard",
@@ -707,141 +654,257 @@ CRAFTS = (
         "the lantern was round and light",
     ),
 )
-EVENTS = (
-    ("birthday", "It was almost {other}'s birthday", "Happy birthday"),
-    ("sick", "{other} was sick in bed", "Get well soon"),
-    ("new", "{other} had just moved to the village", "Welcome"),
-    ("thanks", "{other} had been very kind to {him} all week", "Thank you for everything"),
+# Why somebody gets a present, and what one says with it.
+OCCASIONS = (
+    ("It was {other}'s birthday", "Happy birthday"),
+    ("{other} was sick in bed", "Get well soon"),
+    ("{other} was new in the village and had no friends yet", "Welcome"),
+    ("{other} had been very kind to {him} all week", "This is for you"),
+    ("{other} had looked sad for days", "This will cheer you up"),
 )
 
-# Things to learn, as (verb, past, place, weather, how it fails, advice, how it works, skill).
+
+@dataclass(frozen=True)
+class Lesson:
+    """Something to learn, how it fails, the advice that helps, and how it works."""
+
+    verb: str
+    to: str
+    weather: str
+    fails: str
+    advice: str
+    works: str
+    skill: str = ""
+
+
 LESSONS = (
-    (
+    Lesson(
         "swim",
-        "swam",
         "the lake",
         "sunny",
-        "{hero} kicked and splashed, but {he} sank like a stone",
+        "{he} kicked and splashed, but {he} sank like a stone",
         "Lie on your back and breathe. The water will carry you",
         "the water carried {him}, and {he} moved forward, stroke by stroke",
         "swim",
     ),
-    (
+    Lesson(
         "skate",
-        "skated",
         "the frozen pond",
         "snowy",
-        "{hero} took one step on the ice and sat down hard",
+        "{he} took one step on the ice and sat down hard",
         "Bend your knees and look ahead, not at the ice",
         "{he} glided over the ice without a wobble",
-        "",
     ),
-    (
+    Lesson(
         "whistle",
-        "whistled",
         "the garden",
         "cloudy",
-        "{hero} blew and blew, but only air came out",
+        "{he} blew and blew, but only air came out",
         "Make a tiny round hole and blow softly",
         "a thin, clear sound came out and flew over the fence",
-        "",
     ),
-    (
+    Lesson(
         "juggle",
-        "juggled",
         "the square",
         "sunny",
-        "{hero} threw three apples in the air, and all three hit the ground",
+        "{he} threw three apples in the air, and all three hit the ground",
         "Begin with one apple, then take two, and only then three",
-        "the three apples flew in a circle and not one of them fell",
-        "",
+        "the three apples flew in a circle, and not one of them fell",
     ),
-    (
+    Lesson(
         "ride a bike",
-        "rode the bike",
         "the park",
         "sunny",
-        "{hero} wobbled to the left, wobbled to the right, and fell into the grass",
+        "{he} wobbled to the left, wobbled to the right, and fell into the grass",
         "Look at the tree at the end of the path and keep going",
         "the wheels rolled straight, all the way to the tree",
-        "",
     ),
-    (
+    Lesson(
         "climb a rope",
-        "climbed the rope",
         "the barn",
         "rainy",
-        "{hero} pulled {himself} up a little and slid right back down",
+        "{he} pulled {himself} up a little and slid right back down",
         "Hold the rope with your feet and rest after every pull",
         "{he} went up and up until {he} touched the roof beam",
         "climb",
     ),
-    (
+    Lesson(
         "dance",
-        "danced",
-        "the barn",
+        "the hall",
         "rainy",
-        "{hero} turned left when {he} should have turned right and bumped into the wall",
+        "{he} turned left instead of right and bumped into the wall",
         "Listen to the drum and count to four",
         "{he} turned and hopped in time with the drum",
-        "",
     ),
-    (
+    Lesson(
         "sail",
-        "sailed",
         "the bay",
         "windy",
-        "{hero} pulled the wrong rope, and the little boat went around in circles",
+        "{he} pulled the wrong rope, and the little boat went around in circles",
         "Feel the wind on your face, then turn the sail to catch it",
-        "the sail filled with wind and the boat flew over the waves",
-        "",
+        "the sail filled with wind, and the boat flew over the waves",
     ),
 )
 
-# Frightening sounds, as (where, sound, what it seemed, what it was).
+
+@dataclass(frozen=True)
+class Contest:
+    """A contest, how pride leads to a fall in it, and how a rival can help."""
+
+    name: str
+    weather: str
+    ahead: str
+    fall: str
+    trouble: str
+    help: str
+    goal: str
+
+
+CONTESTS = (
+    Contest(
+        "the race around the lake",
+        "sunny",
+        "ran far ahead",
+        "tripped over a root",
+        "my foot hurts, and I cannot stand",
+        "{friend} put {his} arm around {hers} neck and helped {him} to walk",
+        "the old bridge",
+    ),
+    Contest(
+        "the sled race",
+        "snowy",
+        "flew down the hill",
+        "drove into a deep pile of snow",
+        "my sled is stuck",
+        "{friend} dug the sled out of the snow and tied it to {hers} own",
+        "the big snowman",
+    ),
+    Contest(
+        "the boat race",
+        "windy",
+        "sailed far ahead",
+        "ran onto a bank of sand",
+        "my boat cannot move",
+        "{friend} threw {him} a rope and pulled the boat off the sand",
+        "the light house",
+    ),
+    Contest(
+        "the wagon race",
+        "cloudy",
+        "rolled far ahead",
+        "lost a wheel in a hole",
+        "my wagon has only three wheels",
+        "{friend} made room for {him} in {hers} own wagon",
+        "the village gate",
+    ),
+)
+PRIZES = ("a silver cup", "a cherry pie", "a blue ribbon", "a golden star", "a basket of plums")
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A toy for two, how it breaks when both pull, and how it is mended."""
+
+    noun: str
+    play: str
+    breaks: str
+    mend: str
+
+
+TOYS = (
+    Toy("kite", "fly it", "the paper tore in two", "closed the tear with paper and glue"),
+    Toy("wagon", "ride in it", "the handle broke off", "put the handle back with two nails"),
+    Toy("drum", "play it", "the skin of the drum burst", "made a new skin from an old bag"),
+    Toy("book", "read it", "a page came out", "put the page back with tape"),
+    Toy("jump rope", "jump", "the rope snapped", "tied the ends with a strong knot"),
+    Toy("puppet", "hold it", "an arm came off", "sewed the arm on with needle and thread"),
+    Toy("train", "drive it", "the last car fell off", "hung the car back on with a wire hook"),
+    Toy("puzzle", "open it", "the pieces flew all over", "picked up all the pieces"),
+)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A sound in the dark, what it seems to be, and what it is."""
+
+    to: str
+    sound: str
+    monster: str
+    truth: str
+
+
 NOISES = (
-    ("the attic", "a scratching sound", "a monster with claws", "a kitten in an old box"),
-    ("the cellar", "a slow drip, drip, drip", "the steps of a giant", "water from a leaky pipe"),
-    ("the barn", "a long, low moan", "a ghost", "the wind in the broken door"),
-    ("the woods", "a deep hoot", "a witch", "a sleepy owl on a branch"),
-    ("the shed", "a loud rattle", "a dragon in chains", "a mouse in a tin can"),
-    ("the mill", "a creak and a thump", "a troll", "an old wheel turning in the stream"),
-    ("the cave", "a strange voice", "a hungry wolf", "only an echo"),
+    Noise("the attic", "a scratching sound", "a monster with claws", "a kitten in a box"),
+    Noise("the cellar", "a slow drip, drip, drip", "a giant", "water from a leaky pipe"),
+    Noise("the barn", "a long, low moan", "a ghost", "the wind in the broken door"),
+    Noise("the woods", "a deep hoot", "a witch", "an owl on a branch"),
+    Noise("the shed", "a loud rattle", "a dragon in chains", "a mouse in a tin can"),
+    Noise("the mill", "a creak and a thump", "a troll", "an old wheel in the stream"),
+    Noise("the cave", "a strange voice", "a hungry wolf", "an echo"),
+    Noise("the kitchen", "a soft hiss", "a huge snake", "the kettle on the stove"),
+    Noise("the garden", "a rustle and a snort", "a wild beast", "a hedgehog in the leaves"),
 )
-# Things to fetch from such places.
-ERRANDS = ("the basket", "the blue blanket", "a jar of honey", "the warm coat", "the old map")
+ERRANDS = ("basket", "blue blanket", "honey jar", "warm coat", "old map", "big spoon", "red scarf")
+LIGHTS = ("a lantern", "a candle", "a lamp")
 
-# Small animals that need help, as (noun, what is wrong, wrong food, right food, its home).
+
+@dataclass(frozen=True)
+class Foundling:
+    """A small animal in need, what it will not eat, what it will, and where it belongs."""
+
+    noun: str
+    state: str
+    wrong: str
+    right: str
+    to: str
+
+
 FOUNDLINGS = (
-    ("kitten", "It was cold and wet", "a leaf of lettuce", "a bowl of warm milk", "the barn"),
-    ("duckling", "It was all alone", "a piece of cheese", "some soft oats", "the pond"),
-    ("baby bird", "It was shivering", "a slice of cake", "a few small worms", "the nest"),
-    ("baby rabbit", "One of its paws was hurt", "a bit of fish", "a sweet carrot", "the burrow"),
-    ("baby squirrel", "It was very hungry", "a bowl of soup", "a handful of nuts", "the oak tree"),
-    ("lamb", "It was thin and tired", "an old bone", "a bottle of milk", "the green field"),
+    Foundling("kitten", "cold and wet", "a leaf of lettuce", "a bowl of milk", "the barn"),
+    Foundling("duckling", "all alone", "a piece of cheese", "some soft oats", "the pond"),
+    Foundling("baby bird", "shivering", "a slice of cake", "a few small worms", "the nest"),
+    Foundling("baby rabbit", "weak and thin", "a bit of fish", "a sweet carrot", "the burrow"),
+    Foundling("baby squirrel", "very hungry", "a cup of soup", "some nuts", "the oak tree"),
+    Foundling("lamb", "tired and lost", "an old bone", "a bottle of milk", "the green field"),
+    Foundling("puppy", "muddy and sad", "a sour lemon", "a bit of meat", "the farm"),
+    Foundling("foal", "limping", "a fried egg", "an apple", "the stable"),
 )
+HIDEOUTS = ("under a bush", "behind a fence", "in a ditch", "under the stairs", "in an empty box")
 
-# Broken things, as (noun, what it does, what goes wrong, false repair, its failure, tool, repair).
+
+@dataclass(frozen=True)
+class Repair:
+    """A broken thing: how it fails, a foolish repair and its result, and the right one."""
+
+    noun: str
+    use: str
+    breaks: str
+    fool: str
+    worse: str
+    tool: str
+    mend: str
+
+
 REPAIRS = (
-    (
+    Repair(
         "lamp",
         "lit up the whole room",
         "flickered and went out",
         "shook the lamp",
         "the room stayed dark",
         "a new bulb",
-        "turned the new bulb into place",
+        "turned the new bulb into its place",
     ),
-    (
+    Repair(
         "clock",
         "told everyone when to get up",
         "stopped at half past six",
         "hit the clock with a spoon",
-        "one hand fell off",
+        "one of the hands fell off",
         "a tiny key",
         "wound the spring with the tiny key",
     ),
-    (
+    Repair(
         "wagon",
         "carried wood from the forest",
         "lost a wheel with a loud crack",
@@ -850,16 +913,16 @@ REPAIRS = (
         "a hammer and a peg",
         "fixed the wheel with the hammer and the peg",
     ),
-    (
+    Repair(
         "music box",
         "played a sweet song at bedtime",
         "made a crunch and fell silent",
         "blew into the music box",
-        "it only coughed out some dust",
+        "only some dust came out",
         "a drop of oil",
         "put the drop of oil on the little wheels",
     ),
-    (
+    Repair(
         "swing",
         "went higher than the fence",
         "fell to the ground when a rope broke",
@@ -868,44 +931,103 @@ REPAIRS = (
         "a strong rope",
         "tied the strong rope with a double knot",
     ),
-    (
+    Repair(
         "tent",
         "kept out the wind and the rain",
         "tore from top to bottom",
-        "stuck the tear together with honey",
+        "closed the tear with honey",
         "only the ants were happy about it",
         "a needle and thread",
         "sewed up the tear with the needle and thread",
     ),
+    Repair(
+        "bell",
+        "called everyone to supper",
+        "fell silent because its clapper came off",
+        "hit the bell with a carrot",
+        "the carrot broke in two",
+        "a strong hook",
+        "hung the clapper back on the strong hook",
+    ),
+    Repair(
+        "boat",
+        "crossed the river every day",
+        "began to leak",
+        "pushed bread into the hole",
+        "the fish ate the bread",
+        "a bucket of tar",
+        "closed the hole with wood and tar",
+    ),
 )
 
-# Treats to share, as (plural noun, container, where they come from).
+
+@dataclass(frozen=True)
+class Treat:
+    """Good things to eat, what they are carried in, and where they grow."""
+
+    treats: str
+    box: str
+    source: str
+
+
 TREATS = (
-    ("berries", "basket", "the woods"),
-    ("apples", "sack", "the orchard"),
-    ("nuts", "bag", "the old tree"),
-    ("plums", "basket", "the garden"),
-    ("buns", "box", "the bakery"),
-    ("pears", "cart", "the farm"),
-    ("cherries", "bucket", "the hill"),
+    Treat("berries", "basket", "in the woods"),
+    Treat("apples", "sack", "in the orchard"),
+    Treat("nuts", "bag", "under the old tree"),
+    Treat("plums", "basket", "behind the mill"),
+    Treat("pears", "cart", "on the farm"),
+    Treat("cherries", "bucket", "on the hill"),
+    Treat("grapes", "bowl", "along the wall"),
+    Treat("tomatoes", "box", "in the garden"),
 )
 
-# Seeds, as (seed, what grows).
+# Seeds, as (seed, what grows, what one does with it in the end).
 SEEDS = (
-    ("sunflower", "a sunflower as tall as a door"),
-    ("pumpkin", "a pumpkin as round as the moon"),
-    ("bean", "a bean plant that climbed up to the window"),
-    ("carrot", "a row of sweet carrots"),
-    ("strawberry", "a patch of red strawberries"),
-    ("melon", "a green melon with stripes"),
+    ("sunflower", "a sunflower as tall as a door", "They gave the seeds to the birds"),
+    ("pumpkin", "a pumpkin as round as the moon", "They made a big pot of soup"),
+    ("bean", "a bean plant that climbed up to the window", "They picked a bowl of beans"),
+    ("carrot", "a row of sweet carrots", "They pulled the carrots out, one by one"),
+    ("strawberry", "a patch of red strawberries", "They ate strawberries all week"),
+    ("melon", "a green melon with stripes", "They cut the melon into ten slices"),
+    ("tulip", "a row of bright tulips", "They put one tulip on every table"),
+    ("corn", "a stalk of corn with golden ears", "They roasted the corn over a fire"),
 )
 
-# Precious things that break indoors.
-VASES = (
-    ("vase", "table", "ball", "threw"),
-    ("cup", "shelf", "hoop", "rolled"),
-    ("mirror", "wall", "ball", "kicked"),
-    ("bowl", "table", "hat", "tossed"),
-    ("jar", "shelf", "broom", "swung"),
-    ("plate", "shelf", "rope", "swung"),
+# Things that break indoors, as (noun, where it stands, toy, what the toy did to it).
+BREAKABLES = (
+    ("vase", "on the table", "ball", "bounced off the wall and hit"),
+    ("cup", "on the shelf", "hoop", "rolled across the room and knocked over"),
+    ("mirror", "in the hall", "ball", "flew through the air and hit"),
+    ("bowl", "on the table", "hat", "sailed across the room and knocked over"),
+    ("jar", "on the shelf", "rope", "swung around and caught"),
+    ("teapot", "on the stove", "drum stick", "flew out of {his} {hand} and hit"),
+    ("plate", "on the wall", "paddle", "slipped out of {his} {hand} and hit"),
 )
+HIDING_PLACES = ("under the rug", "behind the sofa", "in a drawer", "in an old boot")
+
+# Where a garden is dry, as (what, what grows there).
+DRY = (
+    ("garden", "the roses"),
+    ("field", "the corn"),
+    ("orchard", "the apple trees"),
+    ("meadow", "the flowers"),
+    ("vegetable patch", "the beans"),
+    ("park", "the young trees"),
+)
+WATERS = ("the sea", "the wide river", "the deep lake")
+
+EAGER = Trait(
+    "eager",
+    (
+        "{hero} wanted to help, but the bigger clouds only laughed.",
+        "{He} was the smallest cloud in the whole sky.",
+        '"I am too small for anything," {hero} often said.',
+    ),
+    (
+        "{hero} never felt too small again.",
+        "And the bigger clouds did not laugh at {hero} any more.",
+        "From that day on, {hero} was proud to be a cloud.",
+    ),
+)
+CLOUD_HOMES = ("in the wide blue sky", "above the hills", "high over the sea")
+CLOUD = Kind("cloud", ("little", "small", "white", "gray", "fluffy"), CLOUD_HOMES)
