@@ -233,6 +233,20 @@ def test_a_function_is_evaluated_only_where_the_rest_leaves_it_open(entries):
     assert entries["largest"] <= masks.CHUNK_ENTRIES
 
 
+def test_a_function_is_never_asked_about_positions_that_do_not_exist():
+    asked = []
+
+    def function(q, k):
+        if isinstance(q, np.ndarray):
+            asked.append((q.max(), k.max()))
+        return q >= k
+
+    mask = masks.from_function(function)
+    asked.clear()
+    masks.block_map(mask, 19, 23, 8, 8, 100)
+    assert np.max(asked, axis=0).tolist() == [118, 22]
+
+
 def test_counting_the_entries_of_a_long_window_looks_at_few(entries):
     masks.allowed_entries.cache_clear()
     mask = masks.causal() & (masks.sliding_window(64) | masks.first(1))

@@ -41,7 +41,9 @@ class Score:
     """`function(score, batch, head, q_index, k_index, *parameters)` and its operands.
 
     `operands` are arrays of shape (heads,) or (heads, n); `learned` says for each whether it has a
-    gradient, which a kernel must know before it is built. Scores without operands are hashable.
+    gradient, which a kernel must know before it is built. Every new score depends on its old one
+    alone, so the derivative by the scores is one `jax.jvp` with a tangent of ones. Scores without
+    operands are hashable.
     """
 
     function: Callable[..., Any]
