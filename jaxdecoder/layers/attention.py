@@ -56,12 +56,13 @@ class Attention(nn.Module):
         c = self.config.resolve()
         assert c.d_head is not None
         assert c.n_kv_heads is not None
+        d_head = c.d_head
         batch, time, _ = x.shape
 
         def heads(name: str, count: int) -> Float[Array, "batch time heads width"]:
-            width = count * c.d_head
+            width = count * d_head
             dense = linear(c, c.d_model, width, bias=c.qkv_bias, dtype=self.dtype, name=name)
-            return dense(x).reshape(batch, time, count, c.d_head)
+            return dense(x).reshape(batch, time, count, d_head)
 
         q = heads("query", c.n_heads)
         k, v = heads("key", c.n_kv_heads), heads("value", c.n_kv_heads)
@@ -73,7 +74,7 @@ class Attention(nn.Module):
             q, k = turn(c, q, positions), turn(c, k, positions)
 
         mask = ATTENTIONS[self.mechanism](c)
-        scale = c.d_head**-0.5
+        scale = d_head**-0.5
         if cache is None or cursor is None:
             dropped = c.dropout > 0 and not deterministic
             mixed = flash_attention(
@@ -92,11 +93,11 @@ class Attention(nn.Module):
             allowed = mask(positions[:, :, None], held[:, None, :]) & (held >= 0)[:, None, :]
             mixed = attention(q, cache.k, cache.v, allowed[:, None], scale=scale)
 
-        out = mixed.reshape(batch, time, c.n_heads * c.d_head)
+        out = mixed.reshape(batch, time, c.n_heads * d_head)
         if c.attention_projection:
             out = linear(
                 c,
-                c.n_heads * c.d_head,
+                c.n_heads * d_head,
                 c.d_model,
                 bias=c.bias,
                 dtype=self.dtype,

@@ -1,0 +1,94 @@
+"""Logit filters: pure functions from logits to logits, chained in the order they are given.
+
+A filter takes the logits of one step, (batch, vocab) in float32, and how often each token has
+occurred in each row so far, (batch, vocab); what it forbids becomes -inf. One token at least
+always stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxdecoder.errors import UserError
+
+Logits = Float[Array, "batch vocab"]
+Counts = Int[Array, "batch vocab"]
+Filter = Callable[[Logits, Counts], Logits]
+
+
+def chain(*filters: Filter) -> Filter:
+    """One filter that applies these in turn."""
+
+    def apply(logits: Logits, counts: Counts) -> Logits:
+        for each in filters:
+            logits = each(logits, counts)
+        return logits
+
+    return apply
+
+
+def temperature(value: float) -> Filter:
+    """Divides the logits; 0 keeps only the largest, which is greedy decoding."""
+    _check("temperature", value, value >= 0, "0 or more")
+    if value == 0:
+        return top_k(1)
+    return lambda logits, counts: logits / value
+
+
+def top_k(k: int) -> Filter:
+    """Keeps the k largest logits (arXiv 1805.04833); ties are broken by the lower token."""
+    _check("top_k", k, k >= 1, "1 or more")
+
+    def apply(logits: Logits, counts: Counts) -> Logits:
+        rows = jnp.arange(logits.shape[0])[:, None]
+        values, tokens = jax.lax.top_k(logits, min(k, logits.shape[-1]))
+        return jnp.full_like(logits, -jnp.inf).at[rows, tokens].set(values)
+
+    return apply
+
+
+def top_p(p: float) -> Filter:
+    """Keeps the fewest tokens whose probabilities reach p together (arXiv 1904.09751)."""
+    _check("top_p", p, 0 < p <= 1, "in (0, 1]")
+
+    def apply(logits: Logits, counts: Counts) -> Logits:
+        tokens = jnp.argsort(-logits, axis=-1)
+        ordered = jax.nn.softmax(jnp.take_along_axis(logits, tokens, axis=-1), axis=-1)
+        # A token stays if those before it have not reached p yet, so the first always does.
+        stays = jnp.cumsum(ordered, axis=-1) - ordered < p
+        rows = jnp.arange(logits.shape[0])[:, None]
+        kept = jnp.zeros(logits.shape, bool).at[rows, tokens].set(stays)
+        return jnp.where(kept, logits, -jnp.inf)
+
+    return apply
+
+
+def min_p(p: float) -> Filter:
+    """Keeps tokens at least p times as probable as the likeliest (arXiv 2407.01082)."""
+    _check("min_p", p, 0 < p <= 1, "in (0, 1]")
+    return lambda logits, counts: jnp.where(
+        logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(p), logits, -jnp.inf
+    )
+
+
+def repetition_penalty(factor: float) -> Filter:
+    """Divides the positive logits of tokens already there, multiplies the negative ones.
+
+    CTRL (arXiv 1909.05858), with the sign handled as is usual since.
+    """
+    _check("repetition_penalty", factor, factor > 0, "more than 0")
+
+    def apply(logits: Logits, counts: Counts) -> Logits:
+        penalised = jnp.where(logits > 0, logits / factor, logits * factor)
+        return jnp.where(counts > 0, penalised, logits)
+
+    return apply
+
+
+def _check(name: str, value: float, fine: bool, right: str) -> None:
+    if not fine:
+        raise UserError(f"{name} = {value}: must be {right}")

@@ -1,0 +1,177 @@
+"""Text from a model: prefill the cache with the prompts, then decode in one compiled loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxdecoder.config import Config
+from jaxdecoder.data.tokenizers import Tokenizer
+from jaxdecoder.decoder import Decoder, empty_cache
+from jaxdecoder.layers.cache import Cache, Cursor
+from jaxdecoder.layers.positions import POSITIONS
+from jaxdecoder.sampling import filters
+from jaxdecoder.training.step import make_decoder
+
+CHUNK = 16
+"""Tokens decoded by one call of the loop: as many as a reader waits for at once."""
+
+BUCKET = 32
+"""Prompts are padded to a multiple of this, so that few prompt lengths compile anew."""
+
+
+class Decoding(NamedTuple):
+    """Where a batch of texts stands."""
+
+    tokens: Int[Array, "batch room"]
+    """Prompts, padded on the left, then what was generated."""
+    length: Int[Array, ""]
+    """Filled columns of `tokens`."""
+    start: Int[Array, "batch"]
+    """Each row's first real column."""
+    done: Array
+    logits: Float[Array, "batch vocab"]
+    """For the column at `length`."""
+    counts: Int[Array, "batch vocab"]
+    cache: Cache
+
+
+def generate(
+    decoder: Decoder,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    key: jax.Array,
+    choose: filters.Filter | None = None,
+    end_token: int | None = None,
+) -> Iterator[list[list[int]]]:
+    """Yields the new tokens of every row, a chunk at a time, until all rows have ended.
+
+    Rows end after `max_new_tokens` or with `end_token`, which is not returned. A row's tokens
+    depend on the key, its number and its prompt, not on the other rows' lengths. Past the context
+    length the oldest tokens are forgotten: by the cache's ring where the positions permit it, by
+    cropping and starting over where they do not.
+    """
+    context = decoder.config.context_length
+    slides = POSITIONS[decoder.config.position].slides
+    choose = choose or filters.temperature(1.0)
+    cropped = [np.asarray(prompt, np.int32)[-context:] for prompt in prompts]
+    longest = max(len(prompt) for prompt in cropped)
+    width = min(context, -(-longest // BUCKET) * BUCKET)
+    tokens = np.zeros((len(prompts), width + max_new_tokens), np.int32)
+    start = np.array([width - len(prompt) for prompt in cropped], np.int32)
+    for row, prompt in enumerate(cropped):
+        tokens[row, start[row] : width] = prompt
+
+    state = _begin(decoder, params, jnp.asarray(tokens), jnp.asarray(start), width)
+    done, sent = np.zeros(len(prompts), bool), width
+    while sent < tokens.shape[1] and not done.all():
+        until = min(sent + CHUNK, tokens.shape[1])
+        if sent < context and not slides:
+            until = min(until, context)
+        crops = sent >= context and not slides
+        state = _advance(decoder, params, state, until, key, choose, end_token, crops)
+        fresh = np.asarray(state.tokens[:, sent : int(state.length)])
+        yield [_until_end(row, end_token) if not done[i] else [] for i, row in enumerate(fresh)]
+        done, sent = np.asarray(state.done), int(state.length)
+
+
+def empty_prompt(tokenizer: Tokenizer) -> list[int]:
+    """What a text begins with: the end of the one before, or failing that the first token."""
+    return [0 if tokenizer.end_token is None else tokenizer.end_token]
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A prompt's tokens, as they stand at the beginning of a document."""
+    tokens = tokenizer.encode(text).tolist()
+    if tokenizer.end_token is not None or not tokens:
+        return empty_prompt(tokenizer) + tokens
+    return tokens
+
+
+def show_sample(config: Config, params: Any, tokenizer: Tokenizer) -> str:
+    """A short sample for the training log, always with the same key."""
+    new_tokens = min(256, 2 * config.model.context_length)
+    chunks = generate(
+        make_decoder(config),
+        params,
+        [encode_prompt(tokenizer, config.train.sample_prompt)],
+        max_new_tokens=new_tokens,
+        key=jax.random.key(config.train.seed),
+        choose=filters.temperature(0.8),
+        end_token=tokenizer.end_token,
+    )
+    tokens = [token for chunk in chunks for token in chunk[0]]
+    return config.train.sample_prompt + tokenizer.decode(tokens)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _begin(decoder: Decoder, params: Any, tokens: Any, start: Any, width: int) -> Decoding:
+    logits, cache = _prefill(decoder, params, tokens[:, :width], start)
+    real = jnp.arange(width) >= start[:, None]
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    counts = jnp.zeros(logits.shape, jnp.int32).at[rows, tokens[:, :width]].add(real)
+    done = jnp.zeros(tokens.shape[0], bool)
+    return Decoding(tokens, jnp.asarray(width), start, done, logits, counts, cache)
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6, 7), donate_argnums=2)
+def _advance(
+    decoder: Decoder,
+    params: Any,
+    state: Decoding,
+    until: Any,
+    key: jax.Array,
+    choose: filters.Filter,
+    end_token: int | None,
+    crops: bool,
+) -> Decoding:
+    """Fills columns up to `until`, or until every row is done."""
+    context = decoder.config.context_length
+
+    def step(s: Decoding) -> Decoding:
+        rows = jnp.arange(s.tokens.shape[0])
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), s.length))(
+            rows
+        )
+        token = jax.vmap(jax.random.categorical)(keys, choose(s.logits, s.counts))
+        token = token.astype(jnp.int32)
+        tokens = jax.lax.dynamic_update_slice(s.tokens, token[:, None], (0, s.length))
+        done = s.done if end_token is None else s.done | (token == end_token)
+        length = s.length + 1
+        if crops:
+            window = jax.lax.dynamic_slice_in_dim(tokens, length - context, context, axis=1)
+            start = jnp.maximum(s.start - (length - context), 0)
+            logits, _ = _prefill(decoder, params, window, start)
+            cache = s.cache
+        else:
+            logits, cache = _extend(decoder, params, token[:, None], s.cache)
+        counts = s.counts.at[rows, token].add(1)
+        return Decoding(tokens, length, s.start, done, logits, counts, cache)
+
+    return jax.lax.while_loop(lambda s: (s.length < until) & ~jnp.all(s.done), step, state)
+
+
+def _prefill(decoder: Decoder, params: Any, tokens: Any, start: Any) -> tuple[Any, Cache]:
+    """Logits after left-padded prompts, and a cache that holds them."""
+    empty = empty_cache(decoder.config, tokens.shape[0], dtype=decoder.dtype)
+    cache = empty._replace(cursor=Cursor(empty.cursor.length, start))
+    return _extend(decoder, params, tokens, cache)
+
+
+def _extend(decoder: Decoder, params: Any, tokens: Any, cache: Cache) -> tuple[Any, Cache]:
+    """Logits after the last of `tokens`."""
+    logits, extended = decoder.apply({"params": params}, tokens, cache, method="extend")
+    return logits[:, -1], extended  # type: ignore[return-value]
+
+
+def _until_end(row: np.ndarray, end_token: int | None) -> list[int]:
+    tokens = row.tolist()
+    return tokens[: tokens.index(end_token)] if end_token in tokens else tokens

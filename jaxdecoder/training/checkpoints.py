@@ -1,0 +1,153 @@
+"""Checkpoints through orbax: asynchronous, atomic, the last few and the best kept.
+
+A checkpoint has the items `params`, `ema` (only where there is one) and `optimizer`, so that
+whoever wants weights reads weights alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from jaxdecoder.errors import UserError
+from jaxdecoder.training.step import State
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save as a warning
+
+METRIC = "validation_loss"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> ocp.CheckpointManager:
+    """The checkpoints of a run folder."""
+    policy = AnyPreservationPolicy(
+        [LatestN(n=keep), BestN(n=1, get_metric_fn=lambda m: m[METRIC], reverse=True)]
+    )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=None if read_only else policy,
+        best_fn=lambda metrics: metrics[METRIC],
+        best_mode="min",
+        create=not read_only,
+        read_only=read_only,
+        cleanup_tmp_directories=not read_only,
+        enable_background_delete=False,
+    )
+    return ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
+
+
+def save(manager: ocp.CheckpointManager, state: State, validation_loss: float) -> None:
+    """Starts writing the state; it is on disk once `finish` returns."""
+    items = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
+    if state.ema == ():
+        del items["ema"]
+    arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    with explained(manager):
+        manager.save(
+            int(state.step),
+            args=ocp.args.Composite(**arguments),
+            metrics={METRIC: validation_loss},
+            force=True,
+        )
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Waits until everything saved is on disk."""
+    with explained(manager):
+        manager.wait_until_finished()
+
+
+def restore_latest(
+    manager: ocp.CheckpointManager, like: State, say: Callable[[str], None] = print
+) -> State | None:
+    """The newest state that can be read, placed as `like` (shapes with shardings), or None.
+
+    One that cannot be read is moved to the run's `damaged/` folder, and the one before is tried.
+    """
+    for step in sorted(manager.all_steps(), reverse=True):
+        items = {"params": like.params, "ema": like.ema, "optimizer": like.optimizer}
+        if like.ema == ():
+            del items["ema"]
+        try:
+            arguments = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+            read = manager.restore(step, args=ocp.args.Composite(**arguments))
+        except Exception as error:
+            # Whatever a broken file raises, the answer is the same: use the one before.
+            moved = _set_aside(Path(str(manager.directory)), step)
+            say(f"checkpoint {step} cannot be read ({_first_line(error)}); moved to {moved}")
+            manager.reload()
+            continue
+        counter = jax.device_put(jnp.asarray(step, jnp.int32), like.step.sharding)
+        return State(counter, read["params"], read["optimizer"], read.get("ema", ()))
+    return None
+
+
+def restore_params(run: Path, which: str = "best") -> tuple[int, Any]:
+    """Step and weights of a run's `best` or `last` checkpoint; the moving average if it has one."""
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{run}: no checkpoints there; has train.py run in this folder?")
+    manager = open_checkpoints(run, read_only=True)
+    steps = sorted(manager.all_steps(), reverse=True)
+    best = manager.best_step() if which == "best" else None
+    # The wanted one first, then the newest ones, should it be damaged.
+    for step in [best, *steps] if best is not None else steps:
+        item = "ema" if (folder / str(step) / "ema").is_dir() else "params"
+        try:
+            args = ocp.args.Composite(**{item: ocp.args.StandardRestore()})
+            return step, manager.restore(step, args=args)[item]
+        except Exception as error:
+            print(f"{run}: checkpoint {step} cannot be read: {_first_line(error)}")
+    raise UserError(f"{run}: no checkpoint there can be read")
+
+
+class explained:
+    """Turns a full disk into a `UserError` that says what is safe."""
+
+    def __init__(self, manager: ocp.CheckpointManager):
+        self.manager = manager
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or not disk_is_full(error):
+            return
+        last = self.manager.latest_step()
+        kept = f"the last good checkpoint is step {last}" if last is not None else "none was saved"
+        raise UserError(
+            f"{self.manager.directory}: no space left for a checkpoint; {kept}. "
+            "Free some space and run the same command again"
+        ) from None
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a lack of space."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return True
+        if any(text in str(error) for text in ("No space left", "File too large", "Disk quota")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _set_aside(folder: Path, step: int) -> Path:
+    target = folder.parent / "damaged" / str(step)
+    if target.exists():
+        shutil.rmtree(target)
+    target.parent.mkdir(exist_ok=True)
+    (folder / str(step)).rename(target)
+    return target
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,116 @@
+"""What a run writes down: metrics.jsonl, TensorBoard events, a progress bar and a loss curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxdecoder.training.runs import write_atomically
+
+
+class Log:
+    """The record of one run, on disk and on the terminal."""
+
+    def __init__(self, run: Path, *, steps: int, start: int, tensorboard: bool):
+        self.path = run / "metrics.jsonl"
+        # Lines past the checkpoint belong to steps that will be taken again.
+        kept = [line for line in read_metrics(run) if line["step"] <= start]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.earlier_seconds = float(kept[-1].get("seconds", 0.0)) if kept else 0.0
+        self.file = self.path.open("a", encoding="utf-8")
+        self.writer = _tensorboard_writer(run, start) if tensorboard else None
+        self.console = Console()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+        )
+        self.task = self.progress.add_task("training", total=steps, completed=start, shown="")
+        self.shown: dict[str, float] = {}
+
+    def __enter__(self) -> Log:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def write(self, step: int, **metrics: float) -> None:
+        """One line of metrics.jsonl, and the progress bar brought up to date."""
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        if self.writer is not None:
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
+        self.shown |= metrics
+        self.progress.update(self.task, completed=step, shown=_summary(self.shown))
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        self.progress.console.print(text, markup=False, highlight=False)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; one cut short by a kill is dropped."""
+    path = run / "metrics.jsonl"
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def draw_losses(run: Path) -> None:
+    """Draws loss.png from metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metrics = read_metrics(run)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, style in (("train_loss", {"lw": 0.8, "alpha": 0.5}), ("validation_loss", {"lw": 2})):
+        points = [(m["step"], m[name]) for m in metrics if name in m]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run.name)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(run / "loss.png", dpi=120)
+    pyplot.close(figure)
+
+
+def _summary(metrics: dict[str, float]) -> str:
+    names = {"train_loss": "loss", "validation_loss": "validation", "tokens_per_second": "tokens/s"}
+    parts = [
+        f"{short} {metrics[name]:,.0f}"
+        if name == "tokens_per_second"
+        else f"{short} {metrics[name]:.4f}"
+        for name, short in names.items()
+        if name in metrics
+    ]
+    return "  ".join(parts)
+
+
+def _tensorboard_writer(run: Path, start: int) -> Any:
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)

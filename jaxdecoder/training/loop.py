@@ -1,0 +1,310 @@
+"""The training loop: everything around the pure step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdecoder.config import Config, ConfigError
+from jaxdecoder.data import batches, tokenizers
+from jaxdecoder.data.tokens import Corpus, Split, prepare
+from jaxdecoder.errors import UserError
+from jaxdecoder.training import checkpoints, runs
+from jaxdecoder.training.evaluation import bits_per_byte, make_evaluator
+from jaxdecoder.training.logging import Log, draw_losses
+from jaxdecoder.training.sharding import batch_sharding, make_mesh, state_sharding
+from jaxdecoder.training.step import (
+    Metrics,
+    State,
+    evaluated_params,
+    fuse,
+    init_state,
+    make_decoder,
+    make_step,
+    state_of,
+)
+
+Sampler = Callable[[Config, Any, tokenizers.Tokenizer], str]
+
+
+def train(config: Config, *, sampler: Sampler | None = None) -> dict[str, Any]:
+    """Trains a run to its end, from where it stopped if it has begun; returns its summary.
+
+    `sampler` makes the text shown every `train.sample_every` steps and at the end.
+    """
+    run = Path(config.train.out)
+    with runs.lock(run):
+        runs.check_same_config(run, config)
+        source = runs.load_model(config.train.init_from) if config.train.init_from else None
+        if source is not None and not config.data.tokenizer_path:
+            # The weights know its tokens and no others.
+            path = str(Path(config.train.init_from) / "tokenizer.json")
+            config = replace(config, data=replace(config.data, tokenizer_path=path))
+        corpus = prepare(config.data)
+        config = complete(config, corpus)
+        runs.write_config(run, config)
+        tokenizers.save(corpus.tokenizer, run / "tokenizer.json")
+        return _train(run, config, corpus, source, sampler)
+
+
+def complete(config: Config, corpus: Corpus) -> Config:
+    """The config with what the tokenizer and the shapes decide filled in."""
+    model, entries = config.model.resolve(), corpus.tokenizer.vocab_size
+    if model.vocab_size is None:
+        model = replace(model, vocab_size=entries)
+    elif model.vocab_size < entries:
+        raise ConfigError(
+            "model.vocab_size",
+            model.vocab_size,
+            f"the tokenizer has {entries} entries; leave it out",
+        )
+    return replace(config, model=model)
+
+
+def boundary(step: int, config: Config) -> int:
+    """Where the compiled call that starts at `step` ends.
+
+    A function of the step alone, so that a resumed run makes the same calls.
+    """
+    t = config.train
+    periods = [t.steps_per_call, t.evaluate_every, t.checkpoint_every, t.sample_every]
+    return min(t.steps, *((step // every + 1) * every for every in periods if every))
+
+
+def _train(
+    run: Path, config: Config, corpus: Corpus, source: runs.Model | None, sampler: Sampler | None
+) -> dict[str, Any]:
+    t = config.train
+    mesh = make_mesh(config)
+    feed = partial(_feed, config, corpus, mesh)
+    fixed = _evaluation_batches(config, corpus, mesh)
+    evaluate = make_evaluator(make_decoder(config))
+
+    new_state = partial(init_state, config) if source is None else partial(_adopt, config, source)
+    shapes = jax.eval_shape(new_state)
+    shardings = state_sharding(shapes, mesh, fsdp=t.fsdp)
+    manager = checkpoints.open_checkpoints(run, keep=t.keep)
+    like = jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
+    )
+    state = checkpoints.restore_latest(manager, like)
+    if state is None:
+        state = jax.jit(new_state, out_shardings=shardings)()
+    call = jax.jit(
+        fuse(make_step(config)),
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh, 1)),
+        out_shardings=(shardings, None),
+    )
+
+    step = int(state.step)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+    best = _best_loss(manager)
+    tokens_per_step = t.batch_size * config.model.context_length
+    with Log(run, steps=t.steps, start=step, tensorboard=t.tensorboard) as log:
+        log.say(_greeting(run, config, corpus, parameters, mesh.size, step))
+        record = _Recorder(log, config, tokens_per_step)
+        try:
+            while step < t.steps:
+                end = boundary(step, config)
+                state, metrics = call(state, feed(step, end - step))
+                record.add(step, metrics)
+                step = end
+                due = step % t.evaluate_every == 0 or step % t.checkpoint_every == 0
+                if due or step == t.steps:
+                    record.catch_up()
+                    loss = evaluate(
+                        evaluated_params(state), fixed("validation", t.evaluation_batches)
+                    )
+                    log.write(step, validation_loss=loss, seconds=record.seconds())
+                    if loss < best or step % t.checkpoint_every == 0 or step == t.steps:
+                        checkpoints.save(manager, state, loss)
+                    best = min(best, loss)
+                if sampler is not None and t.sample_every and step % t.sample_every == 0:
+                    _show_sample(
+                        log, run, step, sampler(config, evaluated_params(state), corpus.tokenizer)
+                    )
+            record.catch_up()
+        except (UserError, KeyboardInterrupt):
+            checkpoints.finish(manager)
+            raise
+        checkpoints.finish(manager)
+
+        params = evaluated_params(state)
+        validation = evaluate(params, fixed("validation", None))
+        validation_targets = _targets(config, corpus.validation)
+        summary = {
+            "parameters": parameters,
+            "steps": step,
+            "tokens": step * tokens_per_step,
+            "train_loss": evaluate(params, fixed("train", t.evaluation_batches)),
+            "validation_loss": validation,
+            "bits_per_byte": bits_per_byte(
+                validation, validation_targets, corpus.validation.n_bytes
+            ),
+            "best_validation_loss": best,
+            "seconds": record.seconds(),
+        }
+        runs.write_summary(run, summary)
+        draw_losses(run)
+        if sampler is not None:
+            _show_sample(log, run, step, sampler(config, evaluated_params(state), corpus.tokenizer))
+        log.say(
+            f"done: train {summary['train_loss']:.4f}, validation {validation:.4f} nats a token, "
+            f"{summary['bits_per_byte']:.4f} bits a byte; talk to it with: python sample.py {run}"
+        )
+    manager.close()
+    return summary
+
+
+class _Recorder:
+    """Reads metrics one call late, so that the device is never waited for, and checks them."""
+
+    def __init__(self, log: Log, config: Config, tokens_per_step: int):
+        self.log, self.config, self.tokens_per_step = log, config, tokens_per_step
+        self.pending: tuple[int, Metrics] | None = None
+        self.started = self.last_time = time.perf_counter()
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a call that started at `step`, and reads those before it."""
+        self.catch_up()
+        self.pending = (step, metrics)
+
+    def catch_up(self) -> None:
+        """Logs what is pending; raises at the first step whose loss or gradient is not finite."""
+        if self.pending is None:
+            return
+        first, metrics = self.pending
+        self.pending = None
+        metrics = jax.tree.map(np.asarray, metrics)
+        bad = ~(np.isfinite(metrics.train_loss) & np.isfinite(metrics.gradient_norm))
+        if bad.any():
+            at = int(np.argmax(bad))
+            raise UserError(
+                f"step {first + at + 1}: the loss is {metrics.train_loss[at]} and the gradient "
+                f"norm {metrics.gradient_norm[at]}; training stopped, the last good checkpoint is "
+                "kept. A lower optimizer.learning_rate, more warmup_steps or a gradient_clip "
+                "may help"
+            )
+        now = time.perf_counter()
+        count = len(metrics.train_loss)
+        speed = count * self.tokens_per_step / (now - self.last_time)
+        self.last_time = now
+        for i in range(count):
+            step = first + i + 1
+            if step % self.config.train.log_every == 0:
+                self.log.write(
+                    step,
+                    train_loss=float(metrics.train_loss[i]),
+                    learning_rate=float(metrics.learning_rate[i]),
+                    gradient_norm=float(metrics.gradient_norm[i]),
+                    tokens_per_second=speed,
+                )
+
+    def seconds(self) -> float:
+        """Seconds spent on this run, earlier processes included."""
+        return self.log.earlier_seconds + time.perf_counter() - self.started
+
+
+def _feed(config: Config, corpus: Corpus, mesh: Any, step: int, count: int) -> batches.Batch:
+    """The batches of `count` steps on the devices, each host giving its rows."""
+    t = config.train
+    share = t.batch_size // jax.process_count()
+    stacked = batches.stack(
+        corpus.train,
+        config.data,
+        batch_size=t.batch_size,
+        context_length=config.model.context_length,
+        seed=t.seed,
+        step=step,
+        count=count,
+        end_token=corpus.tokenizer.end_token,
+        rows=slice(jax.process_index() * share, (jax.process_index() + 1) * share),
+    )
+    return _place(stacked, batch_sharding(mesh, 1))
+
+
+def _evaluation_batches(config: Config, corpus: Corpus, mesh: Any) -> Callable[..., Any]:
+    """A function from a split's name and a count to fixed batches on the devices."""
+    share = config.train.batch_size // jax.process_count()
+
+    def fixed(name: str, count: int | None) -> Any:
+        each = batches.evaluation_batches(
+            getattr(corpus, name),
+            config.data,
+            batch_size=config.train.batch_size,
+            context_length=config.model.context_length,
+            count=count,
+            end_token=corpus.tokenizer.end_token,
+            rows=slice(jax.process_index() * share, (jax.process_index() + 1) * share),
+        )
+        return (_place(batch, batch_sharding(mesh)) for batch in each)
+
+    return fixed
+
+
+def _place(batch: batches.Batch, sharding: Any) -> batches.Batch:
+    return jax.tree.map(
+        lambda array: jax.make_array_from_process_local_data(sharding, array), batch
+    )
+
+
+def _adopt(config: Config, source: runs.Model) -> State:
+    """The state at step 0 with another run's weights."""
+    fresh = jax.eval_shape(partial(init_state, config)).params
+    ours, theirs = _shapes(fresh), _shapes(source.params)
+    different = [
+        f"{name}: {theirs.get(name, 'absent')} there, {ours.get(name, 'absent')} here"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    if different:
+        listed = "\n  ".join(different)
+        raise UserError(
+            f"train.init_from = {config.train.init_from}: its weights do not fit this "
+            f"config's model:\n  {listed}"
+        )
+    return state_of(config, source.params)
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x.shape for path, x in leaves}
+
+
+def _best_loss(manager: Any) -> float:
+    step = manager.best_step()
+    return math.inf if step is None else float(manager.metrics(step)[checkpoints.METRIC])
+
+
+def _targets(config: Config, split: Split) -> int:
+    """Tokens of a split that are predicted when all of it is evaluated."""
+    if config.data.mode == "packed":
+        return len(split.tokens) - 1
+    return len(split.tokens)
+
+
+def _show_sample(log: Log, run: Path, step: int, text: str) -> None:
+    log.say(f"\n--- a sample at step {step} ---\n{text}\n---\n")
+    with (run / "samples.txt").open("a", encoding="utf-8") as file:
+        file.write(f"--- step {step} ---\n{text}\n")
+
+
+def _greeting(
+    run: Path, config: Config, corpus: Corpus, parameters: int, devices: int, step: int
+) -> str:
+    platform = jax.devices()[0].platform
+    begun = f"going on at step {step}" if step else "from the start"
+    return (
+        f"{run}: {parameters:,} parameters, {len(corpus.train.tokens):,} training tokens of "
+        f"{corpus.tokenizer.vocab_size:,} kinds, on {devices} {platform} "
+        f"device{'s' if devices > 1 else ''}, {begun}"
+    )

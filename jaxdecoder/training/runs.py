@@ -1,0 +1,112 @@
+"""A run is a folder: config, tokenizer, metrics, checkpoints, summary. Opened and read here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+
+from jaxdecoder.config import Config, differences, from_dict, read_toml, to_toml
+from jaxdecoder.data import tokenizers
+from jaxdecoder.decoder import Decoder
+from jaxdecoder.errors import UserError
+from jaxdecoder.training.checkpoints import restore_params
+from jaxdecoder.training.step import make_decoder
+
+# What may differ when a run goes on: none of it changes a single bit of the result.
+FREE = (
+    "train.out",
+    "train.keep",
+    "train.tensorboard",
+    "train.sample_prompt",
+    "data.path",
+    "data.cache",
+    "data.processes",
+    "data.tokenizer_path",
+)
+
+
+class Model(NamedTuple):
+    """A trained model, as commands take it."""
+
+    config: Config
+    decoder: Decoder
+    params: Any
+    tokenizer: tokenizers.Tokenizer
+    step: int
+
+
+def read_config(run: Path) -> Config:
+    """The config a run was made with."""
+    if not (run / "config.toml").is_file():
+        raise UserError(f"{run}: not a run folder, it has no config.toml")
+    return from_dict(read_toml(run / "config.toml"), str(run / "config.toml"))
+
+
+def load_model(run: str | Path, which: str = "best") -> Model:
+    """A run's model at its `best` or `last` checkpoint."""
+    run = Path(run)
+    config = read_config(run)
+    tokenizer = tokenizers.load(run / "tokenizer.json")
+    step, params = restore_params(run, which)
+    return Model(config, make_decoder(config), params, tokenizer, step)
+
+
+def lock(run: Path) -> filelock.BaseFileLock:
+    """Keeps a second process out of a run folder; the system frees it when the process dies."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        held = filelock.FileLock(run / ".lock")
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(
+            f"{run}: another process is training in this folder; give another --train.out"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{run}: {error.strerror}") from None
+    return held
+
+
+def check_same_config(run: Path, config: Config) -> None:
+    """Refuses to go on with a run that was started with another config.
+
+    `config` may still lack what the tokenizer and the shapes decide; those are taken over.
+    """
+    if not (run / "config.toml").exists():
+        return
+    theirs = read_config(run)
+    model = config.model.resolve()
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=theirs.model.vocab_size)
+    different = [
+        line
+        for line in differences(theirs, dataclasses.replace(config, model=model))
+        if line.split(":")[0] not in FREE
+    ]
+    if different:
+        listed = "\n  ".join(different)
+        raise UserError(
+            f"{run}: this run was started with another config:\n  {listed}\n"
+            "Give another --train.out, or the values it was started with"
+        )
+
+
+def write_config(run: Path, config: Config) -> None:
+    """Writes the complete config."""
+    write_atomically(run / "config.toml", to_toml(config))
+
+
+def write_summary(run: Path, summary: dict[str, Any]) -> None:
+    """Writes summary.json."""
+    write_atomically(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

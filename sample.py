@@ -1,0 +1,108 @@
+"""Talks to a model: python sample.py runs/stories --prompt "Once upon a time"."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from jaxdecoder.errors import UserError, friendly
+
+
+@dataclass(frozen=True)
+class Options:
+    """Samples text from a run."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder."""
+    prompt: tuple[str, ...] = ("",)
+    """Beginning of the text; several make a batch."""
+    prompt_file: str = ""
+    """Read the prompt from this file; - is standard input."""
+    max_new_tokens: int = 500
+    """Longest continuation."""
+    temperature: float = 0.8
+    """Divides the logits; 0 is greedy."""
+    top_k: int | None = None
+    """Choose among the k likeliest tokens."""
+    top_p: float | None = None
+    """Choose among the fewest tokens that have this probability together."""
+    min_p: float | None = None
+    """Choose among tokens at least this many times as probable as the likeliest."""
+    repetition_penalty: float | None = None
+    """Make tokens that are already there less likely, by this factor."""
+    num_samples: int = 1
+    """Continuations of each prompt."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which of the run's checkpoints."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and compute; auto is what the run was trained in."""
+
+
+@friendly
+def main() -> None:
+    """Parses, loads, generates, prints."""
+    options = tyro.cli(Options)
+    import jax
+    import jax.numpy as jnp
+
+    from jaxdecoder.data.tokenizers import stream_decoder
+    from jaxdecoder.sampling import filters
+    from jaxdecoder.sampling.generate import encode_prompt, generate
+    from jaxdecoder.training.runs import load_model
+
+    for name in ("max_new_tokens", "num_samples"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1")
+    model = load_model(options.run, options.checkpoint)
+    decoder, params = model.decoder, model.params
+    if options.dtype != "auto":
+        decoder = decoder.clone(dtype=jnp.dtype(options.dtype))
+        params = jax.tree.map(lambda x: x.astype(decoder.dtype), params)
+    # Penalties act on the raw logits, cuts on what the temperature made of them.
+    steps = [filters.temperature(options.temperature)]
+    if options.repetition_penalty is not None:
+        steps.insert(0, filters.repetition_penalty(options.repetition_penalty))
+    for name in ("top_k", "top_p", "min_p"):
+        value = getattr(options, name)
+        if value is not None:
+            steps.append(getattr(filters, name)(value))
+    texts = [_read(options.prompt_file)] if options.prompt_file else list(options.prompt)
+    texts = [text for text in texts for _ in range(options.num_samples)]
+    chunks = generate(
+        decoder,
+        params,
+        [encode_prompt(model.tokenizer, text) for text in texts],
+        max_new_tokens=options.max_new_tokens,
+        key=jax.random.key(options.seed),
+        choose=filters.chain(*steps),
+        end_token=model.tokenizer.end_token,
+    )
+    decoders = [stream_decoder(model.tokenizer) for _ in texts]
+    if len(texts) == 1:
+        # One text is shown as it comes, several when they are whole.
+        print(texts[0], end="", flush=True)
+        for (fresh,) in chunks:
+            print(decoders[0](fresh), end="", flush=True)
+        print()
+        return
+    for chunk in chunks:
+        for row, fresh in enumerate(chunk):
+            texts[row] += decoders[row](fresh)
+    print("\n---\n".join(texts))
+
+
+def _read(path: str) -> str:
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
