@@ -23,7 +23,7 @@ from typing import TypeVar
 from jaxdecoder.data import story_words as words
 from jaxdecoder.data.story_words import Kind, Trait
 
-VERSION = 2  # part of the cache key of tokenised text: raise it when any story changes
+VERSION = 3  # part of the cache key of tokenised text: raise it when any story changes
 
 T = TypeVar("T")
 
@@ -151,12 +151,13 @@ class Teller:
                     self.facts["his_friend"] = self.facts["friend"]
 
     def text(self) -> str:
+        """The story, with a pronoun where a sentence would repeat the name in the one before."""
         text = "\n".join(" ".join(sentences) for sentences in self.paragraphs)
-        hero, pronoun = self.cast[0]
-        if pronoun == "it":  # "it" could as well be the ball
-            return text
-        again = rf"\b({hero}\b[^.!?\"\n]*[.!]) {hero}(?= [a-z])"
-        return re.sub(again, rf"\1 {upper_first(pronoun)}", text)
+        for name, pronoun in self.cast:
+            if pronoun != "it":  # "it" could as well be the ball
+                again = rf"\b({name}\b[^.!?\"\n]*[.!]) {name}(?= [a-z])"
+                text = re.sub(again, rf"\1 {upper_first(pronoun)}", text)
+        return text
 
 
 # --- Casting and opening -------------------------------------------------------------------------
@@ -223,7 +224,7 @@ def open_story(t: Teller, kind: Kind, trait: Trait) -> None:
     if not named or t.chance(0.5):
         adjectives = f"{t.pick(kind.adjectives)} {kind.noun}"
     t.know(kind=adjectives)
-    t.know(shown=trait.shown, changed=trait.changed)
+    t.know(shown=trait.shown, slips=trait.slips, changed=trait.changed)
     t.tell("""
         - Once upon a time, there was {a_kind} named {hero}. {He} lived {home}.
           Once upon a time, {a_kind} named {hero} lived {home}.
@@ -234,7 +235,7 @@ def open_story(t: Teller, kind: Kind, trait: Trait) -> None:
           This is the story of {hero}, {a_kind} who lived {home}.
           {hero} lived {home}. {He} was {a_kind}.
     """)
-    if trait.adjective not in adjectives or t.chance(0.3):
+    if trait.adjective not in adjectives:
         t.tell("- {shown}")
 
 
@@ -254,7 +255,8 @@ def know_thing(t: Teller, noun: str, adjectives: Sequence[str] = words.COLORS) -
 
 COMMON = {
     "HELLO": (
-        'Just then {his_friend} came by. "Why are you so sad?" {she} asked.',
+        'Just then {his_friend} came by. "Why are you so [sad|upset|quiet]?" {she} asked.',
+        '"[Hello|Good day], {hero}!" called {his_friend}. "[Why the long face|Are you all right]?"',
         '{his_friend} saw {him} and came over. "What is the matter?" asked {friend}.',
         'Soon {his_friend} came along. "What happened, {hero}?" {she} asked.',
         '"What is wrong?" asked a voice. It was {his_friend}.',
@@ -264,6 +266,8 @@ COMMON = {
         '"Thank you for your help," said {hero}, and {he} hugged {friend}.',
         '"I could not have done it without you," {hero} told {friend}.',
         "{hero} thanked {friend} again and again.",
+        '"What would I do without you?" {hero} asked. {friend} only [smiled|laughed|winked].',
+        '{hero} [beamed|grinned]. "You are the best, {friend}," {he} said.',
     ),
     "ON THE WAY": (
         "On the way, {he} [hummed a tune|sang a song|counted the birds|waved to the baker].",
@@ -275,6 +279,8 @@ COMMON = {
         "{close}, they walked home together.",
         "{close}, they went home, happy and tired.",
         "{close}, {hero} and {friend} sat side by side and laughed about it.",
+        "{close}, {hero} told the whole [town|family|village] what had happened.",
+        "{close}, they [sang|sat by the fire|rested under a tree] and were glad.",
     ),
 }
 
@@ -290,6 +296,8 @@ def lost(t: Teller) -> None:
     know_thing(t, noun)
     place = t.pick(words.PLACES)
     did, doing, spot = t.pick(place.doings)
+    while kind.noun in did:  # a duck does not feed the ducks
+        did, doing, spot = t.pick(place.doings)
     t.know(dear=dear, place=place.name, did=did, doing=doing, spot=spot)
     first = int(t.random() * len(place.decoys))
     t.know(decoy=place.decoys[first], decoy2=place.decoys[first - 1])
@@ -307,10 +315,13 @@ def lost(t: Teller) -> None:
         ? ON THE WAY
         - There {he} {did} and forgot about everything else.
           {hero} put the {noun} down and {did} [for a long time|for an hour].
-          {hero} {did}, and {he} had a lot of fun.
+          {hero} {did}, and {he} [had a lot of fun|did not think of the {noun}].
+          {hero} [ate a plum|took a nap|had a rest] first. Then {he} {did} until {he} was tired.
+        ? {slips}
         - But when {he} wanted to go home, the {noun} was gone!
           Then {hero} looked around. Where was the {noun}? It was nowhere to be seen.
           When it was time to leave, {hero} could not find the {noun}.
+          Later, {hero} reached for the {noun}, but {his} {hand} found nothing.
         ? "Oh no!" cried {hero}. "Where is my {noun}?"
           "My {noun}!" {he} cried. "I have lost it!"
         - {hero} looked {decoy}, but there was only [dust|an old leaf|a snail|a wet sock].
@@ -327,16 +338,18 @@ def lost(t: Teller) -> None:
         - "Think back," said {friend}. "What did you do here today?"
           {friend} thought for a moment. "When did you have it last?" {she} asked.
           "Running around does not help," said {friend}. "Where were you before?"
+          "Things do not walk away," said {friend} [calmly|kindly]. "What were you doing?"
         - {hero} closed {his} eyes and thought. "I was {doing}," {he} said.
           "I had it when I was {doing}," said {hero} slowly.
           "Let me think," said {hero}. "I was {doing}!"
         - They went back together, and there, {spot}, lay the {thing}.
           They walked back and looked {spot}. "There it is!" shouted {hero}.
           {friend} took {him} by the {hand}, and they went back. The {thing} was {spot}!
+          "Then I know where to look," said {friend}. And really, the {thing} was {spot}.
 
         ? {hero} held the {noun} tight.
           {hero} jumped for joy.
-        - THANKS
+        ? THANKS
         ? "You found it yourself," said {friend}. "You only had to think."
           HOMEWARD
         - {changed}
@@ -359,6 +372,8 @@ def stuck(t: Teller) -> None:
         - {hero} had {a_thing}, and {he} loved to {play} {at}.
           {His} favorite toy was {a_thing}.
           For {his} birthday, {hero} had been given {a_thing}.
+          {hero} had saved [ten|twelve|twenty] coins to buy {a_thing}.
+          [A neighbor|An old sailor|A kind tailor] had [made|found|painted] {a_thing} for {him}.
 
         - {when}, {hero} went to {to} to {play}. {sky}
           {when}, {hero} took the {noun} to {to}. {sky}
@@ -368,10 +383,11 @@ def stuck(t: Teller) -> None:
           Suddenly there was trouble. {stuck}.
         ? "Come back!" shouted {hero}.
           "Oh no, my {noun}!" cried {hero}.
+        ? {slips}
         - {tries}
           {hero} tried to get the {noun} back. {tries}
           "I will get it," said {hero}. {tries}
-        ? It was no use.
+        ? It was no use, and {hero} felt [angry|helpless|small].
           {hero} stamped {his} foot.
           {He} tried again, but it was no better.
 
@@ -399,7 +415,7 @@ def stuck(t: Teller) -> None:
 
         - THANKS
         ? HOMEWARD
-        - The next time {hero} went to {to} with the {thing}, {friend} went with {him}.
+          The next time {hero} went to {to} with the {thing}, {friend} went with {him}.
           The {thing} was safe again.
           For the rest of the {time}, they played with the {thing} together.
         - {changed}
@@ -443,7 +459,7 @@ def gift(t: Teller) -> None:
 
         - {close}, {hero} brought the {gift} to {other}. "{wish}!" {he} said.
           {close}, {hero} and {friend} went to see {other}. "{wish}!" they called.
-        - "Is that for me?" asked {other}. "[It is wonderful|What a surprise]!"
+        ? "Is that for me?" asked {other}. "[It is wonderful|What a surprise]!"
           "Did you {make} it yourself?" asked {other}. "{friend} helped me," said {hero}.
           {other} [laughed with joy|could hardly believe it|smiled from ear to ear].
         - {changed}
@@ -475,13 +491,15 @@ def quarrel(t: Teller) -> None:
         - "Now look what you have done!" shouted {friend}, and {she} ran home.
           "It is your fault!" they both said. {friend} went away without another word.
           {friend} had tears in {hers} eyes. {She} turned around and left.
+          "I will never play with you again!" said {friend} and slammed the [door|gate].
 
         - {hero} tried to play alone, but it was [no fun at all|very dull].
           Without {friend}, the {time} was long and gray.
           {hero} sat beside the broken {noun}. {He} missed {friend}.
+          {hero} built a tower, but there was nobody to [admire it|knock it down].
         ? "{A_noun} is only {a_noun}," {he} thought, "but {friend} is my friend."
         - {hero} went to {friend} and said, "I am sorry. I only thought of myself."
-          So {hero} took the {noun} and knocked at the door of {friend}. "I am sorry," {he} said.
+          So {hero} took the {noun} and knocked at {friend}'s door. "I am sorry," {he} said.
         - "I am sorry too," said {friend}.
           {friend} nodded. "I was wrong too," {she} said.
         - Together they {mend}.
@@ -509,7 +527,7 @@ def noise(t: Teller) -> None:
         - {when}, {hero} had to fetch the {errand} from {to}.
           {when}, {his_friend} said, "I left the {errand} in {to}. Can you bring it to me?"
           {when}, {hero} needed the {errand}, but it was still in {to}.
-        ? It was very dark.
+        ? It was very dark and [quiet|still|cold].
           There was no moon in the sky.
           {He} took a small step, then another.
         - When {hero} came near, {he} heard {sound}.
@@ -522,10 +540,11 @@ def noise(t: Teller) -> None:
           "There is {monster} in {to}," {he} told {his_friend}. "I heard it!"
         - "Did you see it?" asked {friend}. "No," said {hero}, "it was too dark."
           "Let us go and look," said {friend}. "I will stay with you."
+          {friend} put down {hers} [tea|book|pencil|soup]. "Show me," {she} said.
           {friend} did not laugh. "Everyone is afraid sometimes," {she} said. "Come with me."
         - {friend} lit {light} and took {hero} by the {hand}.
           {She} gave {him} {light}. "You hold it," said {friend}. "I am right behind you."
-        - Step by step, they went back to {to}.
+        ? Step by step, they went back to {to}.
           Slowly they walked into {to}.
         ? There was {sound} again. {hero} wanted to run, but {he} did not.
         - {hero} held up the light, and what did {he} see? It was only {truth}!
@@ -536,6 +555,7 @@ def noise(t: Teller) -> None:
         ? THANKS
         ? "In the dark, small things seem big," said {friend}.
           "You were brave," said {friend}. "You were afraid, and you went anyway."
+          They stayed [awake|up] late and told each other [funny|strange|long] stories.
         - {changed}
     """)
 
@@ -553,22 +573,23 @@ def lesson(t: Teller) -> None:
         - There was one thing that {hero} wanted to learn. {He} wanted to {verb}.
           More than anything, {hero} wanted to {verb}.
           All {his} friends could {verb}, but {hero} could not.
+          {hero} had seen a [sailor|baker|farmer|clown] {verb}, and now {he} wanted to do it too.
 
         - {when}, {hero} went to {to}. "Today I will {verb}," {he} said.
           {when}, {hero} went to {to} to try. {sky}
         ? ON THE WAY
-        - But {fails}.
+        - {fails}.
           {hero} did {his} best, but it was hard. {Fails}.
         ? {He} tried again, and it was even worse.
           It happened again and again.
-          That hurt.
+          Somebody laughed.
         - "I will never learn to {verb}!" cried {hero}.
           {hero} wanted to give up.
           "It is too hard for me," {he} said, and {he} sat down.
 
         - {his_friend} had seen it all. "May I show you how I do it?" {she} asked.
           "Nobody can {verb} on the first day," said {his_friend}.
-          {his_friend} sat down next to {him}. "I fell many times too," {she} said.
+          {his_friend} sat down next to {him}. "It was hard for me too," {she} said.
     """)
     if trait is words.STUBBORN:
         t.tell("""
@@ -581,11 +602,11 @@ def lesson(t: Teller) -> None:
     t.tell("""
         - "{advice}," said {friend}.
           Then {she} told {him} the secret. "{advice}."
-        - {hero} listened and tried once more.
+        ? {hero} listened and tried once more.
           {hero} got up and did just that.
-        ? It went a little better.
+        ? It went a little better, and then a [bit|lot] better than that.
           They practiced all {time}.
-          {He} practiced for three days.
+          {He} tried until {he} was out of breath.
         - And then {works}!
           Suddenly {works}.
           At last {works}.
@@ -615,7 +636,7 @@ def race(t: Teller) -> None:
           "Good luck!" said {his_friend}. "I do not need luck," said {hero}.
         - [One, two, three|Ready, steady], go! {hero} {ahead}.
           A bell rang, and {hero} {ahead}.
-        - {He} looked back to laugh at {friend}. But then {hero} {fall}.
+        - {hero} looked back to laugh at {friend}. But then {he} {fall}.
           {hero} was so sure to win {prize} that {he} did not look ahead. {He} {fall}.
           {hero} waved to the crowd and did not watch the way. Suddenly {he} {fall}.
         ? "Ouch!" cried {hero}.
@@ -634,10 +655,11 @@ def race(t: Teller) -> None:
         - They came to {goal} last, but they came together.
           Side by side, they reached {goal}.
 
-        - Somebody else got {prize}, but {hero} did not mind.
+        - Somebody else won the prize, but {hero} did not mind.
           "{friend} is the real winner," {hero} told everyone.
+          There was no prize for the last, but the crowd [cheered|clapped|sang] for both of them.
           The judge smiled and gave {prize} to {friend}. "For a good heart," the judge said.
-        - "I am sorry that I laughed at you," said {hero}.
+        ? "I am sorry that I laughed at you," said {hero}.
           THANKS
         - {changed}
     """)
@@ -658,7 +680,7 @@ def foundling(t: Teller) -> None:
           It was {a_weather} {time}. {hero} found {a_noun} {spot}.
         - It was {state}.
           The poor little thing was {state}.
-        - "Where is your mother?" asked {hero}.
+        ? "Where is your mother?" asked {hero}.
           "Do not be afraid," said {hero} softly.
         - {hero} gave the {noun} {wrong}, but it turned its head away.
           {hero} ran home and brought {wrong}. The {noun} did not want it.
@@ -685,7 +707,7 @@ def foundling(t: Teller) -> None:
           "Now it must go home," said {friend}. "Its mother is waiting."
         - So they carried the {noun} to {to}, and there was its mother.
           {close}, they took it back to {to}. Its mother was there.
-        - {hero} was a little sad and very glad.
+        ? {hero} was a little sad and very glad.
           {hero} waved until {he} could not see the {noun} any more.
           Every week, {hero} went to {to} to visit the {noun}.
         - {changed}
@@ -768,6 +790,7 @@ def repair(t: Teller) -> None:
           It was a quiet, {weather} {time} until the {noun} {breaks}.
         ? "What now?" asked {hero}.
           "I can fix it," said {hero}.
+        ? {slips}
         - {hero} {fool}, but {worse}.
           First {hero} {fool}. That did not help, for {worse}.
         ? {hero} scratched {his} head.
@@ -802,10 +825,11 @@ def garden(t: Teller) -> None:
     t.tell("""
 
         - {when}, {his_friend} gave {him} {a_seed} seed.
-          {when}, {hero} found {a_seed} seed in {his} [bag|box|basket].
+          {when}, {hero} found {a_seed} seed in {his} [bag|box|basket|pocket|drawer].
         - "I will plant it," said {hero}, "and soon I will have {plant}!"
           {hero} wanted to have {plant}.
-        - {He} dug a hole behind [the house|the fence|the wall] and put the seed in.
+        - {He} dug a hole [behind the house|by the fence|near the wall] and put the seed in.
+          {He} [borrowed a spade|rolled up {his} sleeves] and put the seed into the ground.
         - The next day, nothing had happened. {hero} dug up the seed to look at it.
           An hour later, {he} looked at the ground. "Grow!" said {hero}. Nothing moved.
           {hero} poured so much water on the seed that it floated away in the mud.
@@ -822,6 +846,7 @@ def garden(t: Teller) -> None:
           {hero} waited one week, and then another. It was hard, but {he} did not dig.
           The sun shone, the rain fell, and {hero} waited.
         ? One day, a tiny green leaf came out of the ground.
+          A [robin|snail|beetle|bee] came to look, and {hero} told the news.
           "Good night, seed," {he} said each evening.
 
         - At the end of the summer, there was {plant}.
@@ -854,13 +879,13 @@ def honest(t: Teller) -> None:
         - {hero} was afraid. {He} hid the pieces {hiding}.
           "Nobody must see this," thought {hero}, and {he} put the pieces {hiding}.
 
-        - "Have you seen my {thing}?" asked {friend}.
-          Soon {friend} came in. "Where is the {noun}?" {she} asked.
-        - "No," said {hero} and looked at the floor.
-          "Maybe the wind took it," said {hero}.
-          "I do not know where it is," said {hero} in a small voice.
-        - But the lie was heavy as a stone in {his} belly.
-          At supper, {hero} could not eat a bite.
+        - "Have you seen my {thing}?" asked {friend}. "No," said {hero} and looked at the floor.
+          "Where is the {noun}?" asked {friend}. "I do not know," {hero} said in a small voice.
+          Soon {friend} came in. "Who took the {noun}?" {she} asked. "Maybe the wind," said {hero}.
+          {friend} saw the empty place. "Did you do that, {hero}?" "No, not me," {he} said.
+        - But the lie was as heavy as a stone.
+          But the lie [burned|stung|itched], and {hero} could not sit still.
+          {hero} wanted to smile, but {he} could not.
           {hero} could not play any more. {He} thought only of the {noun}.
         - At last {he} took the pieces to {friend}. "I broke it," {hero} said. "I am sorry."
           "I did it," {he} told {friend}. "I broke the {noun}, and I hid it {hiding}."
@@ -891,7 +916,7 @@ def cloud(t: Teller) -> None:
           Down below, {his_friend} stood in {a_dry}. The ground was hard and full of cracks.
         - "Please, cloud," {she} called, "{plants} are so thirsty!"
           "Can you help me, little cloud?" asked {friend}. "Without rain, {plants} will die."
-        - "I will try," said {hero}.
+        ? "I will try," said {hero}.
           "But I am so small," said {hero}. "Please try," said {friend}.
         - {hero} pressed and squeezed, but only three drops fell on the {dry}.
           One drop fell, then another. Then {hero} was empty.

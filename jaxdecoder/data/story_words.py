@@ -147,11 +147,12 @@ ELDERS = {
 
 @dataclass(frozen=True)
 class Trait:
-    """What the hero is like: shown at the beginning, and changed at the end."""
+    """What the hero is like: shown at the beginning, the cause of trouble, changed at the end."""
 
     adjective: str
     shown: tuple[str, ...]
     changed: tuple[str, ...]
+    slips: tuple[str, ...] = ("",)
 
 
 FORGETFUL = Trait(
@@ -166,6 +167,10 @@ FORGETFUL = Trait(
         "{hero} still forgot some things, but never {his} {thing}.",
         'From then on, {hero} stopped at every gate and asked {himself}, "Do I have everything?"',
     ),
+    (
+        "{hero} thought of this and that, but not of the {noun}.",
+        "Soon {his} head was full of other things.",
+    ),
 )
 CARELESS = Trait(
     "careless",
@@ -178,6 +183,10 @@ CARELESS = Trait(
         "From that day on, {hero} took good care of {his} things.",
         "{hero} was never so careless again.",
         "After that, {hero} put every toy back where it belonged.",
+    ),
+    (
+        "{hero} did not look where {he} left it.",
+        "The {noun} lay somewhere, and {hero} did not care where.",
     ),
 )
 IMPATIENT = Trait(
@@ -197,6 +206,11 @@ IMPATIENT = Trait(
         "From that day on, {hero} thought first and acted later.",
         "And whenever {hero} wanted to rush, {he} took a deep breath and counted to ten.",
     ),
+    (
+        "{hero} did not stop to think.",
+        "There was no time to lose, thought {hero}.",
+        '"It has to be done now," {he} said.',
+    ),
 )
 STUBBORN = Trait(
     "stubborn",
@@ -209,6 +223,11 @@ STUBBORN = Trait(
         "From then on, {hero} was not too proud to ask for help.",
         "{hero} had learned that asking for help is not hard at all.",
         "After that, when something was too hard, {hero} simply asked a friend.",
+    ),
+    (
+        "{hero} did not call anyone.",
+        '"I need no help," {he} [said|muttered].',
+        "Asking somebody was out of the question.",
     ),
 )
 SHY = Trait(
@@ -288,16 +307,43 @@ CURIOUS = Trait(
         "And {hero} went on asking a hundred questions every day.",
         "From then on, {hero} was curious and careful.",
     ),
+    (
+        "{hero} wanted to look at everything at once.",
+        "There was so much to see and so much to ask.",
+    ),
 )
 
 # --- When --------------------------------------------------------------------------------------
 
 SKIES = {
-    "sunny": ("The sun was [warm|bright].", "There was not a cloud in the sky.", "Birds sang."),
-    "windy": ("The wind shook the leaves.", "The trees bent in the wind.", "Clouds raced by."),
-    "cloudy": ("Gray clouds hung over the hills.", "The air was cool and still."),
-    "snowy": ("Snow lay on every roof.", "Snowflakes danced in the air.", "It was very cold."),
-    "rainy": ("Rain tapped on the windows.", "Big drops ran down the glass."),
+    "sunny": (
+        "The sun was [warm|bright].",
+        "There was not a cloud in the sky.",
+        "Birds sang in [every tree|the hedges].",
+        "Bees hummed [over the clover|in the warm air].",
+    ),
+    "windy": (
+        "The wind [shook the leaves|whistled around the corners].",
+        "The trees bent in the wind.",
+        "Clouds raced by.",
+        "Laundry flapped on every line.",
+    ),
+    "cloudy": (
+        "Gray clouds hung over the hills.",
+        "The air was cool and still.",
+        "The sky was the color of [milk|pearls|stone].",
+    ),
+    "snowy": (
+        "Snow lay on every roof.",
+        "Snowflakes danced in the air.",
+        "Icicles hung from the [eaves|gutters].",
+        "It was very cold.",
+    ),
+    "rainy": (
+        "Rain tapped on the windows.",
+        "Big drops ran down the glass.",
+        "Puddles grew in the street.",
+    ),
 }
 CLOSES = {
     "morning": ("By noon", "At lunch time", "Before the morning was over"),
@@ -367,7 +413,10 @@ PLACES = (
 
 # --- What --------------------------------------------------------------------------------------
 
-COLORS = ("red", "blue", "green", "yellow", "purple", "orange", "white", "pink")
+COLORS = (
+    *("red", "blue", "green", "yellow", "purple", "orange", "white", "pink"),
+    *("brown", "black", "golden", "silver", "striped", "shiny", "new", "old"),
+)
 
 # Dear things that can be carried about and lost, as (noun, why it is dear).
 TREASURES = (
@@ -382,7 +431,12 @@ TREASURES = (
     ("toy bear", "It had button eyes and a soft belly."),
     ("bag", "It had a pocket for every little thing."),
     ("flute", "It sang like a bird."),
-    ("umbrella", "It had a handle like the head of a duck."),
+    ("umbrella", "It had a handle like the head of a swan."),
+    ("compass", "It always knew the way north."),
+    ("yo-yo", "It hummed when it spun."),
+    ("feather", "It came from the tail of a peacock."),
+    ("spinning top", "It could dance on one foot."),
+    ("marble", "It shone like a small planet."),
     ("ring", "It was a gift from far away."),
 )
 
@@ -658,9 +712,11 @@ CRAFTS = (
 OCCASIONS = (
     ("It was {other}'s birthday", "Happy birthday"),
     ("{other} was sick in bed", "Get well soon"),
-    ("{other} was new in the village and had no friends yet", "Welcome"),
+    ("{other} was new in school and had no friends yet", "Welcome"),
     ("{other} had been very kind to {him} all week", "This is for you"),
     ("{other} had looked sad for days", "This will cheer you up"),
+    ("{other} had won a prize at school", "Well done"),
+    ("{other} had come back from a long trip", "Welcome home"),
 )
 
 
@@ -985,7 +1041,7 @@ TREATS = (
 SEEDS = (
     ("sunflower", "a sunflower as tall as a door", "They gave the seeds to the birds"),
     ("pumpkin", "a pumpkin as round as the moon", "They made a big pot of soup"),
-    ("bean", "a bean plant that climbed up to the window", "They picked a bowl of beans"),
+    ("bean", "a bean plant as high as the window", "They picked a bowl of beans"),
     ("carrot", "a row of sweet carrots", "They pulled the carrots out, one by one"),
     ("strawberry", "a patch of red strawberries", "They ate strawberries all week"),
     ("melon", "a green melon with stripes", "They cut the melon into ten slices"),
@@ -1008,7 +1064,7 @@ HIDING_PLACES = ("under the rug", "behind the sofa", "in a drawer", "in an old b
 # Where a garden is dry, as (what, what grows there).
 DRY = (
     ("garden", "the roses"),
-    ("field", "the corn"),
+    ("field", "the sunflowers"),
     ("orchard", "the apple trees"),
     ("meadow", "the flowers"),
     ("vegetable patch", "the beans"),
