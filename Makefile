@@ -1,0 +1,38 @@
+# make demo   trains the built-in stories for about two minutes and tells one
+# make test   lint, types and all tests
+# make bench  speed on this machine against PyTorch
+.PHONY: demo test bench clean
+
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED = $(VENV)/.installed
+PEER = .venv-torch
+
+demo: $(INSTALLED)
+	$(VENV)/bin/python train.py configs/stories.toml
+	$(VENV)/bin/python sample.py runs/stories --prompt "Once upon a time"
+
+test: $(INSTALLED)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest -n 2 $(TESTS)
+
+bench: $(INSTALLED) $(PEER)/.installed
+	$(VENV)/bin/python benchmarks/train_cpu.py --peer-python $(PEER)/bin/python
+	$(VENV)/bin/python benchmarks/sample_cpu.py --peer-python $(PEER)/bin/python
+
+$(INSTALLED): requirements.txt requirements-test.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet -r requirements-test.txt
+	touch $@
+
+# The peer of the benchmarks, kept apart: nothing here needs PyTorch.
+$(PEER)/.installed:
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet "torch==2.13.0" transformers
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(PEER) .cache runs
