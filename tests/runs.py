@@ -1,0 +1,82 @@
+"""Tiny runs for the tests of training: a corpus on disk, a config, and processes to train in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+CONFIG = """
+[model]
+context_length = 16
+d_model = 16
+n_layers = 2
+n_heads = 2
+dropout = 0.1
+
+[data]
+source = "text"
+path = "{folder}/corpus.txt"
+cache = "{folder}/cache"
+tokenizer = "byte"
+
+[optimizer]
+learning_rate = 1e-2
+ema_decay = 0.9
+
+[train]
+steps = 24
+batch_size = 8
+steps_per_call = 4
+evaluate_every = 12
+evaluation_batches = 2
+checkpoint_every = 4
+log_every = 1
+keep = 3
+out = "{folder}/run"
+"""
+
+
+def write_config(folder: Path, text: str | None = None) -> Path:
+    """A config for a tiny run in `folder`, and its corpus: counting in words."""
+    words = "zero one two three four five six seven eight nine".split()
+    lines = [" ".join(words[int(digit)] for digit in str(n)) for n in range(400)]
+    (folder / "corpus.txt").write_text("\n".join(lines) if text is None else text)
+    path = folder / "tiny.toml"
+    path.write_text(CONFIG.format(folder=folder))
+    return path
+
+
+def script(
+    *arguments: object, limit: Any = None, wait: bool = True, **environment: str
+) -> subprocess.Popen[str]:
+    """Runs one of the scripts in a process of its own; `limit` is called in it first."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=limit,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+    )
+    if wait:
+        # The whole output is read before the process is asked for its status.
+        process.output = process.communicate()[0]  # type: ignore[attr-defined]
+    return process
+
+
+def losses(run: Path) -> dict[tuple[int, str], float]:
+    """What metrics.jsonl says of losses and gradients, by step and name; times are left out."""
+    found = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        for name in ("train_loss", "validation_loss", "gradient_norm", "learning_rate"):
+            if name in metrics:
+                found[metrics["step"], name] = metrics[name]
+    return found

@@ -1,0 +1,112 @@
+"""A run can be killed at any moment: it goes on where it stopped and ends with the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdecoder.config import load
+from jaxdecoder.training.checkpoints import open_checkpoints, restore_latest
+from jaxdecoder.training.loop import boundary, train
+from jaxdecoder.training.runs import read_config
+from jaxdecoder.training.step import init_state
+from tests.runs import losses, script, write_config
+
+KILLS = int(os.environ.get("JAXDECODER_KILLS", "3"))
+
+
+def final_state(run: Path):
+    """Everything the last checkpoint holds."""
+    like = jax.eval_shape(lambda: init_state(read_config(run)))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+    state = restore_latest(open_checkpoints(run, read_only=True), like)
+    assert state is not None
+    return state
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A config and the run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = write_config(folder)
+    process = script("train.py", config)
+    assert process.returncode == 0, process.output
+    return config, folder / "run"
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(undisturbed, tmp_path):
+    config, reference = undisturbed
+    run = tmp_path / "killed"
+    draw = random.Random(0)
+    command = ("train.py", config, "--train.out", run)
+    kills = finished = 0
+    while kills < KILLS:
+        process = script(*command, wait=False)
+        # The first stretch of a process imports and compiles; kills should hit all of it.
+        time.sleep(draw.uniform(1.0, 9.0))
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        else:
+            # It ended before the kill: begin again, so that every kill hits something.
+            assert process.returncode == 0, process.stdout.read()
+            assert losses(run) == losses(reference)
+            assert_same_bits(final_state(run), final_state(reference))
+            finished += 1
+            shutil.rmtree(run)
+        process.stdout.close()
+        process.wait()
+    process = script(*command)
+    assert process.returncode == 0, process.output
+    assert losses(run) == losses(reference)
+    assert_same_bits(final_state(run), final_state(reference))
+
+
+def test_a_truncated_checkpoint_is_set_aside_and_the_one_before_is_used(undisturbed, tmp_path):
+    config, reference = undisturbed
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    last = run / "checkpoints" / "24"
+    files = sorted((p for p in last.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    for file in files[-3:]:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    process = script("train.py", config, "--train.out", run)
+    assert process.returncode == 0, process.output
+    said = " ".join(process.output.split())
+    assert "checkpoint 24 cannot be read" in said
+    assert "going on at step 20" in said
+    assert (run / "damaged" / "24").is_dir()
+    assert losses(run) == losses(reference)
+    assert_same_bits(final_state(run), final_state(reference))
+
+
+def test_calls_end_where_the_step_alone_says(tmp_path):
+    config = load(write_config(tmp_path), ["--train.steps", "30", "--train.steps-per-call", "7"])
+    ends, step = [], 0
+    while step < 30:
+        step = boundary(step, config)
+        ends.append(step)
+    assert ends == [4, 7, 8, 12, 14, 16, 20, 21, 24, 28, 30]
+    assert all(boundary(inside, config) == end for end in ends for inside in (end - 1,))
+
+
+def test_a_finished_run_trains_no_further_and_repeats_its_summary(undisturbed):
+    config, run = undisturbed
+    before = losses(run)
+    summary = train(load(config))
+    assert losses(run) == before
+    assert summary["steps"] == 24
