@@ -1,36 +1,320 @@
-"""The attention operation: any mask, one signature, several implementations."""
+"""The attention operation: any mask and score function, one signature, several implementations."""
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple, no_type_check
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt32
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt32
 
-from jaxdecoder.kernels import masks, reference
+from jaxdecoder.errors import UserError
+from jaxdecoder.kernels import masks, reference, scores
+from jaxdecoder.kernels.problem import Device, Gradients, Implementation, Operands, Problem
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "reference": reference.IMPLEMENTATION,
+}
+WIDTHS = (1, 256)
+
+log = logging.getLogger(__name__)
 
 
+# Types are left unchecked here so that the messages below, which say more, are seen.
+@no_type_check
 def flash_attention(
     q: Float[Array, "batch q_time heads width"],
     k: Float[Array, "batch k_time kv_heads width"],
     v: Float[Array, "batch k_time kv_heads width"],
     *,
-    mask: masks.Mask,
+    mask: masks.Mask | Callable[[Any, Any], Any],
+    score: scores.Score | Callable[..., Any] | None = None,
     scale: float | None = None,
+    segment_ids: Int[Array, "batch time"] | tuple[Array, Array] | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: UInt32[Array, ""] | None = None,
     implementation: str = "auto",
+    explain: bool = False,
 ) -> Float[Array, "batch q_time heads width"]:
-    """softmax(scale q k^T) v over the keys that `mask` allows; a query with none gives zeros.
+    """softmax(score(scale q k^T)) v over the keys `mask` allows; a query with none gives zeros.
 
-    `scale` is 1 / sqrt(width) when left out. Dropout acts on the attention weights.
+    Consecutive groups of heads / kv_heads query heads share a key head (arXiv 2305.13245). The
+    softmax is float32; the output has the type of q.
+
+    Args:
+        mask: a mask of `masks`, or a pure function (q_index, k_index) -> bool.
+        score: a `Score` of `scores`, or a pure function (score, batch, head, q_index, k_index) ->
+            score, applied to the scaled scores before the mask.
+        scale: 1 / sqrt(width) when left out.
+        segment_ids: integers, one a position, or a pair of such arrays for queries and for keys: a
+            query sees only keys of its own segment. Unlike `masks.documents` they may be traced.
+        dropout_rate: the share of attention weights dropped, where there is a `dropout_seed`. Which
+            ones is a hash of (seed, batch, head, query, key), the same in every implementation;
+            under `shard_map` these count from the start of the shard.
+        implementation: a name of `IMPLEMENTATIONS`, or "auto", which takes the first one that can
+            by device, shapes and mask.
+        explain: print which implementation was chosen, and why, when the call is traced.
+
+    Raises:
+        UserError: for shapes that do not fit, types that are no floats, a mask or score that is not
+            a pure function, or an `implementation` that cannot do what is asked.
     """
-    q_index, k_index = jnp.arange(q.shape[1]), jnp.arange(k.shape[1])
-    allowed = mask(q_index[:, None], k_index[None, :])
-    return reference.attention(
+    problem, operands = state(
         q,
         k,
         v,
-        allowed[None, None],
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        mask=mask,
+        score=score,
+        scale=scale,
+        segment_ids=segment_ids,
         dropout_rate=dropout_rate,
         dropout_seed=dropout_seed,
     )
+    choice = choose(problem, operands, implementation)
+    line = f"attention: {choice.name}, because {choice.reason}"
+    log.debug(line)
+    if explain:
+        print(line)
+    if IMPLEMENTATIONS[choice.name].backward is None:
+        return IMPLEMENTATIONS[choice.name].forward(problem, _freeze(problem, operands))[0]
+    return _attention(choice.name, problem, _alike(operands))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(name: str, problem: Problem, operands: Operands) -> jax.Array:
+    return IMPLEMENTATIONS[name].forward(problem, operands)[0]
+
+
+def _forward(name: str, problem: Problem, operands: Operands) -> tuple[jax.Array, Any]:
+    out, logsumexp = IMPLEMENTATIONS[name].forward(problem, operands)
+    return out, (operands, out, logsumexp)
+
+
+def _backward(name: str, problem: Problem, residuals: Any, dout: jax.Array) -> tuple[Any]:
+    operands, out, logsumexp = residuals
+    backward = IMPLEMENTATIONS[name].backward
+    assert backward is not None
+    gradients: Gradients = backward(problem, operands, out, logsumexp, dout)
+    score = tuple(
+        gradient.astype(operand.dtype) if learned else jnp.zeros_like(operand)
+        for gradient, operand, learned in zip(
+            gradients.score, operands.score, problem.learned, strict=True
+        )
+    )
+    return (Operands(gradients.q, gradients.k, gradients.v, score),)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+# --- The choice --------------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    name: str
+    reason: str
+
+
+def choose(
+    problem: Problem,
+    operands: Operands,
+    implementation: str = "auto",
+    device: Device | None = None,
+) -> Choice:
+    """The implementation that will run, and why; `device` is the current one when left out."""
+    device = current_device() if device is None else device
+    if implementation == "auto":
+        refused: list[str] = []
+        for name, reason in _candidates(operands, device):
+            why_not = IMPLEMENTATIONS[name].refuses(problem, operands, device)
+            if why_not is None:
+                return Choice(name, "; ".join([reason, *refused]))
+            refused.append(f"{name} cannot, because {why_not}")
+        raise UserError(f"attention: no implementation can do this: {'; '.join(refused)}")
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(
+            f"attention: there is no implementation {implementation!r}; "
+            f"there are auto, {', '.join(IMPLEMENTATIONS)}"
+        )
+    why_not = IMPLEMENTATIONS[implementation].refuses(problem, operands, device)
+    if why_not is not None:
+        able = [
+            name
+            for name, other in IMPLEMENTATIONS.items()
+            if other.refuses(problem, operands, device) is None
+        ]
+        raise UserError(
+            f"attention: {implementation} cannot do this, because {why_not}. "
+            f"These can: {', '.join(['auto', *able])}"
+        )
+    return Choice(implementation, "it was asked for")
+
+
+def _candidates(operands: Operands, device: Device) -> list[tuple[str, str]]:
+    """Implementations to try on a device, the best first, with the reason to take each."""
+    return [("reference", "nothing else is built yet")]
+
+
+def current_device() -> Device:
+    """What the computation being traced will run on, as far as can be known."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None:
+        return Device(abstract.platform or jax.default_backend(), abstract.device_kind)
+    chosen = getattr(jax.config, "jax_default_device", None)
+    if isinstance(chosen, str):
+        chosen = jax.devices(chosen)[0]
+    device = jax.devices()[0] if chosen is None else chosen
+    return Device(device.platform, device.device_kind)
+
+
+# --- From arguments to a problem ---------------------------------------------------------------
+
+
+@no_type_check
+def state(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Any,
+    score: Any = None,
+    scale: float | None = None,
+    segment_ids: Any = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: Any = None,
+) -> tuple[Problem, Operands]:
+    """Checks the arguments of `flash_attention` and takes them apart into static and traced."""
+    _check_shapes(q, k, v)
+    batch, q_time, heads, width = q.shape
+    k_time = k.shape[1]
+    mask = mask if isinstance(mask, masks.Mask) else masks.from_function(mask)
+    if score is not None and not isinstance(score, scores.Score):
+        score = scores.from_function(score)
+    for operand in () if score is None else score.operands:
+        if operand.shape[0] != heads:
+            raise UserError(
+                f"attention: a score operand has shape {operand.shape}, but its first axis must "
+                f"be the {heads} query heads"
+            )
+    dropout_rate = _number("dropout_rate", dropout_rate)
+    if not 0.0 <= dropout_rate < 1.0:
+        raise UserError(f"attention: dropout_rate must lie in [0, 1), not {dropout_rate}")
+    if dropout_seed is None or dropout_rate == 0.0:
+        dropout_rate, dropout_seed = 0.0, None
+    elif jnp.shape(dropout_seed) != () or not jnp.issubdtype(dropout_seed.dtype, jnp.integer):
+        raise UserError("attention: dropout_seed must be one uint32, such as jax.random.bits(key)")
+    else:
+        dropout_seed = dropout_seed.astype(jnp.uint32)
+    positional, labels = masks.split_documents(mask)
+    if labels is not None and labels.size < max(q_time, k_time):
+        raise UserError(
+            f"attention: masks.documents has ids for {labels.size} positions, but there are "
+            f"{q_time} queries and {k_time} keys"
+        )
+    varying = _segments(segment_ids, batch, q_time, k_time)
+    constant = None if labels is None else (labels[None, :q_time], labels[None, :k_time])
+    q_segments, k_segments = _joint(varying, constant)
+    problem = Problem(
+        mask=mask,
+        positional_mask=positional,
+        score=None if score is None else score.function,
+        learned=() if score is None else score.learned,
+        scale=width**-0.5 if scale is None else _number("scale", scale),
+        dropout_rate=dropout_rate,
+        segments_vary=varying is not None,
+    )
+    parameters = () if score is None else tuple(map(jnp.asarray, score.operands))
+    return problem, Operands(q, k, v, parameters, q_segments, k_segments, dropout_seed)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
+        raise UserError(
+            f"attention: {name} must be a number known before tracing, not {value!r}"
+        ) from error
+
+
+def _check_shapes(q: Any, k: Any, v: Any) -> None:
+    arrays = {"q": q, "k": k, "v": v}
+    for name, array in arrays.items():
+        if getattr(array, "ndim", None) != 4:
+            raise UserError(
+                f"attention: {name} must have the axes (batch, time, heads, width), not "
+                f"{getattr(array, 'shape', type(array).__name__)}"
+            )
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise UserError(f"attention: {name} must be of a floating type, not {array.dtype}")
+        if 0 in array.shape:
+            raise UserError(f"attention: {name} of shape {array.shape} is void")
+    shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+    if len({array.dtype for array in arrays.values()}) > 1:
+        types = ", ".join(f"{name} {array.dtype}" for name, array in arrays.items())
+        raise UserError(f"attention: q, k and v must be of one type, not {types}")
+    if k.shape != v.shape:
+        raise UserError(f"attention: k and v must have the same shape, not {shapes}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise UserError(f"attention: q, k and v must agree in batch and width, not {shapes}")
+    if q.shape[2] % k.shape[2]:
+        raise UserError(
+            f"attention: the {q.shape[2]} heads of q must be a multiple of the {k.shape[2]} heads "
+            f"of k and v, which groups of them share: {shapes}"
+        )
+
+
+def _segments(segment_ids: Any, batch: int, q_time: int, k_time: int) -> Any:
+    if segment_ids is None:
+        return None
+    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    for ids, time in zip(pair, (q_time, k_time), strict=True):
+        fits = jnp.shape(ids) in ((batch, time), (1, time))
+        if not fits or not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
+            raise UserError(
+                f"attention: segment_ids must be integers ({batch}, {time}), not "
+                f"{jnp.result_type(ids)} {jnp.shape(ids)}; for queries and keys of different "
+                "lengths pass a pair"
+            )
+    return tuple(jnp.asarray(ids).astype(jnp.int32) for ids in pair)
+
+
+def _joint(varying: Any, constant: Any) -> tuple[Any, Any]:
+    """Segments that are equal where both of the given ones are."""
+    if varying is None or constant is None:
+        q_ids, k_ids = varying or constant or (None, None)
+        return (None, None) if q_ids is None else (jnp.asarray(q_ids), jnp.asarray(k_ids))
+    q_time = varying[0].shape[1]
+    ids = jnp.concatenate(varying, 1)
+    labels = jnp.broadcast_to(np.concatenate(constant, 1), ids.shape)
+    pairs = jnp.stack([ids.ravel(), labels.ravel()], 1)
+    _, joint = jnp.unique(pairs, axis=0, return_inverse=True, size=pairs.shape[0])
+    joint = joint.reshape(ids.shape).astype(jnp.int32)
+    return joint[:, :q_time], joint[:, q_time:]
+
+
+def _freeze(problem: Problem, operands: Operands) -> Operands:
+    """Stops the gradients that the custom rule would not give either."""
+    pairs = zip(operands.score, problem.learned, strict=True)
+    stopped = (x if learned else jax.lax.stop_gradient(x) for x, learned in pairs)
+    return operands._replace(score=tuple(stopped))
+
+
+def _alike(operands: Operands) -> Operands:
+    """Inside `shard_map`, lets all operands vary over the mesh axes that any of them varies over.
+
+    A kernel mixes them, and the transpose of this step sums the gradients of the shared ones.
+    """
+    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(operands)))
+    if not axes:
+        return operands
+    return jax.tree.map(
+        lambda x: jax.lax.pcast(x, tuple(axes - _varying(x)), to="varying"), operands
+    )
+
+
+def _varying(x: Any) -> frozenset[str]:
+    return getattr(jax.typeof(x), "vma", frozenset())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 from jaxdecoder.kernels.dropout import keep
+from jaxdecoder.kernels.problem import Device, Implementation, LogSumExp, Operands, Problem
 
 
 def attention(
@@ -24,20 +28,66 @@ def attention(
     Consecutive groups of `heads / kv_heads` queries share a key head (arXiv 2305.13245). Scores
     and softmax are float32.
     """
+    out, _ = _attention(q, k, v, allowed, lambda s: s * scale, dropout_rate, dropout_seed)
+    return out
+
+
+def forward(problem: Problem, operands: Operands) -> tuple[jax.Array, LogSumExp]:
+    """See `problem.Implementation`."""
+    q, k, v, *_, dropout_seed = operands
+    batch, q_time, heads, _ = q.shape
+    batch_index, head, q_index, k_index = _indices(batch, heads, q_time, k.shape[1])
+    segments = (
+        ()
+        if operands.q_segments is None
+        else (operands.q_segments[:, None, :, None], operands.k_segments[:, None, None, :])
+    )
+    allowed = problem.allowed(q_index, k_index, *segments)
+
+    def score(s: jax.Array) -> jax.Array:
+        index = (batch_index, head, q_index, k_index)
+        return problem.new_score(operands.score, s * problem.scale, *index)
+
+    return _attention(q, k, v, allowed, score, problem.dropout_rate, dropout_seed)
+
+
+def _indices(batch: int, heads: int, q_time: int, k_time: int) -> list[np.ndarray]:
+    """The four positions of a score, each along its own axis."""
+    return list(np.ix_(*(np.arange(n, dtype=np.int32) for n in (batch, heads, q_time, k_time))))
+
+
+def _attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    allowed: jax.Array,
+    score: Callable[[jax.Array], jax.Array],
+    dropout_rate: float,
+    dropout_seed: jax.Array | None,
+) -> tuple[jax.Array, LogSumExp]:
     batch, q_time, heads, width = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, q_time, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("bqhgw,bkhw->bhgqk", grouped * scale, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, heads, q_time, k.shape[1])
+    scores = jnp.einsum("bqhgw,bkhw->bhgqk", grouped, k, preferred_element_type=jnp.float32)
+    scores = score(scores.reshape(batch, heads, q_time, k.shape[1]))
     scores = jnp.where(allowed, scores, -jnp.inf)
     largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(largest), largest, 0.0))
+    largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
+    weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)
+    logsumexp = (largest + jnp.log(total))[..., 0]
     if dropout_seed is not None and dropout_rate > 0:
-        index = [jax.lax.broadcasted_iota(jnp.uint32, weights.shape, axis) for axis in range(4)]
-        kept = keep(dropout_seed, dropout_rate, *index)
+        index = _indices(batch, heads, q_time, k.shape[1])
+        kept = keep(dropout_seed, dropout_rate, *map(jnp.asarray, index))
         weights = jnp.where(kept, weights / (1.0 - dropout_rate), 0.0)
     weights = weights.astype(v.dtype).reshape(batch, kv_heads, -1, q_time, k.shape[1])
     out = jnp.einsum("bhgqk,bkhw->bqhgw", weights, v)
-    return out.reshape(batch, q_time, heads, width)
+    return out.reshape(batch, q_time, heads, width), logsumexp
+
+
+def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None:
+    return None
+
+
+IMPLEMENTATION = Implementation(forward, None, _refuses)
