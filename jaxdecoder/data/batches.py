@@ -74,14 +74,13 @@ def stack(
     One gather serves them all, so fused steps of tiny models do not wait for the host.
     """
     if data.mode == "packed":
-        offsets = _offsets(split, data, batch_size, context_length, seed, step, count, rows)
-        flat = _windows(split, offsets.ravel(), context_length)
+        order = _offsets(split, data, batch_size, context_length, seed, step, count, rows)
+        flat = _windows(split, order.ravel(), context_length)
     else:
         n = len(split.starts)
         order = _order(data, n, batch_size, seed, step, count, rows)[0]
         flat = _documents(split, order.ravel(), context_length, _end(data, end_token))
-    shape = (count, -1, context_length)
-    return Batch(*(array.reshape(shape) for array in flat))
+    return Batch(*(array.reshape(*order.shape, context_length) for array in flat))
 
 
 def evaluation_batches(
@@ -100,6 +99,11 @@ def evaluation_batches(
     once in packed mode. A last batch is filled up with rows of weight 0, so that all have one
     shape. A split too short for `count` batches gives all it has.
     """
+    if len(split.tokens) < 2:
+        raise UserError(
+            f"the validation split has {len(split.tokens)} token(s), and a loss needs one to see "
+            "and one to predict; raise data.validation_fraction or give more text"
+        )
     if data.mode == "packed":
         whole = -(-(len(split.tokens) - 1) // context_length)
     else:
@@ -190,12 +194,9 @@ def _random(
     size: int, batch_size: int, seed: int, step: int, count: int, rows: slice
 ) -> Int64[np.ndarray, "steps rows"]:
     """Uniform draws from range(size); every host draws the whole batch and keeps its rows."""
-    draws = [
-        np.random.Generator(np.random.Philox(key=[seed % 2**64, at])).integers(
-            size, size=batch_size
-        )
-        for at in range(step, step + count)
-    ]
+    keys = [np.array([seed % 2**64, at], np.uint64) for at in range(step, step + count)]
+    sources = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+    draws = [source.integers(size, size=batch_size) for source in sources]
     return np.stack(draws)[:, rows]
 
 
@@ -219,10 +220,10 @@ def _offsets(
         )
     if data.sampling == "random":
         return _random(n - t, batch_size, seed, step, count, rows)
-    # A fixed number of windows an epoch, so that the epoch of a step is a division: every phase
-    # below t leaves room for this many.
+    # A fixed number of windows an epoch, so that the epoch of a step is a division; one fewer than
+    # fit, so that they can start in at least t places and every token comes to be a target.
     windows = max(1, (n - t) // t)
-    phases = min(t, n - windows * t)
+    phases = n - windows * t
     chosen, keys = _order(data, windows, batch_size, seed, step, count, rows)
     return chosen * t + (keys % np.uint64(phases)).astype(np.int64)
 

@@ -294,6 +294,12 @@ def _shakespeare_chunks(data: DataConfig, part: Part) -> Iterator[Iterable[str]]
     yield _read(tiny_shakespeare(data))
 
 
+def _shakespeare_fingerprint(data: DataConfig) -> str:
+    if data.path:
+        tiny_shakespeare(data)  # refuses another text
+    return _digest("text", TINY_SHAKESPEARE_SHA256)
+
+
 def tiny_shakespeare(data: DataConfig) -> Path:
     """The file of Tiny Shakespeare: `data.path` if given, else the cached or a fresh download."""
     if data.path:
@@ -344,7 +350,7 @@ _SOURCES: dict[str, Source] = {
     "huggingface": Source(_huggingface_chunks, _huggingface_fingerprint, lambda data: None),
     "tiny_shakespeare": Source(
         _shakespeare_chunks,
-        lambda data: _digest("text", TINY_SHAKESPEARE_SHA256),
+        _shakespeare_fingerprint,
         lambda data: 1_115_394,
     ),
 }

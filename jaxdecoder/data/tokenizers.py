@@ -10,17 +10,17 @@ import codecs
 import difflib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsInt
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Shaped
 
 from jaxdecoder.config import DataConfig
-from jaxdecoder.data.corpora import cut
+from jaxdecoder.data.corpora import PIECE, cut
 from jaxdecoder.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -31,10 +31,12 @@ BPE_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's words
 )
 BPE_VOCAB_SIZE = 4096
-BPE_SAMPLE_BYTES = 200_000_000
+BPE_SAMPLE_BYTES = 100_000_000
 """A trained tokenizer has seen this much from the start of the corpus; more changes little."""
 
 Ids = Int32[np.ndarray, "length"]
+AnyIds = Sequence[SupportsInt] | SupportsInt | Shaped[Any, "..."]
+"""One id or several, as Python's, NumPy's or JAX's numbers."""
 Kind = Literal["char", "byte", "bpe"]
 
 
@@ -59,18 +61,20 @@ class Tokenizer:
 
     def encode(self, text: str) -> Ids:
         """The ids of a text; what looks like an end token in it stays text."""
-        ids = [self._encode_piece(piece) for piece in cut([text])]
-        return np.concatenate(ids) if ids else np.zeros(0, np.int32)
+        if len(text) <= PIECE:
+            return self._encode_piece(text)
+        return np.concatenate([self._encode_piece(piece) for piece in cut([text])])
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: AnyIds) -> str:
         """The text of ids; half a character at either end reads as U+FFFD."""
         return self.to_bytes(ids).decode("utf-8", "replace")
 
-    def to_bytes(self, ids: Iterable[int]) -> bytes:
+    def to_bytes(self, ids: AnyIds) -> bytes:
         """The bytes of ids. Ids past the vocabulary (a model may have spare rows) read U+FFFD."""
         spare = UNKNOWN.encode()
         known = self.vocabulary
-        return b"".join(known[i] if i < len(known) else spare for i in map(int, ids))
+        numbers = np.asarray(ids, np.int64).ravel().tolist()
+        return b"".join(known[i] if i < len(known) else spare for i in numbers)
 
     def to_json(self) -> dict[str, Any]:
         """Everything there is to it, as plain JSON values; `from_json` takes it back."""
@@ -139,9 +143,8 @@ def stream_decoder(tokenizer: Tokenizer) -> Callable[..., str]:
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def feed(ids: Iterable[int] | int = (), final: bool = False) -> str:
-        several = ids if isinstance(ids, Iterable) else (ids,)
-        return decoder.decode(tokenizer.to_bytes(several), final)
+    def feed(ids: AnyIds = (), final: bool = False) -> str:
+        return decoder.decode(tokenizer.to_bytes(ids), final)
 
     return feed
 
@@ -247,7 +250,7 @@ def _build_char(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokeniz
 
 def _count_characters(texts: Iterable[str]) -> Counter[str]:
     total = np.zeros(0x110000, np.int64)
-    for text in texts:
+    for text in cut(texts):  # short documents are counted together
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         counted = np.bincount(points)
         total[: len(counted)] += counted
@@ -280,7 +283,13 @@ def _build_bpe(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokenize
             + (" and the end token" if extra else "")
             + f", so give at least {256 + extra}"
         )
-    trained = train_bpe(_sample(texts(), BPE_SAMPLE_BYTES), size - extra)
+    return from_trained(
+        train_bpe(_sample(texts(), BPE_SAMPLE_BYTES), size - extra), data.end_of_text
+    )
+
+
+def from_trained(trained: Any, end_of_text: bool) -> Tokenizer:
+    """What `train_bpe` trained, as a value of ours: merges there are in the order of ids."""
     byte_of = _byte_of_character()
     vocabulary: list[bytes] = [b""] * trained.get_vocab_size()
     for entry, i in trained.get_vocab().items():
@@ -288,8 +297,8 @@ def _build_bpe(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokenize
     return Tokenizer(
         kind="bpe",
         name="bpe",
-        vocabulary=tuple(vocabulary + [END_OF_TEXT.encode()] * extra),
-        end_token=len(vocabulary) if extra else None,
+        vocabulary=tuple(vocabulary + [END_OF_TEXT.encode()] * end_of_text),
+        end_token=len(vocabulary) if end_of_text else None,
         pattern=BPE_PATTERN,
     )
 
@@ -392,9 +401,8 @@ def from_gpt2_files(folder: Path) -> Tokenizer:
             f"data.tokenizer_path = {folder}: vocab.json and merges.txt are not a pair in GPT-2's "
             f"format ({type(error).__name__}: {error})"
         ) from None
-    if any(bytes([value]) not in vocabulary[:256] for value in range(256)) or merged != sorted(
-        merged
-    ):
+    has_bytes = {bytes([value]) for value in range(256)} <= set(vocabulary[:256])
+    if not has_bytes or merged != sorted(merged):
         raise UserError(
             f"data.tokenizer_path = {folder}: this vocabulary is not numbered as GPT-2's is, the "
             "256 bytes first and then the merges in order"

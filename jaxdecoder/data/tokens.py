@@ -85,19 +85,18 @@ def prepare(data: DataConfig, *, progress: bool = True) -> Corpus:
 
 def cache_key(data: DataConfig) -> str:
     """The name of the folder for this corpus, tokenizer and split."""
-    files = (
-        sorted(Path(data.tokenizer_path).expanduser().glob("[mv]*")) if data.tokenizer_path else []
-    )
+    folder = Path(data.tokenizer_path).expanduser()
+    files = [folder / name for name in ("vocab.json", "merges.txt") if data.tokenizer_path]
     settings = {
         "format": FORMAT,
         "corpus": corpora.fingerprint(data),
         "tokenizer": data.tokenizer,
-        "tokenizer_files": [hashlib.sha256(p.read_bytes()).hexdigest() for p in files],
+        "tokenizer_files": [_digest(p.read_bytes()) for p in files if p.is_file()],
         "vocab_size": data.vocab_size,
         "end_of_text": data.end_of_text,
         "validation": _validation_split(data) or data.validation_fraction,
     }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    return _digest(json.dumps(settings, sort_keys=True).encode())[:32]
 
 
 def place_to_split(starts: Int64[np.ndarray, "documents"], n: int, fraction: float) -> int:
@@ -173,9 +172,9 @@ def _tokenise(data: DataConfig, folder: Path, ledger: _Ledger, start: Start) -> 
     def texts() -> Iterator[str]:
         done = start("learning the vocabulary")
         for part in parts:
-            for piece in corpora.pieces(data, part):
-                yield piece.text
-                done(len(piece.text))
+            for job in _jobs(corpora.pieces(data, part)):
+                yield from (piece.text for piece in job)
+                done(sum(len(piece.text) for piece in job))
 
     parts: tuple[Part, ...] = ("train", "validation") if _validation_split(data) else ("train",)
     tokenizer = tokenizers.build(data, texts)
@@ -366,6 +365,10 @@ def _no_main_module() -> Iterator[None]:
 
 
 # Small matters.
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
