@@ -60,7 +60,7 @@ def _attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    allowed: jax.Array,
+    allowed: jax.Array | np.ndarray,
     score: Callable[[jax.Array], jax.Array],
     dropout_rate: float,
     dropout_seed: jax.Array | None,
