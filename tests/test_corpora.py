@@ -144,7 +144,10 @@ def jsonl(tmp_path: Path) -> Path:
     """A folder with two splits and rows that have no text."""
     folder = tmp_path / "jsonl"
     folder.mkdir()
-    splits = {"train": ["one", None, "", "two"], "validation": ["three"]}
+    splits: dict[str, list[str | None]] = {
+        "train": ["one", None, "", "two"],
+        "validation": ["three"],
+    }
     for split, texts in splits.items():
         rows = [json.dumps({"text": text, "number": 7}) for text in texts]
         (folder / f"{split}.jsonl").write_text("\n".join(rows))
