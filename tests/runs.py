@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +43,7 @@ out = "{folder}/run"
 
 def write_config(folder: Path, text: str | None = None) -> Path:
     """A config for a tiny run in `folder`, and its corpus: counting in words."""
-    words = "zero one two three four five six seven eight nine".split()
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     lines = [" ".join(words[int(digit)] for digit in str(n)) for n in range(400)]
     (folder / "corpus.txt").write_text("\n".join(lines) if text is None else text)
     path = folder / "tiny.toml"
@@ -53,16 +52,21 @@ def write_config(folder: Path, text: str | None = None) -> Path:
 
 
 def script(
-    *arguments: object, limit: Any = None, wait: bool = True, **environment: str
+    *arguments: object, longest_file: int = 0, wait: bool = True, **environment: str
 ) -> subprocess.Popen[str]:
-    """Runs one of the scripts in a process of its own; `limit` is called in it first."""
+    """Runs one of the scripts in a process of its own.
+
+    `longest_file` stands in for a full disk: the system refuses to write files of more bytes.
+    """
+    command = [sys.executable, *map(str, arguments)]
+    if longest_file:
+        command = ["sh", "-c", f'ulimit -f {longest_file // 512}; exec "$@"', "sh", *command]
     process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
+        command,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=limit,
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
     )
     if wait:

@@ -7,7 +7,9 @@ whoever wants weights reads weights alone.
 from __future__ import annotations
 
 import errno
+import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +23,19 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from jaxdecoder.errors import UserError
 from jaxdecoder.training.step import State
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save as a warning
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports what we report ourselves
 
 METRIC = "validation_loss"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> ocp.CheckpointManager:
-    """The checkpoints of a run folder."""
+    """The checkpoints of a run folder. Opened for writing, unreadable ones are set aside."""
+    folder = (run / "checkpoints").absolute()
+    if not read_only:
+        for step in steps_in(folder):
+            if recorded_loss(folder, step) is None:
+                _set_aside(folder, step)
     policy = AnyPreservationPolicy(
         [LatestN(n=keep), BestN(n=1, get_metric_fn=lambda m: m[METRIC], reverse=True)]
     )
@@ -41,7 +48,28 @@ def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> oc
         cleanup_tmp_directories=not read_only,
         enable_background_delete=False,
     )
-    return ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, newest first."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def recorded_loss(folder: Path, step: int) -> float | None:
+    """The validation loss noted with a checkpoint, or None if that cannot be read."""
+    try:
+        noted = json.loads((folder / str(step) / "metrics" / "metrics").read_text())
+        return float(noted[METRIC])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def best_loss(folder: Path) -> float:
+    """The lowest validation loss among a folder's checkpoints; infinite if there are none."""
+    losses = [recorded_loss(folder, step) for step in steps_in(folder)]
+    return min((loss for loss in losses if loss is not None), default=math.inf)
 
 
 def save(manager: ocp.CheckpointManager, state: State, validation_loss: float) -> None:
@@ -93,15 +121,17 @@ def restore_latest(
 def restore_params(run: Path, which: str = "best") -> tuple[int, Any]:
     """Step and weights of a run's `best` or `last` checkpoint; the moving average if it has one."""
     folder = run / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(f"{run}: no checkpoints there; has train.py run in this folder?")
-    manager = open_checkpoints(run, read_only=True)
-    steps = sorted(manager.all_steps(), reverse=True)
-    best = manager.best_step() if which == "best" else None
-    # The wanted one first, then the newest ones, should it be damaged.
-    for step in [best, *steps] if best is not None else steps:
+    steps = steps_in(folder)
+    if not steps:
+        raise UserError(f"{run}: no checkpoint there yet; has train.py run in this folder?")
+    losses = {step: loss for step in steps if (loss := recorded_loss(folder, step)) is not None}
+    if which == "best" and losses:
+        # The wanted one first, then the newest ones, should it be damaged.
+        steps.insert(0, min(losses, key=losses.__getitem__))
+    for step in steps:
         item = "ema" if (folder / str(step) / "ema").is_dir() else "params"
         try:
+            manager = open_checkpoints(run, read_only=True)
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore()})
             return step, manager.restore(step, args=args)[item]
         except Exception as error:

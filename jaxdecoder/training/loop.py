@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -107,7 +106,7 @@ def _train(
 
     step = int(state.step)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
-    best = _best_loss(manager)
+    best = checkpoints.best_loss(run / "checkpoints")
     tokens_per_step = t.batch_size * config.model.context_length
     with Log(run, steps=t.steps, start=step, tensorboard=t.tensorboard) as log:
         log.say(_greeting(run, config, corpus, parameters, mesh.size, step))
@@ -278,11 +277,6 @@ def _adopt(config: Config, source: runs.Model) -> State:
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="."): x.shape for path, x in leaves}
-
-
-def _best_loss(manager: Any) -> float:
-    step = manager.best_step()
-    return math.inf if step is None else float(manager.metrics(step)[checkpoints.METRIC])
 
 
 def _targets(config: Config, split: Split) -> int:

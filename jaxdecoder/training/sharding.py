@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxdecoder.config import Config, ConfigError
 
@@ -49,7 +49,7 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
     return Mesh(np.array(devices), ("data",))
 
 
-def state_sharding(state: Any, mesh: Mesh, *, fsdp: bool) -> Any:
+def state_sharding(state: Any, mesh: Mesh | AbstractMesh, *, fsdp: bool) -> Any:
     """A sharding for every array of a training state (or its shapes).
 
     Optimiser moments have their parameters' names at the end of their paths, so the same table
@@ -68,7 +68,9 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, "data"))
 
 
-def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _spec(
+    path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     names = tuple(_name(entry) for entry in path)
     axes = AXES.get(names[-2:]) or AXES.get(names[-1:])
     if axes is None or len(shape) < len(axes):

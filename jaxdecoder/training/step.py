@@ -112,7 +112,7 @@ def make_step(config: Config) -> Step:
             if decay
             else ()
         )
-        metrics = Metrics(total / count, optax.global_norm(grads), schedule(state.step))
+        metrics = Metrics(total / count, optax.tree.norm(grads), schedule(state.step))
         return State(state.step + 1, params, optimizer_state, ema), metrics
 
     return step

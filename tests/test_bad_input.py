@@ -1,0 +1,154 @@
+"""What the person at the keyboard can get wrong while training, each with its message."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from jaxdecoder.config import load
+from jaxdecoder.errors import UserError
+from jaxdecoder.training.loop import train
+from jaxdecoder.training.runs import load_model, lock
+from tests.runs import losses, script, write_config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The config and folder of a tiny finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_config(folder)
+    train(load(config))
+    return config, folder / "run"
+
+
+def refuse(config, *overrides):
+    """The message with which a config is refused."""
+    with pytest.raises(UserError) as error:
+        train(load(config, overrides))
+    return str(error.value)
+
+
+def test_a_missing_file(tmp_path):
+    config = write_config(tmp_path)
+    assert "nowhere.txt" in refuse(config, "--data.path", str(tmp_path / "nowhere.txt"))
+
+
+def test_an_empty_corpus(tmp_path):
+    assert "corpus.txt" in refuse(write_config(tmp_path, text=""))
+
+
+def test_a_corpus_shorter_than_the_context(tmp_path):
+    message = refuse(write_config(tmp_path, text="short"))
+    assert "context_length" in message
+
+
+def test_bytes_that_are_not_utf_8(tmp_path):
+    config = write_config(tmp_path)
+    (tmp_path / "corpus.txt").write_bytes(b"fine until here \xff\xfe" * 100)
+    message = refuse(config)
+    assert "corpus.txt" in message
+    assert "UTF-8" in message
+    assert "16" in message
+
+
+def test_a_prompt_with_characters_never_seen(tmp_path):
+    config = write_config(tmp_path)
+    train(load(config, ["--data.tokenizer", "char", "--train.steps", "4"]))
+    process = script("sample.py", tmp_path / "run", "--prompt", "qua ☃")
+    assert process.returncode == 1
+    assert process.output.startswith("error:")
+    assert "☃" in process.output
+
+
+def test_a_run_folder_that_belongs_to_another_config(finished):
+    config, run = finished
+    message = refuse(config, "--model.d-model", "32")
+    assert str(run) in message
+    assert "model.d_model: 16 there, 32 here" in message
+    assert "--train.out" in message
+
+
+def test_a_batch_that_does_not_divide_over_the_devices(tmp_path):
+    process = script("train.py", write_config(tmp_path), "--train.cpu-devices", "3")
+    assert process.returncode == 1
+    said = " ".join(process.output.split())
+    assert "train.batch_size = 8: does not divide over 3 devices" in said
+    assert "9 would" in said
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer(tmp_path):
+    message = refuse(write_config(tmp_path), "--model.vocab-size", "100")
+    assert "model.vocab_size = 100: the tokenizer has 257 entries" in message
+
+
+def test_two_processes_in_one_run_folder(finished):
+    config, run = finished
+    with lock(run):
+        process = script("train.py", config)
+    assert process.returncode == 1
+    assert "another process is training in this folder" in process.output
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = write_config(tmp_path)
+    message = refuse(
+        config,
+        *("--optimizer.name", "sgd", "--optimizer.learning-rate", "1e18"),
+        *("--optimizer.gradient-clip", "0", "--optimizer.warmup-steps", "0"),
+        *("--optimizer.schedule", "constant", "--train.checkpoint-every", "1"),
+    )
+    assert message.startswith("step ")
+    assert "the last good checkpoint is kept" in message
+    named = int(message.split()[1].rstrip(":"))
+    model = load_model(tmp_path / "run", "last")
+    assert 0 < model.step < named
+
+
+def test_a_run_to_start_from_whose_weights_do_not_fit(finished, tmp_path):
+    _, run = finished
+    config = write_config(tmp_path)
+    message = refuse(config, "--train.init-from", str(run), "--model.n-layers", "3")
+    assert "train.init_from" in message
+    assert "(2, 16, 64) there, (3, 16, 64) here" in message
+
+
+def test_a_run_can_start_from_the_weights_of_another(finished, tmp_path):
+    _, run = finished
+    config = write_config(tmp_path)
+    summary = train(load(config, ["--train.init-from", str(run)]))
+    first = min(losses(run))
+    assert losses(tmp_path / "run")[first] < losses(run)[first] - 0.5
+    assert summary["steps"] == 24
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    process = script("sample.py", tmp_path)
+    assert process.returncode == 1
+    assert "not a run folder" in process.output
+
+
+def test_a_full_disk_ends_with_a_message_and_the_run_goes_on_later(finished, tmp_path):
+    config, reference = finished
+    run = tmp_path / "run"
+
+    process = script("train.py", config, "--train.out", run, longest_file=20_000)
+    assert process.returncode == 1, process.output
+    said = " ".join(process.output.split())
+    assert "no space left for a checkpoint" in said
+    assert "run the same command again" in said
+    process = script("train.py", config, "--train.out", run)
+    assert process.returncode == 0, process.output
+    assert losses(run) == losses(reference)
+
+
+def test_a_run_whose_every_checkpoint_is_broken_says_so(finished, tmp_path):
+    _, reference = finished
+    run = tmp_path / "broken"
+    shutil.copytree(reference, run)
+    for file in (run / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    process = script("sample.py", run)
+    assert process.returncode == 1
+    assert "no checkpoint there can be read" in process.output

@@ -1,0 +1,58 @@
+"""Eight devices compute what one does, with parameters replicated and with them split."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+
+from jaxdecoder.config import Config, ModelConfig
+from jaxdecoder.training.sharding import state_sharding
+from jaxdecoder.training.step import init_state
+from tests.runs import losses, script, write_config
+
+EIGHT = "--xla_force_host_platform_device_count=8"
+
+
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("devices")
+    config = write_config(folder)
+    common = ("--train.steps", "20", "--optimizer.name", "adamw")
+    process = script("train.py", config, *common, "--train.out", folder / "one")
+    assert process.returncode == 0, process.output
+    return folder, (config, *common)
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["replicated", "fsdp"])
+def test_eight_devices_give_the_losses_of_one(configured, fsdp):
+    folder, command = configured
+    out = folder / f"eight_{fsdp}"
+    process = script(
+        *("train.py", *command, "--train.out", out),
+        *(["--train.fsdp"] if fsdp else []),
+        XLA_FLAGS=EIGHT,
+    )
+    assert process.returncode == 0, process.output
+    assert "on 8 cpu devices" in " ".join(process.output.split())
+    one, eight = losses(folder / "one"), losses(out)
+    assert len(one) == len(eight) > 40
+    for key, value in one.items():
+        assert eight[key] == pytest.approx(value, abs=1e-4), key
+
+
+def test_fsdp_splits_every_matrix_and_its_moments():
+    config = Config(model=ModelConfig(vocab_size=64, d_model=16, n_heads=2, context_length=16))
+    shapes = jax.eval_shape(lambda: init_state(config))
+    where = state_sharding(shapes, AbstractMesh((8,), ("data",)), fsdp=True)
+    split = 0
+    for (path, leaf), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(where), strict=True
+    ):
+        share = leaf.size // math.prod(sharding.shard_shape(leaf.shape))
+        matrix = jax.tree_util.keystr(path).endswith(("['kernel']", "['embedding']"))
+        assert share == (8 if matrix else 1), path
+        split += matrix
+    assert split == 3 * 9  # parameters, and Adam's two moments of each
