@@ -101,7 +101,7 @@ def evaluation_batches(
     """
     if len(split.tokens) < 2:
         raise UserError(
-            f"the validation split has {len(split.tokens)} token(s), and a loss needs one to see "
+            f"this split of the data has {len(split.tokens)} token(s), and a loss needs one to see "
             "and one to predict; raise data.validation_fraction or give more text"
         )
     if data.mode == "packed":
