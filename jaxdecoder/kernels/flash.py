@@ -13,13 +13,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxdecoder.errors import UserError
-from jaxdecoder.kernels import masks, reference, scores
+from jaxdecoder.kernels import chunked, masks, reference, scores
 from jaxdecoder.kernels.problem import Device, Gradients, Implementation, Operands, Problem
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference.IMPLEMENTATION,
+    "chunked": chunked.IMPLEMENTATION,
 }
-WIDTHS = (1, 256)
+# Below this length, a plain softmax over all scores is the quickest.
+SHORT = 128
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +158,11 @@ def choose(
 
 def _candidates(operands: Operands, device: Device) -> list[tuple[str, str]]:
     """Implementations to try on a device, the best first, with the reason to take each."""
-    return [("reference", "nothing else is built yet")]
+    q_time, k_time = operands.q.shape[1], operands.k.shape[1]
+    if max(q_time, k_time) < SHORT or q_time == 1:
+        return [("reference", f"{q_time} queries of {k_time} keys are quickest in one piece")]
+    reason = f"it skips empty blocks in memory linear in the length, on any {device.platform}"
+    return [("chunked", reason)]
 
 
 def current_device() -> Device:
