@@ -189,7 +189,7 @@ class DataConfig:
     tokenizer: str = "char"
     """char, byte, bpe (trained on the corpus), or any tiktoken name such as gpt2."""
     tokenizer_path: str = ""
-    """For gpt2 without a network: a folder with vocab.json and merges.txt."""
+    """A tokenizer.json to use as it is, or a folder with GPT-2's vocab.json and merges.txt."""
     vocab_size: Positive | None = None
     """For bpe: entries to train (default 4096). For char: keep only the most frequent."""
     end_of_text: bool = True

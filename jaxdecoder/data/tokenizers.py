@@ -218,7 +218,12 @@ ENCODERS: dict[Kind, Callable[[Tokenizer], Callable[[str], Ids]]] = {
 
 
 def build(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names; `texts()` streams the corpus to learn from."""
+    """The tokenizer that `data.tokenizer` names; `texts()` streams the corpus to learn from.
+
+    A `data.tokenizer_path` that is a tokenizer.json, such as another run's, is taken as it is.
+    """
+    if data.tokenizer_path.endswith(".json"):
+        return load(data.tokenizer_path)
     if data.tokenizer in BUILDERS:
         return BUILDERS[data.tokenizer](data, texts)
     return _check_fixed_size(data, _tiktoken(data))

@@ -86,7 +86,8 @@ def prepare(data: DataConfig, *, progress: bool = True) -> Corpus:
 def cache_key(data: DataConfig) -> str:
     """The name of the folder for this corpus, tokenizer and split."""
     folder = Path(data.tokenizer_path).expanduser()
-    files = [folder / name for name in ("vocab.json", "merges.txt") if data.tokenizer_path]
+    names = [] if folder.suffix == ".json" else ["vocab.json", "merges.txt"]
+    files = [folder / name for name in names] or [folder]
     settings = {
         "format": FORMAT,
         "corpus": corpora.fingerprint(data),

@@ -1,0 +1,147 @@
+"""Update rules and schedules against their definitions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdecoder.config import OptimizerConfig
+from jaxdecoder.training.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
+
+PARAMS = {
+    "embedding": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3),
+    "blocks": {
+        "up": {
+            "kernel": jnp.sin(jnp.arange(2 * 3 * 5.0)).reshape(2, 3, 5),
+            "bias": jnp.ones((2, 5)),
+        },
+        "norm": {"scale": jnp.ones((2, 3))},
+    },
+}
+GRADS = jax.tree.map(lambda x: jnp.cos(3 * x) + 0.1, PARAMS)
+
+
+def one_update(config, grads=GRADS, steps=100):
+    optimizer = make_optimizer(config, steps)
+    updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+    return updates
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_rises_linearly_and_ends_where_it_should(schedule):
+    config = OptimizerConfig(
+        schedule=schedule, learning_rate=2.0, warmup_steps=10, final_fraction=0.25
+    )
+    rate = make_schedule(config, 110)
+    for step in range(10):
+        assert float(rate(step)) == pytest.approx(2.0 * (step + 1) / 10)
+    assert float(rate(10)) == pytest.approx(2.0)
+    assert float(rate(110)) == pytest.approx(2.0 if schedule == "constant" else 0.5)
+
+
+def test_schedules_between_their_ends():
+    config = OptimizerConfig(learning_rate=2.0, final_fraction=0.25, decay_fraction=0.2)
+
+    def at(schedule, step):
+        return float(make_schedule(dataclasses.replace(config, schedule=schedule), 100)(step))
+
+    for step in (0, 20, 50, 99):
+        share = step / 100
+        wave = 0.25 + 0.75 * (1 + math.cos(math.pi * share)) / 2
+        assert at("cosine", step) == pytest.approx(2 * wave, rel=1e-5)
+        assert at("linear", step) == pytest.approx(2 - 1.5 * share, rel=1e-5)
+        assert at("wsd", step) == pytest.approx(2 - 1.5 * max(0, share - 0.8) / 0.2, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_shrinks_matrices_only(name):
+    config = OptimizerConfig(name=name, learning_rate=0.1, schedule="constant", weight_decay=0.0)
+    plain = one_update(config)
+    decayed = one_update(dataclasses.replace(config, weight_decay=0.5))
+    difference = jax.tree.map(lambda a, b: a - b, decayed, plain)
+    if name == "muon":
+        # The embedding goes to Muon's AdamW, which does not decay.
+        assert float(jnp.abs(difference.pop("embedding")).max()) == 0
+    for path, change in jax.tree_util.tree_leaves_with_path(difference):
+        parameter = PARAMS
+        for entry in path:
+            parameter = parameter[entry.key]
+        decays = path[-1].key in ("kernel", "embedding")
+        expected = -0.1 * 0.5 * parameter if decays else jnp.zeros_like(parameter)
+        # sgd passes the decay through its momentum: Nesterov's first step is (1 + beta1) of it.
+        factor = 1.9 if name == "sgd" else 1.0
+        np.testing.assert_allclose(change, factor * expected, atol=2e-6)
+
+
+def test_adamw_is_the_published_rule():
+    config = OptimizerConfig(learning_rate=0.1, schedule="constant", gradient_clip=0.0)
+    optimizer = make_optimizer(config, 100)
+    state, params = optimizer.init(PARAMS), PARAMS
+    g, x = np.asarray(GRADS["embedding"], np.float64), np.asarray(PARAMS["embedding"], np.float64)
+    m, v = np.zeros_like(g), np.zeros_like(g)
+    for t in range(1, 4):
+        updates, state = optimizer.update(GRADS, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        x = x - 0.1 * (step + 0.1 * x)
+    np.testing.assert_allclose(params["embedding"], x, rtol=1e-5)
+
+
+def test_muon_orthogonalises_each_layer_by_itself():
+    config = OptimizerConfig(
+        name="muon", learning_rate=1.0, schedule="constant", weight_decay=0.0, gradient_clip=0.0
+    )
+    update = one_update(config)["blocks"]["up"]["kernel"]
+    for layer in update:
+        values = np.linalg.svd(np.asarray(layer), compute_uv=False)
+        # Five Newton-Schulz steps bring singular values near 1, times sqrt(fan_out / fan_in).
+        assert np.all(np.abs(values / math.sqrt(5 / 3) - 1) < 0.35)
+
+
+def test_muon_moves_what_is_no_block_matrix_at_adams_rate():
+    slow, fast = (
+        one_update(
+            OptimizerConfig(
+                name="muon", learning_rate=1.0, adam_learning_rate=rate, schedule="constant"
+            )
+        )
+        for rate in (0.01, 0.02)
+    )
+    chex.assert_trees_all_close(fast["embedding"], 2 * slow["embedding"], rtol=1e-5)
+    chex.assert_trees_all_close(fast["blocks"]["norm"], _double(slow["blocks"]["norm"]), rtol=1e-5)
+    chex.assert_trees_all_equal(fast["blocks"]["up"]["kernel"], slow["blocks"]["up"]["kernel"])
+    # Adam's first step is the rate itself, which Nesterov's look-ahead lengthens by less than half.
+    assert 0.01 <= float(jnp.abs(slow["embedding"]).max()) < 0.015
+
+
+def _double(tree):
+    return jax.tree.map(lambda x: 2 * x, tree)
+
+
+def test_clipping_bounds_the_norm_of_all_gradients_together():
+    config = OptimizerConfig(
+        name="sgd", learning_rate=1.0, beta1=0.0, schedule="constant", weight_decay=0.0
+    )
+    large = jax.tree.map(lambda g: 100 * g, GRADS)
+    update = one_update(dataclasses.replace(config, gradient_clip=0.5), large)
+    norm = math.sqrt(sum(float(jnp.sum(u * u)) for u in jax.tree.leaves(update)))
+    assert norm == pytest.approx(0.5, rel=1e-5)
+    free = one_update(dataclasses.replace(config, gradient_clip=0.0), large)
+    chex.assert_trees_all_close(free, jax.tree.map(jnp.negative, large), rtol=1e-6)
+
+
+def test_adafactor_remembers_less_than_adam():
+    wide = {"up": {"kernel": jnp.ones((256, 512))}}
+
+    def remembered(name):
+        state = make_optimizer(OptimizerConfig(name=name), 10).init(wide)
+        return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+    assert remembered("adafactor") < 0.02 * remembered("adamw")
