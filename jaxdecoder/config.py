@@ -35,7 +35,7 @@ NormPlacement = Literal["pre", "post", "sandwich", "parallel", "none"]
 Activation = Literal["relu", "gelu", "gelu_exact", "swish", "relu2", "swiglu", "geglu", "reglu"]
 AttentionName = Literal["full", "sliding_window"]
 Initializer = Literal["normal", "uniform_fan_in", "scaled"]
-Implementation = Literal["auto", "reference"]
+Implementation = Literal["auto", "reference", "chunked", "portable"]
 
 GATED: tuple[Activation, ...] = ("swiglu", "geglu", "reglu")
 

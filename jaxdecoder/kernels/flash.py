@@ -13,12 +13,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxdecoder.errors import UserError
-from jaxdecoder.kernels import chunked, masks, reference, scores
-from jaxdecoder.kernels.problem import Device, Gradients, Implementation, Operands, Problem
+from jaxdecoder.kernels import chunked, masks, portable, reference, scores
+from jaxdecoder.kernels.problem import Device, Gradients, Implementation, Operands, Problem, alike
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference.IMPLEMENTATION,
     "chunked": chunked.IMPLEMENTATION,
+    "portable": portable.IMPLEMENTATION,
 }
 # Below this length, a plain softmax over all scores is the quickest.
 SHORT = 128
@@ -83,7 +84,7 @@ def flash_attention(
         print(line)
     if IMPLEMENTATIONS[choice.name].backward is None:
         return IMPLEMENTATIONS[choice.name].forward(problem, _freeze(problem, operands))[0]
-    return _attention(choice.name, problem, _alike(operands))
+    return _attention(choice.name, problem, alike(operands))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -161,8 +162,9 @@ def _candidates(operands: Operands, device: Device) -> list[tuple[str, str]]:
     q_time, k_time = operands.q.shape[1], operands.k.shape[1]
     if max(q_time, k_time) < SHORT or q_time == 1:
         return [("reference", f"{q_time} queries of {k_time} keys are quickest in one piece")]
-    reason = f"it skips empty blocks in memory linear in the length, on any {device.platform}"
-    return [("chunked", reason)]
+    linear = "it skips empty blocks, in memory linear in the length"
+    kernels = [("portable", "its kernels fit any NVIDIA GPU")] if device.platform == "gpu" else []
+    return [*kernels, ("chunked", f"{linear}, on any device")]
 
 
 def current_device() -> Device:
@@ -307,20 +309,3 @@ def _freeze(problem: Problem, operands: Operands) -> Operands:
     pairs = zip(operands.score, problem.learned, strict=True)
     stopped = (x if learned else jax.lax.stop_gradient(x) for x, learned in pairs)
     return operands._replace(score=tuple(stopped))
-
-
-def _alike(operands: Operands) -> Operands:
-    """Inside `shard_map`, lets all operands vary over the mesh axes that any of them varies over.
-
-    A kernel mixes them, and the transpose of this step sums the gradients of the shared ones.
-    """
-    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(operands)))
-    if not axes:
-        return operands
-    return jax.tree.map(
-        lambda x: jax.lax.pcast(x, tuple(axes - _varying(x)), to="varying"), operands
-    )
-
-
-def _varying(x: Any) -> frozenset[str]:
-    return getattr(jax.typeof(x), "vma", frozenset())

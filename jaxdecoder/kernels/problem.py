@@ -164,3 +164,27 @@ def _captures_arrays(problem: Problem, parameters: tuple[jax.ShapeDtypeStruct, .
         if holds(value.apply, parameters, score, one, one, index, index):
             return "the score"
     return None
+
+
+def alike(tree: Any) -> Any:
+    """Inside `shard_map`, lets all arrays vary over the mesh axes that any of them varies over.
+
+    A kernel mixes them, and the transpose of this step sums the gradients of the shared ones.
+    """
+    axes: frozenset[str] = frozenset().union(*map(_varying, jax.tree.leaves(tree)))
+
+    def vary(x: jax.Array) -> jax.Array:
+        missing = tuple(axes - _varying(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)
+
+
+def result(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """A kernel's result, which varies over the mesh axes that `like` varies over."""
+    kind = jax.typeof(like).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
