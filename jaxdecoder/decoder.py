@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ConfigError, ModelConfig
 from jaxdecoder.layers.block import Block
-from jaxdecoder.layers.cache import Cache, Cursor, LayerCache
+from jaxdecoder.layers.cache import Cache, Caches, Cursor, LayerCache
 from jaxdecoder.layers.linear import embedding_initializer, linear
 from jaxdecoder.layers.norms import NORMS
 from jaxdecoder.layers.positions import POSITIONS
@@ -28,32 +28,33 @@ class Period(nn.Module):
         self,
         x: Float[Array, "batch time d_model"],
         positions: Int[Array, "#batch time"],
-        cache: LayerCache | None,
+        caches: Caches | None,
         cursor: Cursor | None,
         deterministic: bool,
-    ) -> tuple[Float[Array, "batch time d_model"], LayerCache | None]:
-        """The residual stream after these blocks, and their caches stacked."""
-        caches = []
+    ) -> tuple[Float[Array, "batch time d_model"], Caches | None]:
+        """The residual stream after these blocks, and their caches, one a block."""
+        extended = []
         for i, mechanism in enumerate(self.config.attention_pattern):
             block = Block(self.config, mechanism, self.dtype, name=f"block_{i}")
-            layer = None if cache is None else LayerCache(cache.k[i], cache.v[i])
+            layer = None if caches is None else caches[i]
             x, layer = block(x, positions, layer, cursor, deterministic)
-            self.sow("intermediates", f"block_{i}", x)
-            caches.append(layer)
-        stacked = None if cache is None else jax.tree.map(lambda *c: jnp.stack(c), *caches)
-        return x, stacked
+            self.sow("intermediates", f"after_block_{i}", x)
+            extended.append(layer)
+        return x, None if caches is None else tuple(extended)
 
 
 class Decoder(nn.Module):
     """A decoder-only language model. `dtype` is that of its compute; parameters are float32.
 
     The blocks' parameters are stacked along a leading layer axis (`nn.scan`), so one layout serves
-    every depth and removing a layer is a slice. The residual stream after each block is sown as an
-    intermediate.
+    every depth and removing a layer is a slice. Decoding reads every weight for every token, and a
+    slice would be a copy: `unrolled` takes them as `unroll_params` lays them out, each its own
+    array. The residual stream after each block is sown as an intermediate.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    unrolled: bool = False
 
     def setup(self) -> None:
         c = self.config.resolve()
@@ -64,15 +65,17 @@ class Decoder(nn.Module):
         )
         embed = POSITIONS[c.position].embed
         self.positions = embed(c, name="positions") if embed else None
-        periods = c.n_layers // len(c.attention_pattern)
-        self.blocks = nn.scan(
-            Period,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0, nn.broadcast, nn.broadcast),
-            length=periods,
-            unroll=periods if jax.default_backend() == "cpu" else 1,
-        )(c, self.dtype, name="blocks")
+        if self.unrolled:
+            self.blocks = [Period(c, self.dtype, name=f"blocks_{i}") for i in range(periods(c))]
+        else:
+            self.blocks = nn.scan(
+                Period,
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, 0, nn.broadcast, nn.broadcast),
+                length=periods(c),
+                unroll=periods(c) if jax.default_backend() == "cpu" else 1,
+            )(c, self.dtype, name="blocks")
         self.final_norm = NORMS[c.norm](c, self.dtype, name="final_norm")
         if not c.tie_embeddings:
             self.head = linear(
@@ -122,10 +125,10 @@ class Decoder(nn.Module):
         self,
         tokens: Int[Array, "batch time"],
         positions: Int[Array, "#batch time"],
-        layers: LayerCache | None,
+        layers: Caches | None,
         cursor: Cursor | None,
         deterministic: bool,
-    ) -> tuple[Float[Array, "batch time d_model"], LayerCache | None]:
+    ) -> tuple[Float[Array, "batch time d_model"], Caches | None]:
         c = self.config
         if layers is None and tokens.shape[1] > c.context_length:
             raise ConfigError(
@@ -134,14 +137,44 @@ class Decoder(nn.Module):
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         if self.positions is not None:
             x = x + self.positions(positions).astype(self.dtype)
-        x, layers = self.blocks(x, positions, layers, cursor, deterministic)
-        return self.final_norm(x), layers
+        turns = None if layers is None else _by_period(layers, c)
+        if self.unrolled:
+            for i, period in enumerate(self.blocks):
+                turn = None if turns is None else turns[i]
+                x, turn = period(x, positions, turn, cursor, deterministic)
+                if turns is not None:
+                    turns[i] = turn
+        else:
+            stacked = None if turns is None else jax.tree.map(lambda *t: jnp.stack(t), *turns)
+            x, stacked = self.blocks(x, positions, stacked, cursor, deterministic)
+            if stacked is not None:
+                turns = [jax.tree.map(lambda t, i=i: t[i], stacked) for i in range(periods(c))]
+        extended = None if turns is None else tuple(layer for turn in turns for layer in turn)
+        return self.final_norm(x), extended
+
+
+def periods(config: ModelConfig) -> int:
+    """How often the attention pattern repeats over the depth."""
+    return config.n_layers // len(config.attention_pattern)
+
+
+def unroll_params(params: Any, config: ModelConfig) -> Any:
+    """The parameters of a decoder as those of the same decoder with `unrolled`."""
+    rest = {name: value for name, value in params.items() if name != "blocks"}
+    for i in range(periods(config)):
+        rest[f"blocks_{i}"] = jax.tree.map(lambda stacked, i=i: stacked[i], params["blocks"])
+    return rest
+
+
+def _by_period(layers: Caches, config: ModelConfig) -> list[Caches]:
+    turn = len(config.attention_pattern)
+    return [layers[i : i + turn] for i in range(0, len(layers), turn)]
 
 
 def empty_cache(config: ModelConfig, batch: int, *, dtype: Any = jnp.float32) -> Cache:
     """A cache that has seen nothing, with room for context_length tokens."""
     c = config.resolve()
-    pattern = len(c.attention_pattern)
-    shape = (c.n_layers // pattern, pattern, batch, c.context_length, c.n_kv_heads, c.d_head)
+    shape = (batch, c.context_length, c.n_kv_heads, c.d_head)
     cursor = Cursor(jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
-    return Cache(cursor, LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+    layers = [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))] * c.n_layers
+    return Cache(cursor, tuple(layers))
