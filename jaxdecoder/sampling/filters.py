@@ -2,11 +2,12 @@
 
 A filter takes the logits of one step, (batch, vocab) in float32, and how often each token has
 occurred in each row so far, (batch, vocab); what it forbids becomes -inf. One token at least
-always stays.
+always stays. The same arguments give the same function object, so that decoding compiles once.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -20,6 +21,7 @@ Counts = Int[Array, "batch vocab"]
 Filter = Callable[[Logits, Counts], Logits]
 
 
+@functools.cache
 def chain(*filters: Filter) -> Filter:
     """One filter that applies these in turn."""
 
@@ -31,6 +33,7 @@ def chain(*filters: Filter) -> Filter:
     return apply
 
 
+@functools.cache
 def temperature(value: float) -> Filter:
     """Divides the logits; 0 keeps only the largest, which is greedy decoding."""
     _check("temperature", value, value >= 0, "0 or more")
@@ -39,6 +42,7 @@ def temperature(value: float) -> Filter:
     return lambda logits, counts: logits / value
 
 
+@functools.cache
 def top_k(k: int) -> Filter:
     """Keeps the k largest logits (arXiv 1805.04833); ties are broken by the lower token."""
     _check("top_k", k, k >= 1, "1 or more")
@@ -51,6 +55,7 @@ def top_k(k: int) -> Filter:
     return apply
 
 
+@functools.cache
 def top_p(p: float) -> Filter:
     """Keeps the fewest tokens whose probabilities reach p together (arXiv 1904.09751)."""
     _check("top_p", p, 0 < p <= 1, "in (0, 1]")
@@ -67,6 +72,7 @@ def top_p(p: float) -> Filter:
     return apply
 
 
+@functools.cache
 def min_p(p: float) -> Filter:
     """Keeps tokens at least p times as probable as the likeliest (arXiv 2407.01082)."""
     _check("min_p", p, 0 < p <= 1, "in (0, 1]")
@@ -75,6 +81,7 @@ def min_p(p: float) -> Filter:
     )
 
 
+@functools.cache
 def repetition_penalty(factor: float) -> Filter:
     """Divides the positive logits of tokens already there, multiplies the negative ones.
 

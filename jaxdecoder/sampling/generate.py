@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import Config
 from jaxdecoder.data.tokenizers import Tokenizer
-from jaxdecoder.decoder import Decoder, empty_cache
+from jaxdecoder.decoder import Decoder, empty_cache, unroll_params
+from jaxdecoder.errors import UserError
 from jaxdecoder.layers.cache import Cache, Cursor
 from jaxdecoder.layers.positions import POSITIONS
 from jaxdecoder.sampling import filters
@@ -62,6 +63,8 @@ def generate(
     context = decoder.config.context_length
     slides = POSITIONS[decoder.config.position].slides
     choose = choose or filters.temperature(1.0)
+    if not all(len(prompt) for prompt in prompts):
+        raise UserError("generate: every prompt must have one token at least; see empty_prompt")
     cropped = [np.asarray(prompt, np.int32)[-context:] for prompt in prompts]
     longest = max(len(prompt) for prompt in cropped)
     width = min(context, -(-longest // BUCKET) * BUCKET)
@@ -70,6 +73,8 @@ def generate(
     for row, prompt in enumerate(cropped):
         tokens[row, start[row] : width] = prompt
 
+    decoder = decoder.clone(unrolled=True)
+    params = _unroll(params, decoder.config)
     state = _begin(decoder, params, jnp.asarray(tokens), jnp.asarray(start), width)
     done, sent = np.zeros(len(prompts), bool), width
     while sent < tokens.shape[1] and not done.all():
@@ -112,6 +117,9 @@ def show_sample(config: Config, params: Any, tokenizer: Tokenizer) -> str:
     return config.train.sample_prompt + tokenizer.decode(tokens)
 
 
+_unroll = jax.jit(unroll_params, static_argnums=1)
+
+
 @partial(jax.jit, static_argnums=(0, 4))
 def _begin(decoder: Decoder, params: Any, tokens: Any, start: Any, width: int) -> Decoding:
     logits, cache = _prefill(decoder, params, tokens[:, :width], start)
@@ -136,11 +144,13 @@ def _advance(
     """Fills columns up to `until`, or until every row is done."""
     context = decoder.config.context_length
 
+    def key_of(row: jax.Array, number: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(key, row), number)
+
     def step(s: Decoding) -> Decoding:
         rows = jnp.arange(s.tokens.shape[0])
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), s.length))(
-            rows
-        )
+        # Numbered within the row, so that its padding has no say in what is drawn.
+        keys = jax.vmap(key_of)(rows, s.length - s.start)
         token = jax.vmap(jax.random.categorical)(keys, choose(s.logits, s.counts))
         token = token.astype(jnp.int32)
         tokens = jax.lax.dynamic_update_slice(s.tokens, token[:, None], (0, s.length))
