@@ -2,14 +2,16 @@
 
 import os
 
-os.environ["MPLBACKEND"] = "Agg"
-
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
-# Before anything of the package is imported: shapes and types in its annotations are checked.
-install_import_hook("jaxdecoder", "beartype.beartype")
+os.environ["MPLBACKEND"] = "Agg"
 
-from hypothesis import HealthCheck, settings
+# Before anything of the package is imported: shapes and types in its annotations are checked.
+# The numeric tower is PEP 484's: an int will do for a float.
+install_import_hook(
+    "jaxdecoder", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 settings.register_profile(
     "tests",
