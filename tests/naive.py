@@ -1,0 +1,194 @@
+"""The decoder once more, in float64 NumPy: one sequence, one head and one query at a time.
+
+It shares no code with the package; of the config it reads what the decoder is told by it, and of
+the parameters the names. Slow, and meant to be read.
+"""
+
+import math
+
+import numpy as np
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def gelu_exact(x):
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def swish(x):
+    return x / (1 + np.exp(-x))
+
+
+ACTIVATIONS = {
+    "relu": relu,
+    "gelu": gelu,
+    "gelu_exact": gelu_exact,
+    "swish": swish,
+    "relu2": lambda x: relu(x) ** 2,
+}
+GATES = {"swiglu": swish, "geglu": gelu, "reglu": relu}
+VISIBLE = {
+    "full": lambda c, query, key: key <= query,
+    "sliding_window": lambda c, query, key: query - c.attention_window < key <= query,
+}
+POSITIONS = {"none", "learned", "sinusoidal", "rope"}
+
+
+def defines(config):
+    """Whether this file knows all of a config's components."""
+    return (
+        config.position in POSITIONS
+        and config.activation in {*ACTIVATIONS, *GATES}
+        and set(config.attention_pattern) <= set(VISIBLE)
+    )
+
+
+def decode(config, params, tokens, window=None):
+    """Logits (time, vocab) of one sequence; `window` bounds how far back any layer sees."""
+    c = config.resolve()
+    params = to_float64(params)
+    x = [params["embedding"][token] for token in tokens]
+    x = np.stack([row + added_position(c, params, t) for t, row in enumerate(x)])
+    pattern = c.attention_pattern
+    for layer in range(c.n_layers):
+        period, place = divmod(layer, len(pattern))
+        block = slice_of(params["blocks"][f"block_{place}"], period)
+        x = one_block(c, block, pattern[place], x, window)
+    x = norm(c, params.get("final_norm"), x)
+    logits = x @ params["embedding"].T if c.tie_embeddings else linear(params["head"], x)
+    if c.logit_softcap is not None:
+        logits = np.tanh(logits / c.logit_softcap) * c.logit_softcap
+    return logits
+
+
+def one_block(c, p, mechanism, x, window):
+    """Attention and feed-forward, wired by the norms' placement."""
+
+    def attend(h):
+        return attention(c, p["attention"], mechanism, h, window)
+
+    def feed(h):
+        return feed_forward(c, p["feed_forward"], h)
+
+    def n(name, h):
+        return norm(c, p.get(name), h)
+
+    def add(x, y):
+        return x + y if c.residual else y
+
+    if c.norm_placement == "pre":
+        x = add(x, attend(n("attention_norm", x)))
+        if c.feed_forward:
+            x = add(x, feed(n("feed_forward_norm", x)))
+    elif c.norm_placement == "post":
+        x = n("attention_norm", add(x, attend(x)))
+        if c.feed_forward:
+            x = n("feed_forward_norm", add(x, feed(x)))
+    elif c.norm_placement == "sandwich":
+        x = add(x, n("attention_out_norm", attend(n("attention_norm", x))))
+        if c.feed_forward:
+            x = add(x, n("feed_forward_out_norm", feed(n("feed_forward_norm", x))))
+    elif c.norm_placement == "parallel":
+        h = n("norm", x)
+        x = add(x, attend(h) + feed(h) if c.feed_forward else attend(h))
+    elif c.norm_placement == "none":
+        x = add(x, attend(x))
+        if c.feed_forward:
+            x = add(x, feed(x))
+    return x
+
+
+def attention(c, p, mechanism, x, window):
+    """Softmax over visible keys, for each head and each query by itself."""
+    time, d = len(x), c.d_head
+    q, k, v = (linear(p[name], x) for name in ("query", "key", "value"))
+    out = np.zeros((time, c.n_heads * d))
+    for head in range(c.n_heads):
+        shared = head // (c.n_heads // c.n_kv_heads)
+        queries = q[:, head * d : (head + 1) * d]
+        keys = k[:, shared * d : (shared + 1) * d]
+        values = v[:, shared * d : (shared + 1) * d]
+        if c.qk_norm:
+            queries = root_mean_square(c, queries) * p["query_norm"]["scale"]
+            keys = root_mean_square(c, keys) * p["key_norm"]["scale"]
+        if c.position == "rope":
+            queries = np.stack([turned(c, row, t) for t, row in enumerate(queries)])
+            keys = np.stack([turned(c, row, t) for t, row in enumerate(keys)])
+        for query in range(time):
+            seen = [
+                key
+                for key in range(time)
+                if VISIBLE[mechanism](c, query, key) and (window is None or query - key < window)
+            ]
+            scores = np.array([queries[query] @ keys[key] / math.sqrt(d) for key in seen])
+            weights = np.exp(scores - scores.max())
+            weights /= weights.sum()
+            mixed = sum(weight * values[key] for weight, key in zip(weights, seen, strict=True))
+            out[query, head * d : (head + 1) * d] = mixed
+    return linear(p["out"], out) if c.attention_projection else out
+
+
+def turned(c, row, t):
+    """Each pair (i, i + half) as a complex number, turned by its own frequency."""
+    half = len(row) // 2
+    pairs = row[:half] + 1j * row[half:]
+    pairs = pairs * np.exp(1j * t * c.rope_base ** (-2 * np.arange(half) / len(row)))
+    return np.concatenate([pairs.real, pairs.imag])
+
+
+def added_position(c, params, t):
+    """What position t adds to a token's embedding."""
+    if c.position == "learned":
+        return params["positions"]["embedding"][t]
+    if c.position == "sinusoidal":
+        waves = []
+        for i in range(c.d_model):
+            angle = t / c.rope_base ** (i // 2 * 2 / c.d_model)
+            waves.append(math.cos(angle) if i % 2 else math.sin(angle))
+        return np.array(waves)
+    return 0.0
+
+
+def feed_forward(c, p, x):
+    """down(f(up(x))), or down(f(gate(x)) * up(x))."""
+    if c.activation in GATES:
+        return linear(p["down"], GATES[c.activation](linear(p["gate"], x)) * linear(p["up"], x))
+    return linear(p["down"], ACTIVATIONS[c.activation](linear(p["up"], x)))
+
+
+def norm(c, p, x):
+    """The config's norm, over the width."""
+    if c.norm == "none":
+        return x
+    if c.norm == "rmsnorm":
+        return root_mean_square(c, x) * p["scale"]
+    centred = x - x.mean(axis=-1, keepdims=True)
+    y = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + c.norm_epsilon) * p["scale"]
+    return y + p["bias"] if c.bias else y
+
+
+def root_mean_square(c, x):
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + c.norm_epsilon)
+
+
+def linear(p, x):
+    y = x @ p["kernel"]
+    return y + p["bias"] if "bias" in p else y
+
+
+def to_float64(tree):
+    if isinstance(tree, dict):
+        return {name: to_float64(branch) for name, branch in tree.items()}
+    return np.asarray(tree, np.float64)
+
+
+def slice_of(tree, index):
+    if isinstance(tree, dict):
+        return {name: slice_of(branch, index) for name, branch in tree.items()}
+    return tree[index]

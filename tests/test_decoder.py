@@ -1,0 +1,451 @@
+"""Every decoder is causal, cached, trainable, and the same as a naive one."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import naive
+import numpy as np
+import pytest
+from models import (
+    SMALL,
+    covering_configs,
+    logits_of,
+    name_of,
+    quick_jit,
+    random_params,
+    random_tokens,
+    shapes,
+    small,
+)
+
+from jaxdecoder import Decoder
+from jaxdecoder.config import ConfigError, ModelConfig
+from jaxdecoder.decoder import empty_cache
+from jaxdecoder.layers.cache import Cursor
+from jaxdecoder.layers.positions import POSITIONS
+
+SWITCHED = [
+    small(residual=False, attention_projection=False, head_bias=True, norm_epsilon=1e-3),
+    small(feed_forward=False, bias=False, tie_embeddings=True, norm_placement="parallel"),
+    small(
+        position="rope",
+        rope_base=50.0,
+        qkv_bias=True,
+        qk_norm=True,
+        n_kv_heads=2,
+        d_head=6,
+        logit_softcap=2.0,
+        attention=("full", "sliding_window"),
+        attention_window=3,
+    ),
+    small(
+        position="none",
+        n_kv_heads=1,
+        n_layers=4,
+        attention=("sliding_window", "full"),
+        attention_window=4,
+        d_model=12,
+    ),
+]
+CONFIGS = [*covering_configs(), *SWITCHED]
+TIME = SMALL.context_length
+
+
+# --- What the tests run, compiled once for each config -------------------------------------------
+
+
+@functools.cache
+def model(config):
+    """A decoder and parameters of which none is special."""
+    return Decoder(config), random_params(config)
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def run(decoder, params, tokens, weights):
+    """Gradients of the weighted sum of logits, and the logits."""
+
+    def weighed(params):
+        logits = decoder.apply({"params": params}, tokens)
+        return jnp.sum(logits * weights), logits
+
+    return jax.grad(weighed, has_aux=True)(params)
+
+
+@functools.partial(quick_jit, static_argnums=(0, 4))
+def decode(decoder, params, tokens, start, chunks):
+    """Logits of a stream of left-padded rows: these chunks, then token by token."""
+    empty = empty_cache(decoder.config, tokens.shape[0])
+    cache, at, parts = empty._replace(cursor=Cursor(empty.cursor.length, start)), 0, []
+
+    def extend(tokens, cache):
+        return decoder.apply({"params": params}, tokens, cache, method="extend")
+
+    for chunk in chunks:
+        logits, cache = extend(tokens[:, at : at + chunk], cache)
+        parts.append(logits)
+        at += chunk
+
+    def step(cache, token):
+        logits, cache = extend(token[:, None], cache)
+        return cache, logits[:, 0]
+
+    cache, rest = jax.lax.scan(step, cache, tokens[:, at:].T)
+    return jnp.concatenate([*parts, rest.swapaxes(0, 1)], axis=1)
+
+
+def two_rows(config):
+    """Two rows of tokens, distinct within a row, that use the whole vocabulary together."""
+    order = np.random.default_rng(1).permutation(config.vocab_size)
+    return np.stack([order[:TIME], order[-TIME:]]).astype(np.int32)
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=name_of)
+def config(request):
+    return request.param
+
+
+# --- The tests -----------------------------------------------------------------------------------
+
+
+def test_every_entry_and_pair_is_among_the_configs():
+    configs = covering_configs()
+    assert {(c.norm, c.norm_placement) for c in configs} >= {
+        (norm, placement)
+        for norm in ("layernorm", "rmsnorm", "none")
+        for placement in ("pre", "post", "sandwich", "parallel", "none")
+    }
+    assert {(c.position, c.attention) for c in configs} >= {
+        (position, attention) for position in POSITIONS for attention in ("full", "sliding_window")
+    }
+
+
+class TestEveryDecoder:
+    def test_leaves_logits_before_a_changed_token_to_the_bit(self, config):
+        decoder, params = model(config)
+        tokens, weights = two_rows(config), np.zeros((2, TIME, config.vocab_size), np.float32)
+        _, before = run(decoder, params, tokens, weights)
+        for t in range(TIME):
+            changed = tokens.copy()
+            changed[0, t] = (changed[0, t] + 1) % config.vocab_size
+            _, after = run(decoder, params, changed, weights)
+            assert after[0, :t].tobytes() == before[0, :t].tobytes()
+            assert after[1].tobytes() == before[1].tobytes()
+            assert np.abs(after[0, t] - before[0, t]).max() > 0
+
+    def test_has_no_gradient_from_a_logit_to_a_later_token(self, config):
+        config = dataclasses.replace(config, tie_embeddings=False)
+        decoder, params = model(config)
+        tokens = two_rows(config)
+        for t in range(TIME):
+            weights = np.zeros((2, TIME, config.vocab_size), np.float32)
+            weights[0, t] = np.arange(config.vocab_size) + 1
+            gradients, _ = run(decoder, params, tokens, weights)
+            reached = np.any(gradients["embedding"][tokens[0]] != 0, axis=-1)
+            assert not reached[t + 1 :].any()
+            assert reached[t]
+            assert t == 0 or reached[:t].any()
+
+    def test_gives_every_parameter_a_gradient(self, config):
+        decoder, params = model(config)
+        tokens = two_rows(config)
+        weights = np.random.default_rng(2).normal(size=(2, TIME, config.vocab_size))
+        gradients, logits = run(decoder, params, tokens, weights.astype(np.float32))
+        assert np.isfinite(logits).all()
+        for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+            layers = gradient.shape[0] if path[0].key == "blocks" else 1
+            by_layer = np.asarray(gradient).reshape(layers, -1)
+            assert np.isfinite(by_layer).all(), path
+            # A unit of a relu may be off for all of these tokens, but not most of them.
+            assert ((by_layer != 0).mean(axis=1) > 0.5).all(), path
+
+    def test_decodes_with_its_cache_what_the_full_pass_gives(self, config):
+        decoder, params = model(config)
+        tokens = two_rows(config)
+        decoded = decode(decoder, params, *streams(tokens), (TIME // 2,))
+        _, full = run(decoder, params, tokens, np.zeros((2, TIME, config.vocab_size), np.float32))
+        assert_close(decoded[0, :TIME], full[0])
+        # The second row is padded by three, so it is three tokens behind.
+        assert_close(decoded[1, 3:TIME], full[1, : TIME - 3])
+
+    def test_goes_on_past_the_context_as_through_a_sliding_window(self, config):
+        if not POSITIONS[config.position].slides:
+            pytest.skip("decoding starts over instead")
+        if not naive.defines(config):
+            pytest.skip("a component has no naive definition")
+        decoder, params = model(config)
+        tokens, start = streams(two_rows(config))
+        decoded = decode(decoder, params, tokens, start, (TIME // 2,))
+        for row, first in enumerate(start):
+            expected = naive.decode(config, params, tokens[row, first:], window=TIME)
+            assert_close(decoded[row, first:], expected)
+
+    def test_equals_the_naive_decoder(self, config):
+        if not naive.defines(config):
+            pytest.skip("a component has no naive definition")
+        decoder, params = model(config)
+        tokens = two_rows(config)
+        _, logits = run(decoder, params, tokens, np.zeros((2, TIME, config.vocab_size), np.float32))
+        for row in range(2):
+            assert_close(logits[row], naive.decode(config, params, tokens[row]))
+
+
+def assert_close(actual, expected):
+    """Equal within 1e-4 of the logits' size, which without norms may be thousands."""
+    size = max(1.0, float(np.sqrt(np.mean(np.square(expected)))))
+    np.testing.assert_allclose(actual / size, expected / size, atol=1e-4, rtol=0)
+
+
+def streams(tokens):
+    """Two left-padded rows, more than twice the context long, whose first tokens are these."""
+    stream = np.concatenate([tokens, tokens[:, ::-1], tokens[:, : TIME // 2]], axis=1)
+    start = np.array([0, 3], np.int32)
+    padded = np.zeros_like(stream)
+    for row, first in enumerate(start):
+        padded[row, first:] = stream[row, : stream.shape[1] - first]
+    return padded, start
+
+
+class TestCache:
+    CONFIG = small(position="rope", attention=("full", "sliding_window"), attention_window=3)
+
+    def test_takes_chunks_of_any_length(self):
+        decoder, params = model(self.CONFIG)
+        tokens, start = streams(two_rows(self.CONFIG))
+        whole = decode(decoder, params, tokens[:, :TIME], start, (TIME,))
+        chunks = decode(decoder, params, tokens[:, :TIME], start, (3, 1, 2))
+        for row, first in enumerate(start):
+            assert_close(chunks[row, first:], whole[row, first:])
+
+    def test_holds_its_dtype_and_the_context(self):
+        cache = empty_cache(small(n_kv_heads=2), 5, dtype=jnp.bfloat16)
+        assert cache.layers.k.shape == cache.layers.v.shape == (2, 1, 5, TIME, 2, 4)
+        assert cache.layers.k.dtype == cache.layers.v.dtype == jnp.bfloat16
+
+
+class TestCompiledFully:
+    """Once with all the compiler's passes, which the others do without."""
+
+    def test_is_causal_to_the_bit(self):
+        decoder, params = model(SMALL)
+        apply = jax.jit(decoder.apply)
+        tokens = two_rows(SMALL)[:1]
+        before = apply({"params": params}, tokens)
+        for t in range(TIME):
+            changed = tokens.copy()
+            changed[0, t] = (changed[0, t] + 1) % SMALL.vocab_size
+            after = apply({"params": params}, changed)
+            assert after[0, :t].tobytes() == before[0, :t].tobytes()
+            assert np.abs(after[0, t] - before[0, t]).max() > 0
+
+
+class TestGradients:
+    def test_vanish_for_a_key_bias_only_where_softmax_cancels_it(self):
+        """A bias shared by all keys moves all scores of a query alike, unless it is turned by
+        position or normalised; then no gradient reaches it."""
+        for changes, cancels in ({"position": "none"}, True), ({"position": "rope"}, False):
+            config = small(qkv_bias=True, n_layers=1, **changes)
+            decoder, params = model(config)
+            weights = np.random.default_rng(2).normal(size=(2, TIME, 13)).astype(np.float32)
+            gradients, _ = run(decoder, params, two_rows(config), weights)
+            attention = gradients["blocks"]["block_0"]["attention"]
+            size = {name: np.abs(attention[name]["bias"]).max() for name in ("query", "key")}
+            assert (size["key"] < 1e-4 * size["query"]) == cancels
+            assert size["query"] > 0.01
+
+
+class TestPrecision:
+    def test_of_bfloat16_compute_is_close_to_float32(self):
+        config = small(position="rope", norm="rmsnorm", activation="swiglu", n_kv_heads=2)
+        params = random_params(config)
+        tokens = two_rows(config)
+        exact = logits_of(Decoder(config), params, tokens)
+        rough = logits_of(Decoder(config, dtype=jnp.bfloat16), params, tokens)
+        assert exact.dtype == rough.dtype == jnp.float32
+        error = np.sqrt(np.mean((rough - exact) ** 2) / np.mean(exact**2))
+        assert 1e-4 < error < 0.03
+
+    def test_of_parameters_is_float32_whatever_the_compute(self):
+        key, tokens = jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
+        arrays = jax.eval_shape(Decoder(SMALL, dtype=jnp.bfloat16).init, key, tokens)
+        assert {leaf.dtype for leaf in jax.tree.leaves(arrays)} == {jnp.dtype("float32")}
+
+
+class TestDropout:
+    # Without residuals and norms a block's output is that of its last dropout.
+    CONFIG = small(
+        dropout=0.25,
+        residual=False,
+        norm_placement="none",
+        position="none",
+        context_length=64,
+        d_model=32,
+        d_ff=32,
+    )
+
+    @staticmethod
+    @functools.partial(quick_jit, static_argnums=(0, 3))
+    def blocks(decoder, params, tokens, deterministic, key):
+        _, state = decoder.apply(
+            {"params": params},
+            tokens,
+            deterministic=deterministic,
+            rngs={"dropout": key},
+            mutable=["intermediates"],
+        )
+        return state["intermediates"]["blocks"]["after_block_0"][0]
+
+    def test_drops_its_share_anew_for_every_key_row_and_layer(self):
+        decoder, params = model(self.CONFIG)
+        tokens = np.tile(random_tokens(self.CONFIG, 1, 64), (2, 1))
+        once = self.blocks(decoder, params, tokens, False, jax.random.key(0))
+        again = self.blocks(decoder, params, tokens, False, jax.random.key(0))
+        other = self.blocks(decoder, params, tokens, False, jax.random.key(1))
+        assert once.shape == (2, 2, 64, 32)
+        np.testing.assert_array_equal(once, again)
+        dropped, dropped_then = once == 0, other == 0
+        # Shares over 8,192 values have a standard deviation of 0.005 at most.
+        for share in dropped[0].mean(), dropped[1].mean():
+            assert abs(share - 0.25) < 0.025
+        independent = 0.25**2
+        for a, b in (
+            (dropped, dropped_then),
+            (dropped[0], dropped[1]),
+            (dropped[:, 0], dropped[:, 1]),
+            (dropped[:, :, 1:], dropped[:, :, :-1]),
+            (dropped[..., 1:], dropped[..., :-1]),
+        ):
+            assert abs((a & b).mean() - independent) < 0.025
+
+    def test_scales_what_it_keeps_and_does_nothing_when_deterministic(self):
+        config = dataclasses.replace(self.CONFIG, n_layers=1, feed_forward=False)
+        tokens = random_tokens(config, 2, 64)
+        decoder, params = model(config)
+        key = jax.random.key(0)
+        # One token has but one attention weight, dropped or scaled, then the output is.
+        full = self.blocks(decoder, params, tokens[:, :1], True, key)[0]
+        plain = Decoder(dataclasses.replace(config, dropout=0.0))
+        np.testing.assert_array_equal(
+            full, self.blocks(plain, params, tokens[:, :1], False, key)[0]
+        )
+        assert (np.asarray(full) != 0).all()
+
+    def test_keeps_the_mean(self):
+        config = dataclasses.replace(
+            self.CONFIG, n_layers=1, feed_forward=False, attention_projection=False, d_head=8
+        )
+        decoder, params = model(config)
+        tokens = random_tokens(config, 1, 8)
+        full = self.blocks(decoder, params, tokens, True, jax.random.key(0))[0]
+        keys = jax.random.split(jax.random.key(0), 500)
+        noisy = np.stack([self.blocks(decoder, params, tokens, False, key)[0] for key in keys])
+        error = noisy.mean(0) - full
+        standard_error = noisy.std(0) / np.sqrt(len(keys))
+        assert np.abs(error / standard_error).max() < 5
+        assert np.sqrt(np.mean((error / standard_error) ** 2)) < 1.5
+
+
+class TestInitializers:
+    CONFIG = ModelConfig(
+        vocab_size=300,
+        context_length=80,
+        d_model=64,
+        n_layers=3,
+        n_heads=4,
+        d_ff=100,
+        d_head=20,
+        qkv_bias=True,
+        head_bias=True,
+        init_std=0.05,
+    )
+
+    def init(self, initializer, seed=0):
+        config = dataclasses.replace(self.CONFIG, initializer=initializer)
+        init = quick_jit(Decoder(config).init)
+        return init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+
+    def leaves(self, params):
+        """(where, name, values by layer) of every array."""
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            names = [entry.key for entry in path]
+            layers = leaf if names[0] == "blocks" else leaf[None]
+            for layer in layers:
+                yield names[-2] if len(names) > 1 else "", names[-1], np.asarray(layer)
+
+    def check(self, params, kernel_std, bias_bound, embedding_std, bounded):
+        for where, name, values in self.leaves(params):
+            if name == "scale":
+                assert (values == 1).all()
+            elif name == "embedding":
+                assert abs(values.std() / embedding_std - 1) < 0.05
+                assert abs(values.mean()) < 0.1 * embedding_std
+            elif name == "kernel":
+                std = kernel_std(where, values.shape[0])
+                assert abs(values.std() / std - 1) < 0.05, where
+                assert abs(values.mean()) < 0.1 * std
+                if bounded:
+                    assert 0.98 < np.abs(values).max() / (std * np.sqrt(3)) <= 1.0001
+                else:
+                    assert np.abs(values).max() > 3 * std
+            elif name == "bias":
+                bound = 0.0 if where.endswith("norm") else bias_bound(where)
+                assert np.abs(values).max() <= bound
+                assert np.abs(values).max() >= 0.9 * bound
+
+    def test_normal_draws_every_matrix_alike(self):
+        self.check(self.init("normal"), lambda *_: 0.05, lambda _: 0.0, 0.05, False)
+
+    def test_scaled_divides_what_is_added_to_the_residual_stream(self):
+        def std(where, fan_in):
+            return 0.05 / np.sqrt(2 * 3) if where in ("out", "down") else 0.05
+
+        self.check(self.init("scaled"), std, lambda _: 0.0, 0.05, False)
+
+    def test_uniform_fan_in_is_the_default_of_pytorch(self):
+        fan_in = {"out": 80, "down": 100}
+        self.check(
+            self.init("uniform_fan_in"),
+            lambda where, rows: 1 / np.sqrt(3 * rows),
+            lambda where: fan_in.get(where, 64) ** -0.5,
+            1.0,
+            True,
+        )
+
+    def test_draw_every_layer_and_matrix_by_itself_and_by_the_key(self):
+        params = self.init("normal")
+        attention = params["blocks"]["block_0"]["attention"]
+        kernels = [
+            attention[name]["kernel"][i] for name in ("query", "key", "value") for i in (0, 1)
+        ]
+        other = self.init("normal", seed=1)["blocks"]["block_0"]["attention"]["query"]["kernel"][0]
+        draws = np.stack([np.ravel(kernel) for kernel in [*kernels, other]])
+        correlation = np.corrcoef(draws) - np.eye(len(draws))
+        assert np.abs(correlation).max() < 0.1
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("changes", "key"),
+        [
+            ({"d_model": 18}, "model.d_model"),
+            ({"n_kv_heads": 3}, "model.n_kv_heads"),
+            ({"attention": ("full", "sliding_window"), "n_layers": 3}, "model.attention"),
+            ({"attention": ()}, "model.attention"),
+            ({"position": "rope", "d_head": 5}, "model.d_head"),
+            ({"attention_projection": False, "d_head": 5}, "model.attention_projection"),
+        ],
+    )
+    def test_of_a_config_name_its_key(self, changes, key):
+        with pytest.raises(ConfigError, match=key):
+            small(**changes)
+
+    def test_of_a_decoder_name_the_key(self):
+        with pytest.raises(ConfigError, match=r"model\.vocab_size"):
+            shapes(small(vocab_size=None))
+        with pytest.raises(ConfigError, match=r"model\.context_length.*9 tokens"):
+            jax.eval_shape(
+                lambda p, t: Decoder(SMALL).apply({"params": p}, t),
+                shapes(SMALL),
+                jax.ShapeDtypeStruct((1, 9), jnp.int32),
+            )
