@@ -1,0 +1,124 @@
+"""The rooms of the package: imports point down, and the config names what the dicts hold."""
+
+import ast
+import itertools
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from jaxdecoder import config
+from jaxdecoder.config import OptimizerConfig, choices
+from jaxdecoder.layers.attention import ATTENTIONS
+from jaxdecoder.layers.block import PLACEMENTS
+from jaxdecoder.layers.feed_forward import ACTIVATIONS
+from jaxdecoder.layers.norms import NORMS
+from jaxdecoder.layers.positions import POSITIONS
+from jaxdecoder.training.optimizers import OPTIMIZERS, SCHEDULES
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "jaxdecoder"
+
+# From the ground up; a room imports from itself and from those before it.
+ROOMS = [
+    "errors",
+    "config",
+    "kernels",
+    "layers",
+    "decoder",
+    "analysis",
+    "data",
+    "training",
+    "sampling",
+    "compression",
+    "ablation",
+    "pretrained",
+]
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+
+
+def modules():
+    """The package's files, less the root's own, which only names what the package offers."""
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE or room(path)]
+
+
+def room(path):
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return None if name == "__init__" else name
+
+
+def imported_rooms(path):
+    """Rooms that a file imports, wherever in it the import stands, and the names it uses."""
+    package = (
+        ["jaxdecoder", *path.relative_to(PACKAGE).parts[:-1]] if PACKAGE in path.parents else []
+    )
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, node.module] if node.module else base)
+            names = [f"{source}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "jaxdecoder":
+                yield parts[1] if len(parts) > 1 else ""
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_its_own_room_and_those_below(path):
+    own = ROOMS.index(room(path))
+    for imported in imported_rooms(path):
+        assert imported in ROOMS, f"{imported} is no room: import from the room that has it"
+        assert ROOMS.index(imported) <= own, f"{imported} stands above {room(path)}"
+
+
+def test_the_package_has_no_other_rooms():
+    assert {room(path) for path in modules()} <= set(ROOMS)
+
+
+def test_nothing_imports_a_script():
+    scripts = {name.removesuffix(".py") for name in SCRIPTS}
+    for path in modules():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")]
+            if isinstance(node, ast.Import):
+                assert not scripts & {name.split(".")[0] for name in names}, path
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                assert (node.module or "").split(".")[0] not in scripts, path
+
+
+@pytest.mark.parametrize(
+    ("named", "held"),
+    [
+        (get_args(config.Position), POSITIONS),
+        (get_args(config.Norm), NORMS),
+        (get_args(config.NormPlacement), PLACEMENTS),
+        (get_args(config.Activation), ACTIVATIONS),
+        (get_args(config.AttentionName), ATTENTIONS),
+        (choices(OptimizerConfig, "name"), OPTIMIZERS),
+        (choices(OptimizerConfig, "schedule"), SCHEDULES),
+    ],
+    ids=["position", "norm", "norm_placement", "activation", "attention", "optimizer", "schedule"],
+)
+def test_the_config_names_what_the_dict_holds(named, held):
+    assert list(named) == list(held)
+
+
+def test_gated_activations_are_those_the_config_calls_so():
+    assert set(config.GATED) == {name for name, entry in ACTIVATIONS.items() if entry.gated}
+
+
+def test_every_field_says_what_it_means():
+    """`--help` is made of these."""
+    tree = ast.parse((PACKAGE / "config.py").read_text(encoding="utf-8"))
+    sections = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    for section in sections:
+        for statement, following in itertools.pairwise([*section.body, ast.Pass()]):
+            if isinstance(statement, ast.AnnAssign) and section.name != "Config":
+                field = f"{section.name}.{ast.unparse(statement.target)}"
+                assert isinstance(following, ast.Expr), field
+                assert isinstance(following.value, ast.Constant), field
