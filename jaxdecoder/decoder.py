@@ -33,7 +33,7 @@ class Period(nn.Module):
         deterministic: bool,
     ) -> tuple[Float[Array, "batch time d_model"], Caches | None]:
         """The residual stream after these blocks, and their caches, one a block."""
-        extended = []
+        extended: list[Any] = []
         for i, mechanism in enumerate(self.config.attention_pattern):
             block = Block(self.config, mechanism, self.dtype, name=f"block_{i}")
             layer = None if caches is None else caches[i]
@@ -66,13 +66,15 @@ class Decoder(nn.Module):
         embed = POSITIONS[c.position].embed
         self.positions = embed(c, name="positions") if embed else None
         if self.unrolled:
-            self.blocks = [Period(c, self.dtype, name=f"blocks_{i}") for i in range(periods(c))]
+            self.blocks: Any = [
+                Period(c, self.dtype, name=f"blocks_{i}") for i in range(periods(c))
+            ]
         else:
             self.blocks = nn.scan(
                 Period,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, 0, nn.broadcast, nn.broadcast),
+                in_axes=nn.broadcast,
                 length=periods(c),
                 unroll=periods(c) if jax.default_backend() == "cpu" else 1,
             )(c, self.dtype, name="blocks")
@@ -92,20 +94,36 @@ class Decoder(nn.Module):
         self, tokens: Int[Array, "batch time"], *, deterministic: bool = True
     ) -> Float[Array, "batch time d_model"]:
         """What the head sees: the normalised residual stream after the last block."""
+        c = self.config
+        if tokens.shape[1] > c.context_length:
+            raise ConfigError(
+                "model.context_length", c.context_length, f"{tokens.shape[1]} tokens do not fit"
+            )
         positions = jnp.arange(tokens.shape[1])[None]
-        features, _ = self._run(tokens, positions, None, None, deterministic)
-        return features
+        x = self._embed(tokens, positions)
+        for period in self.blocks if self.unrolled else [self.blocks]:
+            x, _ = period(x, positions, None, None, deterministic)
+        return self.final_norm(x)
 
     def extend(
         self, tokens: Int[Array, "batch time"], cache: Cache
     ) -> tuple[Float[Array, "batch time vocab"], Cache]:
         """Logits for `tokens` that follow what the cache holds, and the cache with them in it."""
+        if not self.unrolled:
+            unrolled = self.clone(unrolled=True, parent=None, name=None)
+            params = unroll_params(self.variables["params"], self.config)
+            extended_by: Any = unrolled.apply({"params": params}, tokens, cache, method="extend")
+            return extended_by
         time = tokens.shape[1]
-        positions = cache.cursor.query_positions(time)
-        features, layers = self._run(tokens, positions, cache.layers, cache.cursor, True)
-        assert layers is not None
+        x = self._embed(tokens, cache.cursor.query_positions(time))
+        layers: list[LayerCache] = []
+        turn = len(self.config.attention_pattern)
+        for i, period in enumerate(self.blocks):
+            held = cache.layers[i * turn : (i + 1) * turn]
+            x, extended = period(x, cache.cursor.query_positions(time), held, cache.cursor, True)
+            layers += extended
         cursor = Cursor(cache.cursor.length + time, cache.cursor.start)
-        return self.logits(features), Cache(cursor, layers)
+        return self.logits(self.final_norm(x)), Cache(cursor, tuple(layers))
 
     def logits(
         self, features: Float[Array, "batch time d_model"]
@@ -121,36 +139,13 @@ class Decoder(nn.Module):
             logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
         return logits
 
-    def _run(
-        self,
-        tokens: Int[Array, "batch time"],
-        positions: Int[Array, "#batch time"],
-        layers: Caches | None,
-        cursor: Cursor | None,
-        deterministic: bool,
-    ) -> tuple[Float[Array, "batch time d_model"], Caches | None]:
-        c = self.config
-        if layers is None and tokens.shape[1] > c.context_length:
-            raise ConfigError(
-                "model.context_length", c.context_length, f"{tokens.shape[1]} tokens do not fit"
-            )
+    def _embed(
+        self, tokens: Int[Array, "batch time"], positions: Int[Array, "#batch time"]
+    ) -> Float[Array, "batch time d_model"]:
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         if self.positions is not None:
             x = x + self.positions(positions).astype(self.dtype)
-        turns = None if layers is None else _by_period(layers, c)
-        if self.unrolled:
-            for i, period in enumerate(self.blocks):
-                turn = None if turns is None else turns[i]
-                x, turn = period(x, positions, turn, cursor, deterministic)
-                if turns is not None:
-                    turns[i] = turn
-        else:
-            stacked = None if turns is None else jax.tree.map(lambda *t: jnp.stack(t), *turns)
-            x, stacked = self.blocks(x, positions, stacked, cursor, deterministic)
-            if stacked is not None:
-                turns = [jax.tree.map(lambda t, i=i: t[i], stacked) for i in range(periods(c))]
-        extended = None if turns is None else tuple(layer for turn in turns for layer in turn)
-        return self.final_norm(x), extended
+        return x
 
 
 def periods(config: ModelConfig) -> int:
@@ -164,11 +159,6 @@ def unroll_params(params: Any, config: ModelConfig) -> Any:
     for i in range(periods(config)):
         rest[f"blocks_{i}"] = jax.tree.map(lambda stacked, i=i: stacked[i], params["blocks"])
     return rest
-
-
-def _by_period(layers: Caches, config: ModelConfig) -> list[Caches]:
-    turn = len(config.attention_pattern)
-    return [layers[i : i + turn] for i in range(0, len(layers), turn)]
 
 
 def empty_cache(config: ModelConfig, batch: int, *, dtype: Any = jnp.float32) -> Cache:

@@ -15,10 +15,14 @@ from jaxtyping import Array, Float, Int
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer (or of all layers, with a leading axis)."""
+    """Keys and values of one layer."""
 
-    k: Float[Array, "*layers batch slots kv_heads width"]
-    v: Float[Array, "*layers batch slots kv_heads width"]
+    k: Float[Array, "batch slots kv_heads width"]
+    v: Float[Array, "batch slots kv_heads width"]
+
+
+Caches = tuple[LayerCache, ...]
+"""One a layer, in their order."""
 
 
 class Cursor(NamedTuple):
@@ -44,7 +48,7 @@ class Cache(NamedTuple):
     """The decoding state of a whole decoder."""
 
     cursor: Cursor
-    layers: LayerCache
+    layers: Caches
 
 
 def write(

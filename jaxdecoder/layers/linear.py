@@ -27,8 +27,32 @@ def linear(
     """
     kernel, bias_init = initializers(config, d_in, residual_output=residual_output)
     return nn.Dense(
-        d_out, use_bias=bias, dtype=dtype, kernel_init=kernel, bias_init=bias_init, name=name
+        d_out,
+        use_bias=bias,
+        dtype=dtype,
+        kernel_init=kernel,
+        bias_init=bias_init,
+        dot_general=product,
+        name=name,
     )
+
+
+def product(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """x @ kernel, in the one of several equal forms whose gradient is the quickest on CPUs.
+
+    All leading axes as one: with two, XLA copies transposed activations for the gradient of the
+    kernel, recomputing what they came from. A kernel with more rows than columns goes in
+    transposed, because its gradient is then a product that gathers the narrower of its operands
+    by columns; the barrier keeps XLA from swapping them back.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    d_in, d_out = kernel.shape
+    if d_in > d_out and jax.default_backend() == "cpu":
+        transposed = jax.lax.optimization_barrier(kernel.T)
+        out = jax.lax.dot_general(rows, transposed, (((1,), (1,)), ((), ())))
+    else:
+        out = rows @ kernel
+    return out.reshape(*x.shape[:-1], d_out)
 
 
 def initializers(config: ModelConfig, fan_in: int, *, residual_output: bool) -> tuple[Any, Any]:
