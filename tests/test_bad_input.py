@@ -135,7 +135,7 @@ def test_a_full_disk_ends_with_a_message_and_the_run_goes_on_later(finished, tmp
     process = script("train.py", config, "--train.out", run, longest_file=20_000)
     assert process.returncode == 1, process.output
     said = " ".join(process.output.split())
-    assert "no space left for a checkpoint" in said
+    assert "no space left for what training writes" in said
     assert "run the same command again" in said
     process = script("train.py", config, "--train.out", run)
     assert process.returncode == 0, process.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import chex
@@ -13,7 +14,7 @@ import pytest
 
 from jaxdecoder.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from jaxdecoder.data.batches import Batch
-from jaxdecoder.training.evaluation import bits_per_byte, make_evaluator
+from jaxdecoder.training.evaluation import bigram_loss, bits_per_byte, make_evaluator
 from jaxdecoder.training.step import (
     evaluated_params,
     fuse,
@@ -129,3 +130,16 @@ def test_bits_per_byte_of_uniform_guessing():
     # A uniform guess among 256 bytes, one token a byte, costs 8 bits.
     assert bits_per_byte(math.log(256), tokens=1000, n_bytes=1000) == pytest.approx(8)
     assert bits_per_byte(math.log(256), tokens=500, n_bytes=1000) == pytest.approx(4)
+
+
+def test_the_bigram_model_is_the_smoothed_table_of_pairs():
+    draw = np.random.default_rng(0)
+    train, validation = draw.integers(0, 5, 200), draw.integers(0, 6, 50)
+    losses = []
+    for a, b in itertools.pairwise(validation):
+        followers = [y for x, y in itertools.pairwise(train) if x == a]
+        kinds = max(1, len(set(followers)))
+        unigram = (np.sum(train == b) + 1) / (len(train) + 6)
+        probability = (followers.count(b) + kinds * unigram) / (len(followers) + kinds)
+        losses.append(-math.log(probability))
+    assert bigram_loss(train, validation, 6) == pytest.approx(np.mean(losses))

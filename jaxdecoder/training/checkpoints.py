@@ -6,12 +6,13 @@ whoever wants weights reads weights alone.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,24 +74,17 @@ def best_loss(folder: Path) -> float:
 
 
 def save(manager: ocp.CheckpointManager, state: State, validation_loss: float) -> None:
-    """Starts writing the state; it is on disk once `finish` returns."""
+    """Starts writing the state; it is on disk once `manager.wait_until_finished` returns."""
     items = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
     if state.ema == ():
         del items["ema"]
     arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-    with explained(manager):
-        manager.save(
-            int(state.step),
-            args=ocp.args.Composite(**arguments),
-            metrics={METRIC: validation_loss},
-            force=True,
-        )
-
-
-def finish(manager: ocp.CheckpointManager) -> None:
-    """Waits until everything saved is on disk."""
-    with explained(manager):
-        manager.wait_until_finished()
+    manager.save(
+        int(state.step),
+        args=ocp.args.Composite(**arguments),
+        metrics={METRIC: validation_loss},
+        force=True,
+    )
 
 
 def restore_latest(
@@ -139,22 +133,20 @@ def restore_params(run: Path, which: str = "best") -> tuple[int, Any]:
     raise UserError(f"{run}: no checkpoint there can be read")
 
 
-class explained:
+@contextlib.contextmanager
+def full_disk_explained(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Turns a full disk into a `UserError` that says what is safe."""
-
-    def __init__(self, manager: ocp.CheckpointManager):
-        self.manager = manager
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not disk_is_full(error):
-            return
-        last = self.manager.latest_step()
-        kept = f"the last good checkpoint is step {last}" if last is not None else "none was saved"
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        steps = steps_in(Path(str(manager.directory)))
+        kept = f"the last good checkpoint is step {steps[0]}" if steps else "none was saved"
         raise UserError(
-            f"{self.manager.directory}: no space left for a checkpoint; {kept}. "
+            f"{manager.directory}: no space left for what training writes; {kept}. "
             "Free some space and run the same command again"
         ) from None
 

@@ -26,8 +26,7 @@ class Log:
         self.writer = _tensorboard_writer(run, start) if tensorboard else None
         self.console = Console()
         self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[shown]}"),
             TimeRemainingColumn(compact=True),
@@ -60,6 +59,9 @@ class Log:
                 self.writer.add_scalar(name, value, step)
         self.shown |= metrics
         self.progress.update(self.task, completed=step, shown=_summary(self.shown))
+        if "validation_loss" in metrics and not self.console.is_terminal:
+            # Where there is no bar, a line an evaluation shows that something happens.
+            self.say(f"step {step}: {_summary(self.shown)}")
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
@@ -99,15 +101,12 @@ def draw_losses(run: Path) -> None:
 
 
 def _summary(metrics: dict[str, float]) -> str:
-    names = {"train_loss": "loss", "validation_loss": "validation", "tokens_per_second": "tokens/s"}
-    parts = [
-        f"{short} {metrics[name]:,.0f}"
-        if name == "tokens_per_second"
-        else f"{short} {metrics[name]:.4f}"
-        for name, short in names.items()
-        if name in metrics
-    ]
-    return "  ".join(parts)
+    forms = {
+        "train_loss": "loss {:.4f}",
+        "validation_loss": "val {:.4f}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+    }
+    return "  ".join(form.format(metrics[name]) for name, form in forms.items() if name in metrics)
 
 
 def _tensorboard_writer(run: Path, start: int) -> Any:

@@ -17,7 +17,7 @@ from jaxdecoder.data import batches, tokenizers
 from jaxdecoder.data.tokens import Corpus, Split, prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.training import checkpoints, runs
-from jaxdecoder.training.evaluation import bits_per_byte, make_evaluator
+from jaxdecoder.training.evaluation import bigram_loss, bits_per_byte, make_evaluator
 from jaxdecoder.training.logging import Log, draw_losses
 from jaxdecoder.training.sharding import batch_sharding, make_mesh, state_sharding
 from jaxdecoder.training.step import (
@@ -108,7 +108,10 @@ def _train(
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
     best = checkpoints.best_loss(run / "checkpoints")
     tokens_per_step = t.batch_size * config.model.context_length
-    with Log(run, steps=t.steps, start=step, tensorboard=t.tensorboard) as log:
+    with (
+        checkpoints.full_disk_explained(manager),
+        Log(run, steps=t.steps, start=step, tensorboard=t.tensorboard) as log,
+    ):
         log.say(_greeting(run, config, corpus, parameters, mesh.size, step))
         record = _Recorder(log, config, tokens_per_step)
         try:
@@ -133,9 +136,9 @@ def _train(
                     )
             record.catch_up()
         except (UserError, KeyboardInterrupt):
-            checkpoints.finish(manager)
+            manager.wait_until_finished()
             raise
-        checkpoints.finish(manager)
+        manager.wait_until_finished()
 
         params = evaluated_params(state)
         validation = evaluate(params, fixed("validation", None))
@@ -150,6 +153,9 @@ def _train(
                 validation, validation_targets, corpus.validation.n_bytes
             ),
             "best_validation_loss": best,
+            "bigram_loss": bigram_loss(
+                corpus.train.tokens, corpus.validation.tokens, corpus.tokenizer.vocab_size
+            ),
             "seconds": record.seconds(),
         }
         runs.write_summary(run, summary)
@@ -158,7 +164,8 @@ def _train(
             _show_sample(log, run, step, sampler(config, evaluated_params(state), corpus.tokenizer))
         log.say(
             f"done: train {summary['train_loss']:.4f}, validation {validation:.4f} nats a token, "
-            f"{summary['bits_per_byte']:.4f} bits a byte; talk to it with: python sample.py {run}"
+            f"{summary['bits_per_byte']:.4f} bits a byte (a bigram model: "
+            f"{summary['bigram_loss']:.4f} nats); talk to it with: python sample.py {run}"
         )
     manager.close()
     return summary
