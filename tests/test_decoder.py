@@ -51,6 +51,7 @@ SWITCHED = [
 ]
 CONFIGS = [*covering_configs(), *SWITCHED]
 TIME = SMALL.context_length
+PREFILLED = TIME - 2
 
 
 # --- What the tests run, compiled once for each config -------------------------------------------
@@ -163,7 +164,7 @@ class TestEveryDecoder:
     def test_decodes_with_its_cache_what_the_full_pass_gives(self, config):
         decoder, params = model(config)
         tokens = two_rows(config)
-        decoded = decode(decoder, params, *streams(tokens), (TIME // 2,))
+        decoded = decode(decoder, params, *streams(tokens), (PREFILLED,))
         _, full = run(decoder, params, tokens, np.zeros((2, TIME, config.vocab_size), np.float32))
         assert_close(decoded[0, :TIME], full[0])
         # The second row is padded by three, so it is three tokens behind.
@@ -176,7 +177,7 @@ class TestEveryDecoder:
             pytest.skip("a component has no naive definition")
         decoder, params = model(config)
         tokens, start = streams(two_rows(config))
-        decoded = decode(decoder, params, tokens, start, (TIME // 2,))
+        decoded = decode(decoder, params, tokens, start, (PREFILLED,))
         for row, first in enumerate(start):
             expected = naive.decode(config, params, tokens[row, first:], window=TIME)
             assert_close(decoded[row, first:], expected)

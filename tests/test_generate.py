@@ -105,7 +105,8 @@ class TestPadding:
 
 
 class TestEndToken:
-    def test_stops_its_row_while_others_go_on(self):
+    def test_stops_its_row_while_others_go_on(self, monkeypatch):
+        monkeypatch.setattr(generation, "CHUNK", 3)
         whole = [expected(SLIDES, tuple(prompt)) for prompt in PROMPTS]
         # A token that ends one row early, and that another row does without for longer.
         end = max(
