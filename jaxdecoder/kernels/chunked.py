@@ -57,13 +57,14 @@ def _parts(operands: Operands, others: tuple[jax.Array, ...]) -> Any:
     size = max(n for n in range(1, batch + 1) if batch % n == 0 and n * scores <= max(TILE, scores))
     n_parts = batch // size
 
-    def cut(x: jax.Array) -> jax.Array:
+    # Constants may be arrays of other kinds than jax.Array, under remat for one.
+    def cut(x: Any) -> jax.Array:
         return x.reshape(n_parts, x.shape[0] // n_parts, *x.shape[1:])
 
-    def repeated(x: jax.Array) -> jax.Array:
+    def repeated(x: Any) -> jax.Array:
         return jnp.broadcast_to(x, (n_parts, *x.shape))
 
-    def segments(x: jax.Array | None) -> jax.Array | None:
+    def segments(x: Any) -> jax.Array | None:
         return None if x is None else repeated(x) if x.shape[0] == 1 else cut(x)
 
     first = jnp.arange(0, batch, size, dtype=jnp.int32)

@@ -280,12 +280,12 @@ def _segments(segment_ids: Any, batch: int, q_time: int, k_time: int) -> Any:
         return None
     pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
     for ids, time in zip(pair, (q_time, k_time), strict=True):
-        fits = jnp.shape(ids) in ((batch, time), (1, time))
-        if not fits or not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
+        shape, dtype = getattr(ids, "shape", None), getattr(ids, "dtype", type(ids).__name__)
+        fits = shape in ((batch, time), (1, time)) and jnp.issubdtype(dtype, jnp.integer)
+        if not fits:
             raise UserError(
-                f"attention: segment_ids must be integers ({batch}, {time}), not "
-                f"{jnp.result_type(ids)} {jnp.shape(ids)}; for queries and keys of different "
-                "lengths pass a pair"
+                f"attention: segment_ids must be integers ({batch}, {time}), not {dtype} {shape}; "
+                "for queries and keys of different lengths pass a pair"
             )
     return tuple(jnp.asarray(ids).astype(jnp.int32) for ids in pair)
 

@@ -328,7 +328,7 @@ class _Tiling:
         logsumexp: jax.Array | None = None,
         delta: jax.Array | None = None,
     ) -> _Inputs:
-        def padded(x: jax.Array | None, axis: int, size: int, filling: float = 0) -> Any:
+        def padded(x: Any, axis: int, size: int, filling: float = 0) -> Any:
             if x is None:
                 return None
             sizes = {axis: size} | ({3: self.padded_width} if x.ndim == 4 else {})
@@ -353,24 +353,24 @@ class _Tiling:
         """Takes the padding off an array (batch, time, heads, width)."""
         return x[:, :time, :, : self.width]
 
-    def by_query(self, like: jax.Array) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+    def by_query(self, like: Any) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
         """A result with a row of numbers for every query, head and batch entry."""
         shape = (self.batch, self.padded_q, self.heads, self.padded_width)
         block = (None, self.block_q, None, self.padded_width)
         return result(shape, like.dtype, like), pl.BlockSpec(block, lambda i, h, b: (b, i, h, 0))
 
-    def by_key(self, like: jax.Array) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+    def by_key(self, like: Any) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
         shape = (self.batch, self.padded_k, self.kv_heads, self.padded_width)
         block = (None, self.block_k, None, self.padded_width)
         return result(shape, like.dtype, like), pl.BlockSpec(block, lambda j, h, b: (b, j, h, 0))
 
-    def by_row(self, like: jax.Array) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+    def by_row(self, like: Any) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
         """A result with a number for every query, head and batch entry."""
         shape = (self.batch, self.heads, self.padded_q)
         spec = pl.BlockSpec((None, None, self.block_q), lambda i, h, b: (b, h, i))
         return result(shape, jnp.float32, like), spec
 
-    def by_row_of(self, operand: jax.Array) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+    def by_row_of(self, operand: Any) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
         """A part of the gradient of a score operand for every block of queries."""
         n = operand.size // self.heads
         shape = (self.batch, self.heads, self.padded_q // self.block_q, n)

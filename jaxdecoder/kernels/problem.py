@@ -173,18 +173,19 @@ def alike(tree: Any) -> Any:
     """
     axes: frozenset[str] = frozenset().union(*map(_varying, jax.tree.leaves(tree)))
 
-    def vary(x: jax.Array) -> jax.Array:
+    def vary(x: Any) -> Any:
         missing = tuple(axes - _varying(x))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(vary, tree)
 
 
-def result(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+def result(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
     """A kernel's result, which varies over the mesh axes that `like` varies over."""
     kind = jax.typeof(like).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 
-def _varying(x: jax.Array) -> frozenset[str]:
+# Constants may be arrays of other kinds than jax.Array, under remat for one.
+def _varying(x: Any) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
