@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxdecoder.config import ConfigError, ModelConfig
 from jaxdecoder.layers.block import Block
 from jaxdecoder.layers.cache import Cache, Caches, Cursor, LayerCache
-from jaxdecoder.layers.linear import embedding_initializer, linear
+from jaxdecoder.layers.linear import embedding_initializer, linear, product
 from jaxdecoder.layers.norms import NORMS
 from jaxdecoder.layers.positions import POSITIONS
 
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
         """The head, in float32 from its products on."""
         c = self.config
         if c.tie_embeddings:
-            logits = features @ self.embedding.T.astype(self.dtype)
+            logits = product(features, self.embedding.T.astype(self.dtype))
         else:
             logits = self.head(features)
         logits = logits.astype(jnp.float32)

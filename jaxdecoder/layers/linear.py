@@ -43,11 +43,12 @@ def product(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
     All leading axes as one: with two, XLA copies transposed activations for the gradient of the
     kernel, recomputing what they came from. A kernel with more rows than columns goes in
     transposed, because its gradient is then a product that gathers the narrower of its operands
-    by columns; the barrier keeps XLA from swapping them back.
+    by columns; the barrier keeps XLA from swapping them back. Few rows, as in decoding, are not
+    worth a transposition.
     """
     rows = x.reshape(-1, x.shape[-1])
     d_in, d_out = kernel.shape
-    if d_in > d_out and jax.default_backend() == "cpu":
+    if rows.shape[0] >= d_in > d_out and jax.default_backend() == "cpu":
         transposed = jax.lax.optimization_barrier(kernel.T)
         out = jax.lax.dot_general(rows, transposed, (((1,), (1,)), ((), ())))
     else:
