@@ -1,0 +1,95 @@
+"""Attention on the CPU: time and peak memory of each implementation, forward and backward.
+
+    python benchmarks/attention_cpu.py [--times 256 1024 4096] [--rounds 7] [--json out.json]
+
+Implementations take turns, so that a noisy machine is unfair to none, and the median counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdecoder.kernels import flash_attention, masks
+
+MASKS = {
+    "causal": masks.causal(),
+    "window 256": masks.causal() & masks.sliding_window(256),
+}
+IMPLEMENTATIONS = ("reference", "chunked")
+
+
+def compiled(shape: tuple[int, ...], mask: masks.Mask, implementation: str) -> Any:
+    def summed(q: Any, k: Any, v: Any, weights: Any) -> Any:
+        out = flash_attention(q, k, v, mask=mask, implementation=implementation)
+        return jnp.sum(out * weights)
+
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32)] * 4
+    return jax.jit(jax.value_and_grad(summed, argnums=(0, 1, 2))).lower(*arrays).compile()
+
+
+def seconds(function: Any, arrays: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arrays))
+    return time.perf_counter() - start
+
+
+def compare(shape: tuple[int, ...], mask: masks.Mask, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds and mebibytes of each implementation."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    arrays = [jax.random.normal(key, shape, jnp.float32) for key in keys]
+    functions = {name: compiled(shape, mask, name) for name in IMPLEMENTATIONS}
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        seconds(function, arrays)
+    for _ in range(rounds):
+        for name, function in functions.items():
+            taken[name].append(seconds(function, arrays))
+    return {
+        name: {
+            "milliseconds": 1e3 * statistics.median(taken[name]),
+            "mebibytes": function.memory_analysis().temp_size_in_bytes / 2**20,
+        }
+        for name, function in functions.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--times", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--tokens", type=int, default=4096, help="batch x time, at least")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, float32, forward and backward")
+    print("| mask | batch, time, heads, width | " + " | ".join(IMPLEMENTATIONS) + " | faster |")
+    print("| --- | --- | " + "--- | " * len(IMPLEMENTATIONS) + "--- |")
+    rows = []
+    for length, (name, mask) in ((t, m) for t in options.times for m in MASKS.items()):
+        batch = max(1, options.tokens // length)
+        shape = (batch, length, options.heads, options.width)
+        found = compare(shape, mask, options.rounds)
+        cells = [f"{x['milliseconds']:.1f} ms, {x['mebibytes']:.0f} MiB" for x in found.values()]
+        reference, chunked = (found[name]["milliseconds"] for name in IMPLEMENTATIONS)
+        faster = f"{reference / chunked:.2f} x"
+        print(
+            f"| {name} | {', '.join(map(str, shape))} | {' | '.join(cells)} | {faster} |",
+            flush=True,
+        )
+        rows.append({"mask": name, "shape": shape, **found})
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
