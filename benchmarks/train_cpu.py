@@ -3,9 +3,9 @@
     python benchmarks/train_cpu.py [--peer-python .venv-torch/bin/python] [--shapes small medium]
 
 Both train the same shape in float32: forward, backward, clipping and AdamW, no dropout. They take
-turns, so that whatever else the machine does slows both, and medians are compared; yet run it on a quiet
-machine, because the peer's threads wait for each other more often and a busy one slows it more.
-The peer has a Python of its own, with torch and transformers. Results go to benchmarks/results/.
+turns, so that whatever else the machine does slows both, and medians are compared. Still, use a
+quiet machine: the peer's threads wait for each other more often, so a busy one slows it more. The
+peer has a Python of its own, with torch and transformers. Results go to benchmarks/results/.
 """
 
 from __future__ import annotations
