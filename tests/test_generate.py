@@ -92,12 +92,12 @@ class TestGreedyText:
 
 class TestPadding:
     def test_does_not_change_a_row(self, monkeypatch):
-        monkeypatch.setattr(generation, "BUCKET", 4)
+        monkeypatch.setattr(generation, "BUCKETS", 2)
         rows, _ = texts(SLIDES, PROMPTS[:2])
         assert rows == [expected(SLIDES, tuple(prompt)) for prompt in PROMPTS[:2]]
 
     def test_of_a_longer_neighbour_does_not_change_what_is_drawn(self, monkeypatch):
-        monkeypatch.setattr(generation, "BUCKET", 4)
+        monkeypatch.setattr(generation, "BUCKETS", 2)
         drawn = filters.temperature(1.0)
         beside_short, _ = texts(SLIDES, PROMPTS[:2], choose=drawn)
         beside_long, _ = texts(SLIDES, [PROMPTS[0], PROMPTS[2]], choose=drawn)

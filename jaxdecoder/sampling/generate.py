@@ -23,8 +23,8 @@ from jaxdecoder.training.step import make_decoder
 CHUNK = 16
 """Tokens decoded by one call of the loop: as many as a reader waits for at once."""
 
-BUCKET = 32
-"""Prompts are padded to a multiple of this, so that few prompt lengths compile anew."""
+BUCKETS = 16
+"""Prompts are padded to one of so many lengths, so that few of them compile anew."""
 
 
 class Decoding(NamedTuple):
@@ -67,7 +67,8 @@ def generate(
         raise UserError("generate: every prompt must have one token at least; see empty_prompt")
     cropped = [np.asarray(prompt, np.int32)[-context:] for prompt in prompts]
     longest = max(len(prompt) for prompt in cropped)
-    width = min(context, -(-longest // BUCKET) * BUCKET)
+    bucket = max(1, context // BUCKETS)
+    width = min(context, -(-longest // bucket) * bucket)
     tokens = np.zeros((len(prompts), width + max_new_tokens), np.int32)
     start = np.array([width - len(prompt) for prompt in cropped], np.int32)
     for row, prompt in enumerate(cropped):
