@@ -378,8 +378,15 @@ def check_shards():
             )
             close(found, wanted, 1e-5)
 
+    # Under jit, a batch that is sharded over the devices is never gathered.
+    x = jax.ShapeDtypeStruct((8, 40, 2, 16), jnp.float32, sharding=NamedSharding(mesh, P("x")))
+    attended = functools.partial(flash_attention, mask=masks.causal(), implementation="chunked")
+    gradients = jax.grad(lambda q, k, v: attended(q, k, v).sum(), argnums=(0, 1, 2))
+    text = jax.jit(gradients).lower(x, x, x).compile().as_text()
+    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
 
-def test_inside_shard_map():
+
+def test_over_two_devices():
     folder = os.path.dirname(__file__)
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",

@@ -7,6 +7,7 @@ each block's weights from the logarithm of the sum of exponentials, once, for al
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -34,59 +35,82 @@ einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 def forward(problem: Problem, operands: Operands) -> tuple[jax.Array, LogSumExp]:
     """See `problem.Implementation`."""
-    return _join(jax.lax.map(lambda part: _forward(problem, *part), _parts(operands, ())))
+    parts = _Parts(operands)
+    out, logsumexp = jax.lax.map(
+        lambda part: _forward(problem, *part), (parts.indices(), parts.operands(operands))
+    )
+    return parts.join(out), parts.join(logsumexp)
 
 
 def backward(
     problem: Problem, operands: Operands, out: jax.Array, logsumexp: jax.Array, dout: jax.Array
 ) -> Gradients:
     """See `problem.Implementation`."""
-    parts = _parts(operands, (out, logsumexp, dout))
-    q, k, v, score = jax.lax.map(lambda part: _backward(problem, *part), parts)
-    return Gradients(_join(q), _join(k), _join(v), tuple(jnp.sum(x, axis=0) for x in score))
+    parts = _Parts(operands)
+    results = map(parts.cut, (out, logsumexp, dout))
+    gradients = jax.lax.map(
+        lambda part: _backward(problem, *part),
+        (parts.indices(), parts.operands(operands), *results),
+    )
+    q, k, v, score = gradients
+    score = tuple(jnp.sum(x, axis=0) for x in score)
+    return Gradients(parts.join(q), parts.join(k), parts.join(v), score)
 
 
 def _block(time: int) -> int:
     return min(time, BLOCK if time < LONG else LONG_BLOCK)
 
 
-def _parts(operands: Operands, others: tuple[jax.Array, ...]) -> Any:
-    """Cuts the batch into parts of few enough heads: (first batch index, operands, *others)."""
-    batch, q_time, heads, _ = operands.q.shape
-    scores = heads * _block(q_time) * _block(operands.k.shape[1])
-    size = max(n for n in range(1, batch + 1) if batch % n == 0 and n * scores <= max(TILE, scores))
-    n_parts = batch // size
+class _Parts:
+    """The batch cut into parts of few enough heads.
+
+    A batch that is sharded over the devices (evenly, in order) stays so: every part has as many
+    entries of each device, and no part has to be gathered.
+    """
+
+    def __init__(self, operands: Operands):
+        self.batch, q_time, heads, _ = operands.q.shape
+        self.devices = math.gcd(self.batch, jax.device_count())
+        scores = heads * _block(q_time) * _block(operands.k.shape[1])
+        share = self.batch // self.devices
+        fitting = [n for n in range(1, share + 1) if share % n == 0 and n * scores <= TILE]
+        self.n_parts = share // max(fitting, default=1)
+
+    def indices(self) -> jax.Array:
+        return self.cut(np.arange(self.batch, dtype=np.int32))
+
+    def operands(self, operands: Operands) -> Operands:
+        q, k, v, score, q_segments, k_segments, seed = operands
+
+        def segments(x: Any) -> jax.Array | None:
+            return None if x is None else self.shared(x) if x.shape[0] == 1 else self.cut(x)
+
+        return Operands(
+            self.cut(q),
+            self.cut(k),
+            self.cut(v),
+            tuple(map(self.shared, score)),
+            segments(q_segments),
+            segments(k_segments),
+            None if seed is None else self.shared(seed),
+        )
 
     # Constants may be arrays of other kinds than jax.Array, under remat for one.
-    def cut(x: Any) -> jax.Array:
-        return x.reshape(n_parts, x.shape[0] // n_parts, *x.shape[1:])
+    def cut(self, x: Any) -> jax.Array:
+        """(batch, ...) as (parts, batch of a part, ...)."""
+        x = jnp.reshape(x, (self.devices, self.n_parts, -1, *x.shape[1:])).swapaxes(0, 1)
+        return x.reshape(self.n_parts, -1, *x.shape[3:])
 
-    def repeated(x: Any) -> jax.Array:
-        return jnp.broadcast_to(x, (n_parts, *x.shape))
+    def shared(self, x: Any) -> jax.Array:
+        return jnp.broadcast_to(x, (self.n_parts, *x.shape))
 
-    def segments(x: Any) -> jax.Array | None:
-        return None if x is None else repeated(x) if x.shape[0] == 1 else cut(x)
-
-    first = jnp.arange(0, batch, size, dtype=jnp.int32)
-    q, k, v, score, q_segments, k_segments, seed = operands
-    part = Operands(
-        cut(q),
-        cut(k),
-        cut(v),
-        tuple(map(repeated, score)),
-        segments(q_segments),
-        segments(k_segments),
-        None if seed is None else repeated(seed),
-    )
-    return first, part, *map(cut, others)
+    def join(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(self.n_parts, self.devices, -1, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(self.batch, *x.shape[3:])
 
 
-def _join(parts: Any) -> Any:
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
-
-
-def _forward(problem: Problem, first: Any, operands: Operands) -> tuple[jax.Array, LogSumExp]:
-    blocks = _Blocks(problem, operands, first)
+def _forward(problem: Problem, entries: Any, operands: Operands) -> tuple[jax.Array, LogSumExp]:
+    blocks = _Blocks(problem, operands, entries)
     lists = block_lists(blocks.states)
     q, k, v = blocks.rows(operands.q), blocks.columns(operands.k), blocks.columns(operands.v)
 
@@ -120,13 +144,13 @@ def _forward(problem: Problem, first: Any, operands: Operands) -> tuple[jax.Arra
 
 def _backward(
     problem: Problem,
-    first: Any,
+    entries: Any,
     operands: Operands,
     out: jax.Array,
     logsumexp: jax.Array,
     dout: jax.Array,
 ) -> Gradients:
-    blocks = _Blocks(problem, operands, first)
+    blocks = _Blocks(problem, operands, entries)
     lists = block_lists(blocks.states.T)
     q, k, v = blocks.rows(operands.q), blocks.columns(operands.k), blocks.columns(operands.v)
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
@@ -192,8 +216,8 @@ def _walk(lists: BlockLists, row: Any, body: Any, carry: Any) -> Any:
 class _Blocks:
     """The tiling of one call. Rows are blocks of queries, (batch, kv_heads, group, block, ...)."""
 
-    def __init__(self, problem: Problem, operands: Operands, first: Any):
-        self.problem, self.operands, self.first = problem, operands, first
+    def __init__(self, problem: Problem, operands: Operands, entries: Any):
+        self.problem, self.operands, self.entries = problem, operands, entries
         self.batch, self.q_time, self.heads, self.width = operands.q.shape
         self.k_time, self.kv_heads = operands.k.shape[1:3]
         self.group = self.heads // self.kv_heads
@@ -241,7 +265,7 @@ class _Blocks:
     def index(self, i: Any, j: Any) -> tuple[Any, Any, Any, Any]:
         """Batch, head, query and key of the scores of a block, along their axes."""
         head = np.arange(self.heads, dtype=np.int32).reshape(self.kv_heads, self.group, 1, 1)
-        batch = self.first + np.arange(self.batch, dtype=np.int32).reshape(-1, 1, 1, 1, 1)
+        batch = self.entries.reshape(-1, 1, 1, 1, 1)
         q = i * self.block_q + np.arange(self.block_q, dtype=np.int32)[:, None]
         k = j * self.block_k + np.arange(self.block_k, dtype=np.int32)
         return batch, jnp.asarray(head), q, k
