@@ -77,7 +77,7 @@ class _Parts:
         self.n_parts = share // max(fitting, default=1)
 
     def indices(self) -> jax.Array:
-        return self.cut(np.arange(self.batch, dtype=np.int32))
+        return self.cut(jnp.arange(self.batch, dtype=jnp.int32))
 
     def operands(self, operands: Operands) -> Operands:
         q, k, v, score, q_segments, k_segments, seed = operands
