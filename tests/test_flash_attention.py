@@ -4,7 +4,7 @@ import functools
 import os
 import subprocess
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import attention_reference as naive
 import jax
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxdecoder import config
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import chunked, flash, flash_attention, masks, portable, scores
 from jaxdecoder.kernels.problem import Device
@@ -412,6 +413,7 @@ def lowered_for_gpu(case, implementation="portable"):
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("width", [64, 80, 256])
 def test_portable_kernels_lower_to_triton(dtype, width):
@@ -421,6 +423,7 @@ def test_portable_kernels_lower_to_triton(dtype, width):
     )
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
 def test_portable_kernels_lower_inside_shard_map():
     spec = P("x")
     case = Case(q_time=64, k_time=64)
@@ -478,6 +481,10 @@ def test_auto_chooses_by_device_and_shape(device, time, case, chosen):
     choice = flash.choose(problem, operands, device=device)
     assert choice.name == chosen
     assert choice.reason
+
+
+def test_the_config_names_every_implementation():
+    assert {"auto", *flash.IMPLEMENTATIONS} == set(get_args(config.Implementation))
 
 
 def test_explains_its_choice(capsys):

@@ -31,6 +31,11 @@ from jaxdecoder.kernels.problem import (
     result,
 )
 
+try:  # Only GPUs need it, and JAX means to remove it.
+    from jax.experimental.pallas import triton
+except ImportError:  # pragma: no cover
+    triton = None  # type: ignore[assignment]
+
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 LARGEST_WIDTH = 256
 
@@ -450,15 +455,16 @@ class _Tiling:
 
 
 def _compiler_params(chosen: Sizes) -> Any:
-    # Imported here because the interpreter does without it, and JAX means to remove it.
-    from jax.experimental.pallas import triton
-
+    if triton is None:
+        return None
     return triton.CompilerParams(num_warps=chosen.num_warps, num_stages=chosen.num_stages)
 
 
 def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None:
     width, dtype = operands.q.shape[-1], operands.q.dtype
     captured = captures_arrays(problem, operands)
+    if device.platform == "gpu" and triton is None:
+        return f"jax {jax.__version__} no longer compiles Pallas kernels with Triton"
     if device.platform not in ("cpu", "gpu"):
         return f"its kernels are for NVIDIA GPUs, and on a CPU for tests, not for a {device.kind}"
     if dtype not in DTYPES:
