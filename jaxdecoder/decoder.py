@@ -164,7 +164,7 @@ def unroll_params(params: Any, config: ModelConfig) -> Any:
 def empty_cache(config: ModelConfig, batch: int, *, dtype: Any = jnp.float32) -> Cache:
     """A cache that has seen nothing, with room for context_length tokens."""
     c = config.resolve()
-    shape = (batch, c.context_length, c.n_kv_heads, c.d_head)
+    shape = (batch, c.n_kv_heads, c.context_length, c.d_head)
     cursor = Cursor(jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
     layers = [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))] * c.n_layers
     return Cache(cursor, tuple(layers))

@@ -89,9 +89,10 @@ class Attention(nn.Module):
             )
         else:
             cache = write(cache, k, v, cursor)
-            held = cursor.slot_positions(time, cache.k.shape[1])
+            held = cursor.slot_positions(time, cache.slots)
             allowed = mask(positions[:, :, None], held[:, None, :]) & (held >= 0)[:, None, :]
-            mixed = attention(q, cache.k, cache.v, allowed[:, None], scale=scale)
+            k, v = cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2)
+            mixed = attention(q, k, v, allowed[:, None], scale=scale)
 
         out = mixed.reshape(batch, time, c.n_heads * d_head)
         if c.attention_projection:

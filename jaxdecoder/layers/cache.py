@@ -15,10 +15,15 @@ from jaxtyping import Array, Float, Int
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer."""
+    """Keys and values of one layer, heads before slots: as the products of decoding read them."""
 
-    k: Float[Array, "batch slots kv_heads width"]
-    v: Float[Array, "batch slots kv_heads width"]
+    k: Float[Array, "batch kv_heads slots width"]
+    v: Float[Array, "batch kv_heads slots width"]
+
+    @property
+    def slots(self) -> int:
+        """Tokens there is room for."""
+        return self.k.shape[2]
 
 
 Caches = tuple[LayerCache, ...]
@@ -58,8 +63,8 @@ def write(
     cursor: Cursor,
 ) -> LayerCache:
     """Puts `time` new tokens into their slots. More than one at once must not wrap around."""
-    at = (0, cursor.length % cache.k.shape[1], 0, 0)
+    at = (0, 0, cursor.length % cache.slots, 0)
+    k, v = (x.swapaxes(1, 2).astype(cache.k.dtype) for x in (k, v))
     return LayerCache(
-        jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at),
-        jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), at),
+        jax.lax.dynamic_update_slice(cache.k, k, at), jax.lax.dynamic_update_slice(cache.v, v, at)
     )
