@@ -2,29 +2,19 @@
 
     python benchmarks/train_cpu.py [--peer-python .venv-torch/bin/python] [--shapes small medium]
 
-Both train the same shape in float32: forward, backward, clipping and AdamW, no dropout. They take
-turns, so that whatever else the machine does slows both, and medians are compared. Still, use a
-quiet machine: the peer's threads wait for each other more often, so a busy one slows it more. The
-peer has a Python of its own, with torch and transformers. Results go to benchmarks/results/.
+Both train the same shape in float32: forward, backward, clipping and AdamW, no dropout. Use a
+quiet machine: the peer's threads wait for each other more often, so a busy one slows it more.
+Results go to benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
-import platform
-import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+from turns import Turn, alternate, describe, parser, peer, write
 
 SHAPES: dict[str, dict[str, int]] = {
     "small": {
@@ -49,8 +39,6 @@ SHAPES: dict[str, dict[str, int]] = {
 GRADIENT_ACCUMULATION = {"small": 1, "medium": 8}
 # Steps in one turn.
 STEPS = {"small": 20, "medium": 1}
-
-Turn = Callable[[int], float]
 
 
 def ours(shape: dict[str, int], accumulation: int, steps: int) -> Turn:
@@ -96,109 +84,40 @@ def ours(shape: dict[str, int], accumulation: int, steps: int) -> Turn:
     return turn
 
 
-@contextlib.contextmanager
-def peer(python: str, shape: dict[str, int], threads: int) -> Iterator[tuple[Turn, dict[str, str]]]:
-    """A child process that trains the same shape with PyTorch, and its versions."""
-    command = [python, str(HERE / "torch_peer.py"), json.dumps({**shape, "threads": threads})]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        sent, received = process.stdin, process.stdout
-
-        def answer() -> Any:
-            line = received.readline()
-            if not line:
-                raise SystemExit(f"the peer stopped: {' '.join(command)}")
-            return json.loads(line)
-
-        def turn(count: int) -> float:
-            sent.write(f"{count}\n")
-            return float(answer())
-
-        yield turn, answer()
-        sent.close()
-
-
 def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Alternating turns of both on one shape."""
     shape, steps = SHAPES[name], STEPS[name]
     accumulation = options.gradient_accumulation or GRADIENT_ACCUMULATION[name]
     mine = ours(shape, accumulation, steps)
-    with peer(options.peer_python, shape, options.threads) as (theirs, versions):
-        seconds: dict[str, list[float]] = {"jaxdecoder": [], "torch": []}
-        for _ in range(options.rounds):
-            for who, turn in zip(seconds, (mine, theirs), strict=True):
-                seconds[who].append(turn(steps) / steps)
     tokens = shape["batch_size"] * shape["context_length"]
-    result: dict[str, Any] = {
+    with peer(options.peer_python, "train", shape, options.threads) as (theirs, versions):
+        sides = {"jaxdecoder": mine, "transformers": theirs}
+        result = alternate(name, sides, steps, options.rounds, tokens)
+    return {
         "shape": {"name": name, **shape},
         "gradient_accumulation": accumulation,
         "versions": versions,
+        **result,
     }
-    for who, times in seconds.items():
-        low, median, high = statistics.quantiles(times, n=4)
-        result[who] = {
-            "milliseconds": {
-                "lower_quartile": 1e3 * low,
-                "median": 1e3 * median,
-                "upper_quartile": 1e3 * high,
-            },
-            "tokens_per_second": tokens / median,
-        }
-        print(
-            f"{name:8} {who:11} {1e3 * median:9.1f} ms a step "
-            f"({1e3 * low:.1f} to {1e3 * high:.1f}), {tokens / median:9,.0f} tokens/s"
-        )
-    ratio = result["jaxdecoder"]["tokens_per_second"] / result["torch"]["tokens_per_second"]
-    result["ratio"] = ratio
-    print(f"{name:8} ratio       {ratio:9.2f}", flush=True)
-    return result
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    return {"cpu": model, "cores": os.cpu_count(), "load_before": os.getloadavg()[0]}
 
 
 def main() -> None:
     """Reads the command line and measures."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--peer-python", default=".venv-torch/bin/python")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the peer")
-    parser.add_argument("--devices", type=int, default=1, help="CPU devices the cores make up")
-    parser.add_argument("--gradient-accumulation", type=int, help="instead of the shape's own")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "train_cpu.json")
-    options = parser.parse_args()
-    if options.devices > 1:
+    options = parser(__doc__.split("\n")[0], "train_cpu", SHAPES)
+    options.add_argument("--devices", type=int, default=1, help="CPU devices the cores make up")
+    options.add_argument("--gradient-accumulation", type=int, help="instead of the shape's own")
+    chosen = options.parse_args()
+    if chosen.devices > 1:
         # A device is then a core: its products must not spread over the others.
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
 
-    import flax
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", options.devices)
-    versions = {"python": platform.python_version(), "jax": jax.__version__}
-    versions["flax"] = flax.__version__
-    described = {**machine(), "versions": versions, "devices": options.devices}
-    print(described, flush=True)
-    if described["load_before"] > 0.5:
-        print("warning: other processes are running, so the ratio means little", flush=True)
-    results = [compare(name, options) for name in options.shapes]
-    report = {**described, "results": results}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    jax.config.update("jax_num_cpu_devices", chosen.devices)
+    described = describe(devices=chosen.devices)
+    write(chosen.out, {**described, "results": [compare(name, chosen) for name in chosen.shapes]})
 
 
 if __name__ == "__main__":
