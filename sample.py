@@ -64,10 +64,11 @@ def main() -> None:
     if options.dtype != "auto":
         decoder = decoder.clone(dtype=jnp.dtype(options.dtype))
         params = jax.tree.map(lambda x: x.astype(decoder.dtype), params)
-    # Penalties act on the raw logits, cuts on what the temperature made of them.
-    steps = [filters.temperature(options.temperature)]
+    # Spare rows of the head mean nothing; penalties act on the raw logits, cuts on what the
+    # temperature made of them.
+    steps = [filters.first(model.tokenizer.vocab_size), filters.temperature(options.temperature)]
     if options.repetition_penalty is not None:
-        steps.insert(0, filters.repetition_penalty(options.repetition_penalty))
+        steps.insert(1, filters.repetition_penalty(options.repetition_penalty))
     for name in ("top_k", "top_p", "min_p"):
         value = getattr(options, name)
         if value is not None:

@@ -131,6 +131,10 @@ class ModelConfig:
                 self.n_kv_heads,
                 f"must divide model.n_heads = {self.n_heads}: one of {divisors}",
             )
+        if self.tie_embeddings and self.head_bias:
+            raise ConfigError(
+                "model.head_bias", True, "a head tied to the embedding has no bias of its own"
+            )
         if isinstance(self.attention, tuple) and (
             not self.attention or self.n_layers % len(self.attention)
         ):

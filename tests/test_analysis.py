@@ -277,6 +277,7 @@ def any_config(draw):
             "feed_forward",
         )
     }
+    switches["head_bias"] &= not switches["tie_embeddings"]  # refused together
     return ModelConfig(
         vocab_size=draw(st.integers(1, 20)),
         context_length=draw(st.integers(2, 12)),

@@ -101,6 +101,10 @@ def test_gated_units_keep_the_parameters_of_plain_ones():
         ('[model]\nnorm = "layernrm"', "should be one of layernorm, rmsnorm, none; layernorm?"),
         ("[model]\ndropout = 1.0", "model.dropout = 1.0: should be less than 1"),
         (
+            "[model]\ntie_embeddings = true\nhead_bias = true",
+            "model.head_bias = true: a head tied to the embedding has no bias of its own",
+        ),
+        (
             '[model]\nd_model = 6\nn_heads = 2\nposition = "rope"',
             "model.d_head = 3: rotary positions turn pairs, so the width must be even",
         ),

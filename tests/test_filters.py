@@ -53,6 +53,11 @@ class TestDefinitions:
         np.testing.assert_array_equal(kept, expected)
 
     @given(some_logits, st.integers(1, VOCAB + 2))
+    def test_first_keeps_the_first(self, logits, n):
+        expected = [only(row, range(n)) for row in logits]
+        np.testing.assert_array_equal(applied(filters.first(n), logits), expected)
+
+    @given(some_logits, st.integers(1, VOCAB + 2))
     def test_top_k_keeps_the_k_largest(self, logits, k):
         expected = [only(row, by_rank(row)[:k]) for row in logits]
         np.testing.assert_array_equal(applied(filters.top_k(k), logits), expected)

@@ -43,6 +43,13 @@ def temperature(value: float) -> Filter:
 
 
 @functools.cache
+def first(n: int) -> Filter:
+    """Keeps the first n tokens: a head may have more rows than the tokenizer has entries."""
+    _check("first", n, n >= 1, "1 or more")
+    return lambda logits, counts: jnp.where(jnp.arange(logits.shape[-1]) < n, logits, -jnp.inf)
+
+
+@functools.cache
 def top_k(k: int) -> Filter:
     """Keeps the k largest logits (arXiv 1805.04833); ties are broken by the lower token."""
     _check("top_k", k, k >= 1, "1 or more")
