@@ -163,7 +163,7 @@ def _char_encoder(tokenizer: Tokenizer) -> Callable[[str], Ids]:
     def encode(text: str) -> Ids:
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         ids = table[points]
-        if absent < 0 and ids.size and ids.min() < 0:
+        if absent < 0 and np.any(ids < 0):
             strange = "".join(map(chr, np.unique(points[ids < 0])))
             raise UserError(_unknown_characters(strange, "".join(characters)))
         return ids

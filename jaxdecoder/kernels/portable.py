@@ -468,7 +468,7 @@ def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None
     if device.platform not in ("cpu", "gpu"):
         return f"its kernels are for NVIDIA GPUs, and on a CPU for tests, not for a {device.kind}"
     if dtype not in DTYPES:
-        return f"it computes in {', '.join(d.__name__ for d in DTYPES)}, not in {dtype}"
+        return f"it computes in {', '.join(jnp.dtype(d).name for d in DTYPES)}, not in {dtype}"
     if width > LARGEST_WIDTH:
         return f"its heads may be {LARGEST_WIDTH} wide, not {width}"
     if not masks.is_positional(problem.positional_mask):
