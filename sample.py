@@ -41,7 +41,7 @@ class Options:
     checkpoint: Literal["best", "last"] = "best"
     """Which of the run's checkpoints."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and compute; auto is what the run was trained in."""
+    """Of weights and compute; auto is what train.py would take for this run here."""
 
 
 @friendly
@@ -73,12 +73,12 @@ def main() -> None:
         value = getattr(options, name)
         if value is not None:
             steps.append(getattr(filters, name)(value))
-    texts = [_read(options.prompt_file)] if options.prompt_file else list(options.prompt)
+    texts = [_read(options.prompt_file)] if options.prompt_file else list(options.prompt) or [""]
     texts = [text for text in texts for _ in range(options.num_samples)]
     chunks = generate(
         decoder,
         params,
-        [encode_prompt(model.tokenizer, text) for text in texts],
+        [encode_prompt(model.tokenizer, text, model.config.data) for text in texts],
         max_new_tokens=options.max_new_tokens,
         key=jax.random.key(options.seed),
         choose=filters.chain(*steps),

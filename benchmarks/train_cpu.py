@@ -10,7 +10,6 @@ Results go to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from typing import Any
 
@@ -107,15 +106,13 @@ def main() -> None:
     options.add_argument("--devices", type=int, default=1, help="CPU devices the cores make up")
     options.add_argument("--gradient-accumulation", type=int, help="instead of the shape's own")
     chosen = options.parse_args()
-    if chosen.devices > 1:
-        # A device is then a core: its products must not spread over the others.
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
-
     import jax
 
+    from jaxdecoder.config import Config, TrainConfig
+    from jaxdecoder.training.devices import set_up
+
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", chosen.devices)
+    set_up(Config(train=TrainConfig(cpu_devices=chosen.devices)))
     described = describe(devices=chosen.devices)
     write(chosen.out, {**described, "results": [compare(name, chosen) for name in chosen.shapes]})
 

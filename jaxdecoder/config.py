@@ -25,6 +25,7 @@ from jaxdecoder.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
@@ -202,7 +203,7 @@ class DataConfig:
     """packed: windows of one long stream; padded: one document a row, its padding masked out."""
     sampling: Literal["random", "shuffled"] = "shuffled"
     """random: independent random windows; shuffled: every window once an epoch."""
-    seed: Count = 0
+    seed: Seed = 0
     """Seed of the story generator."""
     cache: str = ".cache"
     """Folder for downloads and token files."""
@@ -239,7 +240,7 @@ class OptimizerConfig:
     beta2: Fraction = 0.95
     """Decay of the squared gradients."""
     epsilon: PositiveFloat = 1e-8
-    """Added to Adam's denominator."""
+    """Added to the denominator of adamw."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay, on matrices only."""
     gradient_clip: NonNegativeFloat = 1.0
@@ -258,7 +259,7 @@ class TrainConfig:
     """Sequences in one optimiser step (B)."""
     gradient_accumulation: Positive = 1
     """Split a step's batch into this many passes, to save memory."""
-    seed: Count = 0
+    seed: Seed = 0
     """Seed of the initial weights, the batches and the dropout."""
     out: str = ""
     """Run folder. Left out: runs/ and the config file's name."""

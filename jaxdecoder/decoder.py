@@ -81,7 +81,13 @@ class Decoder(nn.Module):
         self.final_norm = NORMS[c.norm](c, self.dtype, name="final_norm")
         if not c.tie_embeddings:
             self.head = linear(
-                c, c.d_model, c.vocab_size, bias=c.head_bias, dtype=self.dtype, name="head"
+                c,
+                c.d_model,
+                c.vocab_size,
+                bias=c.head_bias,
+                dtype=self.dtype,
+                out_dtype=jnp.float32,
+                name="head",
             )
 
     def __call__(
@@ -106,13 +112,18 @@ class Decoder(nn.Module):
         return self.final_norm(x)
 
     def extend(
-        self, tokens: Int[Array, "batch time"], cache: Cache
-    ) -> tuple[Float[Array, "batch time vocab"], Cache]:
-        """Logits for `tokens` that follow what the cache holds, and the cache with them in it."""
+        self, tokens: Int[Array, "batch time"], cache: Cache, *, last: bool = False
+    ) -> tuple[Float[Array, "batch _ vocab"], Cache]:
+        """Logits for `tokens` that follow what the cache holds, and the cache with them in it.
+
+        `last`: logits after the last token only, (batch, 1, vocab).
+        """
         if not self.unrolled:
             unrolled = self.clone(unrolled=True, parent=None, name=None)
             params = unroll_params(self.variables["params"], self.config)
-            extended_by: Any = unrolled.apply({"params": params}, tokens, cache, method="extend")
+            extended_by: Any = unrolled.apply(
+                {"params": params}, tokens, cache, last=last, method="extend"
+            )
             return extended_by
         time = tokens.shape[1]
         x = self._embed(tokens, cache.cursor.query_positions(time))
@@ -123,6 +134,7 @@ class Decoder(nn.Module):
             x, extended = period(x, cache.cursor.query_positions(time), held, cache.cursor, True)
             layers += extended
         cursor = Cursor(cache.cursor.length + time, cache.cursor.start)
+        x = x[:, -1:] if last else x
         return self.logits(self.final_norm(x)), Cache(cursor, tuple(layers))
 
     def logits(
@@ -131,10 +143,10 @@ class Decoder(nn.Module):
         """The head, in float32 from its products on."""
         c = self.config
         if c.tie_embeddings:
-            logits = product(features, self.embedding.T.astype(self.dtype))
+            kernel = self.embedding.T.astype(self.dtype)
+            logits = product(features, kernel, preferred_element_type=jnp.float32)
         else:
             logits = self.head(features)
-        logits = logits.astype(jnp.float32)
         if c.logit_softcap is not None:
             logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
         return logits

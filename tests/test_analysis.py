@@ -23,7 +23,7 @@ from jaxdecoder.layers.positions import POSITIONS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-# The seeds' own counts: preset -> (parameters, tokens of the vocabulary).
+# The published counts: preset -> (parameters, tokens of the vocabulary).
 SEEDS = {
     "shakespeare_nano": (209_729, 65),
     "shakespeare_small": (2_697_281, 65),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxdecoder.config import load
@@ -69,6 +71,22 @@ def test_a_run_folder_that_belongs_to_another_config(finished):
     assert "--train.out" in message
 
 
+def test_a_corpus_that_changed_under_the_same_path(finished, tmp_path):
+    _, reference = finished
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    other = write_config(tmp_path, text="something else entirely " * 400)
+    message = refuse(other, "--train.out", str(run))
+    assert "the corpus or the tokenizer is not the one that this run was started with" in message
+    assert losses(run) == losses(reference)
+
+
+def test_a_run_that_was_refused_before_its_first_step_can_be_mended(tmp_path):
+    config = write_config(tmp_path, text="too short for a context of two hundred tokens " * 3)
+    assert "context_length" in refuse(config, "--model.context-length", "200")
+    assert train(load(config, ["--model.context-length", "4"]))["steps"] == 24
+
+
 def test_a_batch_that_does_not_divide_over_the_devices(tmp_path):
     process = script("train.py", write_config(tmp_path), "--train.cpu-devices", "3")
     assert process.returncode == 1
@@ -94,15 +112,17 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     config = write_config(tmp_path)
     message = refuse(
         config,
-        *("--optimizer.name", "sgd", "--optimizer.learning-rate", "1e18"),
+        *("--optimizer.name", "sgd", "--optimizer.learning-rate", "1e4"),
         *("--optimizer.gradient-clip", "0", "--optimizer.warmup-steps", "0"),
         *("--optimizer.schedule", "constant", "--train.checkpoint-every", "1"),
     )
     assert message.startswith("step ")
     assert "the last good checkpoint is kept" in message
     named = int(message.split()[1].rstrip(":"))
-    model = load_model(tmp_path / "run", "last")
-    assert 0 < model.step < named
+    for which in ("last", "best"):
+        model = load_model(tmp_path / "run", which)
+        assert 0 < model.step < named
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(model.params))
 
 
 def test_a_run_to_start_from_whose_weights_do_not_fit(finished, tmp_path):
@@ -110,7 +130,10 @@ def test_a_run_to_start_from_whose_weights_do_not_fit(finished, tmp_path):
     config = write_config(tmp_path)
     message = refuse(config, "--train.init-from", str(run), "--model.n-layers", "3")
     assert "train.init_from" in message
-    assert "(2, 16, 64) there, (3, 16, 64) here" in message
+    assert "model.n_layers: 2 there, 3 here" in message
+    # Weights of the same shapes that mean something else are refused too.
+    message = refuse(config, "--train.init-from", str(run), "--model.n-heads", "4")
+    assert "model.n_heads: 2 there, 4 here" in message
 
 
 def test_a_run_can_start_from_the_weights_of_another(finished, tmp_path):
@@ -152,3 +175,29 @@ def test_a_run_whose_every_checkpoint_is_broken_says_so(finished, tmp_path):
     process = script("sample.py", run)
     assert process.returncode == 1
     assert "no checkpoint there can be read" in process.output
+
+
+def test_no_checkpoint_is_thrown_away_when_none_can_be_read(finished, tmp_path):
+    config, reference = finished
+    run = tmp_path / "broken"
+    shutil.copytree(reference, run)
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    for file in (run / "checkpoints").rglob("*"):
+        if file.is_file() and file.parent.name != "metrics":
+            file.write_bytes(b"")
+    message = refuse(config, "--train.out", str(run))
+    assert "none of these checkpoints can be read" in message
+    assert all((run / "checkpoints" / name).is_dir() for name in kept)
+    assert losses(run) == losses(reference)
+
+
+def test_a_checkpoint_whose_loss_cannot_be_read_is_set_aside_and_said(finished, tmp_path, capsys):
+    config, reference = finished
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    (run / "checkpoints" / "24" / "metrics" / "metrics").write_text("{")
+    train(load(config, ["--train.out", str(run)]))
+    said = capsys.readouterr().out
+    assert "checkpoint 24 cannot be read (its noted loss cannot be read)" in said
+    assert "going on at step 20" in said
+    assert losses(run) == losses(reference)

@@ -43,6 +43,16 @@ def test_eight_devices_give_the_losses_of_one(configured, fsdp):
         assert eight[key] == pytest.approx(value, abs=1e-4), key
 
 
+def test_what_eight_devices_trained_one_can_sample(configured):
+    folder, command = configured
+    out = folder / "eight_True"
+    process = script("train.py", *command, "--train.out", out, "--train.fsdp", XLA_FLAGS=EIGHT)
+    assert process.returncode == 0, process.output
+    process = script("sample.py", out, "--prompt", "one ", "--max-new-tokens", "5")
+    assert process.returncode == 0, process.output
+    assert process.output.startswith("one ")
+
+
 def test_fsdp_splits_every_matrix_and_its_moments():
     config = Config(model=ModelConfig(vocab_size=64, d_model=16, n_heads=2, context_length=16))
     shapes = jax.eval_shape(lambda: init_state(config))

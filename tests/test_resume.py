@@ -19,7 +19,7 @@ from jaxdecoder.training.runs import read_config
 from jaxdecoder.training.step import init_state
 from tests.runs import losses, script, write_config
 
-KILLS = int(os.environ.get("JAXDECODER_KILLS", "3"))
+KILLS = int(os.environ.get("JAXDECODER_KILLS", "4"))
 
 
 def final_state(run: Path):
@@ -48,32 +48,42 @@ def undisturbed(tmp_path_factory):
     return config, folder / "run"
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(undisturbed, tmp_path):
-    config, reference = undisturbed
-    run = tmp_path / "killed"
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
+    config = write_config(tmp_path)
+    long = ("--train.steps", "400", "--train.checkpoint-every", "20", "--train.keep", "20")
+    reference, run = tmp_path / "reference", tmp_path / "killed"
+    process = script("train.py", config, *long, "--train.out", reference)
+    assert process.returncode == 0, process.output
+
     draw = random.Random(0)
-    command = ("train.py", config, "--train.out", run)
-    kills = finished = 0
-    while kills < KILLS:
-        process = script(*command, wait=False)
-        # The first stretch of a process imports and compiles; kills should hit all of it.
-        time.sleep(draw.uniform(1.0, 9.0))
-        if process.poll() is None:
-            process.kill()
-            kills += 1
-        else:
-            # It ended before the kill: begin again, so that every kill hits something.
-            assert process.returncode == 0, process.stdout.read()
-            assert losses(run) == losses(reference)
-            assert_same_bits(final_state(run), final_state(reference))
-            finished += 1
-            shutil.rmtree(run)
-        process.stdout.close()
-        process.wait()
-    process = script(*command)
+    went_on = []
+    for _ in range(KILLS):
+        process = script("train.py", config, *long, "--train.out", run, wait=False)
+        begun = steps_logged(run)
+        # Most kills fall while it trains and saves, some while it starts.
+        if draw.random() < 0.8:
+            while steps_logged(run) <= begun and process.poll() is None:
+                time.sleep(0.01)
+        time.sleep(draw.uniform(0.0, 2.0))
+        process.kill()
+        said = " ".join(process.communicate()[0].split())
+        if "going on at step" in said:
+            went_on.append(int(said.split("going on at step ")[1].split()[0]))
+        if steps_logged(run) == 400:
+            shutil.rmtree(run)  # so that every kill hits something
+    assert went_on
+    assert max(went_on) > 0
+    process = script("train.py", config, *long, "--train.out", run)
     assert process.returncode == 0, process.output
     assert losses(run) == losses(reference)
     assert_same_bits(final_state(run), final_state(reference))
+
+
+def steps_logged(run: Path) -> int:
+    """The last step in metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return int(lines[-1].split(",")[0].split(":")[1]) if lines and "," in lines[-1] else 0
 
 
 def test_a_truncated_checkpoint_is_set_aside_and_the_one_before_is_used(undisturbed, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import difflib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,8 +120,10 @@ def from_json(values: dict[str, Any]) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, path: str | Path) -> None:
-    """Writes a self-contained tokenizer.json."""
-    Path(path).write_text(json.dumps(tokenizer.to_json(), ensure_ascii=False), encoding="utf-8")
+    """Writes a self-contained tokenizer.json, whole or not at all."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(tokenizer.to_json(), ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def load(path: str | Path) -> Tokenizer:

@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
     num_stages: int
 
 
-# For widths up to the key, padded to a power of two. Not tuned on a card: the largest blocks that
+# For widths up to the key, padded to a power of two. The largest blocks that should
 # leave room for two stages in the registers and shared memory of an 80 GB Ampere or a Hopper card.
 HALF = {
     64: (Sizes(128, 64, 4, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -19,11 +20,13 @@ def linear(
     bias: bool,
     dtype: Any,
     residual_output: bool = False,
+    out_dtype: Any = None,
     name: str | None = None,
 ) -> nn.Dense:
     """A dense layer d_in -> d_out. `residual_output`: its result is added to the residual stream.
 
-    The fan-in is asked for because PyTorch's default draws the bias from it as well.
+    `out_dtype` is that of the result where it is wider than `dtype`, that of the factors. The
+    fan-in is asked for because PyTorch's default draws the bias from it as well.
     """
     kernel, bias_init = initializers(config, d_in, residual_output=residual_output)
     return nn.Dense(
@@ -32,12 +35,14 @@ def linear(
         dtype=dtype,
         kernel_init=kernel,
         bias_init=bias_init,
-        dot_general=product,
+        dot_general=partial(product, preferred_element_type=out_dtype),
         name=name,
     )
 
 
-def product(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+def product(
+    x: jax.Array, kernel: jax.Array, *_: Any, preferred_element_type: Any = None, **__: Any
+) -> jax.Array:
     """x @ kernel, in the one of several equal forms whose gradient is the quickest on CPUs.
 
     All leading axes as one: with two, XLA copies transposed activations for the gradient of the
@@ -50,9 +55,14 @@ def product(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
     d_in, d_out = kernel.shape
     if rows.shape[0] >= d_in > d_out and jax.default_backend() == "cpu":
         transposed = jax.lax.optimization_barrier(kernel.T)
-        out = jax.lax.dot_general(rows, transposed, (((1,), (1,)), ((), ())))
+        out = jax.lax.dot_general(
+            rows,
+            transposed,
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=preferred_element_type,
+        )
     else:
-        out = rows @ kernel
+        out = jnp.matmul(rows, kernel, preferred_element_type=preferred_element_type)
     return out.reshape(*x.shape[:-1], d_out)
 
 

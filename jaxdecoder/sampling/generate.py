@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxdecoder.config import Config
+from jaxdecoder.config import Config, DataConfig
 from jaxdecoder.data.tokenizers import Tokenizer
 from jaxdecoder.decoder import Decoder, empty_cache, unroll_params
 from jaxdecoder.errors import UserError
@@ -89,17 +89,15 @@ def generate(
         done, sent = np.asarray(state.done), int(state.length)
 
 
-def empty_prompt(tokenizer: Tokenizer) -> list[int]:
-    """What a text begins with: the end of the one before, or failing that the first token."""
-    return [0 if tokenizer.end_token is None else tokenizer.end_token]
+def encode_prompt(tokenizer: Tokenizer, text: str, data: DataConfig) -> list[int]:
+    """A prompt's tokens, as they stand at the beginning of a document: after the end of another.
 
-
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A prompt's tokens, as they stand at the beginning of a document."""
+    Where documents have no ends, a prompt stands alone, and an empty one is the first token.
+    """
     tokens = tokenizer.encode(text).tolist()
-    if tokenizer.end_token is not None or not tokens:
-        return empty_prompt(tokenizer) + tokens
-    return tokens
+    if data.end_of_text and tokenizer.end_token is not None:
+        return [tokenizer.end_token, *tokens]
+    return tokens or [0]
 
 
 def show_sample(config: Config, params: Any, tokenizer: Tokenizer) -> str:
@@ -108,7 +106,7 @@ def show_sample(config: Config, params: Any, tokenizer: Tokenizer) -> str:
     chunks = generate(
         make_decoder(config),
         params,
-        [encode_prompt(tokenizer, config.train.sample_prompt)],
+        [encode_prompt(tokenizer, config.train.sample_prompt, config.data)],
         max_new_tokens=new_tokens,
         key=jax.random.key(config.train.seed),
         choose=filters.temperature(0.8),
@@ -179,7 +177,7 @@ def _prefill(decoder: Decoder, params: Any, tokens: Any, start: Any) -> tuple[An
 
 def _extend(decoder: Decoder, params: Any, tokens: Any, cache: Cache) -> tuple[Any, Cache]:
     """Logits after the last of `tokens`."""
-    logits, extended = decoder.apply({"params": params}, tokens, cache, method="extend")
+    logits, extended = decoder.apply({"params": params}, tokens, cache, last=True, method="extend")
     return logits[:, -1], extended  # type: ignore[return-value]
 
 

@@ -18,10 +18,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxdecoder.errors import UserError
+from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.step import State
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports what we report ourselves
@@ -31,12 +33,12 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> ocp.CheckpointManager:
-    """The checkpoints of a run folder. Opened for writing, unreadable ones are set aside."""
+    """The checkpoints of a run folder. Opened for writing, broken notes are set aside."""
     folder = (run / "checkpoints").absolute()
-    if not read_only:
-        for step in steps_in(folder):
-            if recorded_loss(folder, step) is None:
-                _set_aside(folder, step)
+    for step in [] if read_only else steps_in(folder):
+        # The policy below reads every note, so one that cannot be read would stop every save.
+        if recorded_loss(folder, step) is None:
+            _set_aside(folder, step, "its noted loss cannot be read", print)
     policy = AnyPreservationPolicy(
         [LatestN(n=keep), BestN(n=1, get_metric_fn=lambda m: m[METRIC], reverse=True)]
     )
@@ -62,7 +64,8 @@ def recorded_loss(folder: Path, step: int) -> float | None:
     """The validation loss noted with a checkpoint, or None if that cannot be read."""
     try:
         noted = json.loads((folder / str(step) / "metrics" / "metrics").read_text())
-        return float(noted[METRIC])
+        loss = float(noted[METRIC])
+        return loss if math.isfinite(loss) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -92,28 +95,39 @@ def restore_latest(
 ) -> State | None:
     """The newest state that can be read, placed as `like` (shapes with shardings), or None.
 
-    One that cannot be read is moved to the run's `damaged/` folder, and the one before is tried.
+    Newer ones that cannot be read are moved to the run's `damaged/` folder. If none can be read,
+    the fault may lie elsewhere (memory, permissions): nothing is moved and a `UserError` raised.
     """
-    for step in sorted(manager.all_steps(), reverse=True):
-        items = {"params": like.params, "ema": like.ema, "optimizer": like.optimizer}
-        if like.ema == ():
-            del items["ema"]
+    folder = Path(str(manager.directory))
+    items = {"params": like.params, "ema": like.ema, "optimizer": like.optimizer}
+    if like.ema == ():
+        del items["ema"]
+    arguments = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+    failures: dict[int, str] = {}
+    for step in steps_in(folder):
         try:
-            arguments = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
             read = manager.restore(step, args=ocp.args.Composite(**arguments))
         except Exception as error:
             # Whatever a broken file raises, the answer is the same: use the one before.
-            moved = _set_aside(Path(str(manager.directory)), step)
-            say(f"checkpoint {step} cannot be read ({_first_line(error)}); moved to {moved}")
-            manager.reload()
+            failures[step] = _first_line(error)
             continue
+        for broken, why in failures.items():
+            _set_aside(folder, broken, why, say)
+        if failures:
+            manager.reload()
         counter = jax.device_put(jnp.asarray(step, jnp.int32), like.step.sharding)
         return State(counter, read["params"], read["optimizer"], read.get("ema", ()))
+    if failures:
+        listed = "".join(f"\n  {step}: {why}" for step, why in failures.items())
+        raise UserError(f"{folder}: none of these checkpoints can be read:{listed}")
     return None
 
 
-def restore_params(run: Path, which: str = "best") -> tuple[int, Any]:
-    """Step and weights of a run's `best` or `last` checkpoint; the moving average if it has one."""
+def restore_params(run: Path, like: Any, which: str = "best") -> tuple[int, Any]:
+    """Step and weights of a run's `best` or `last` checkpoint; the moving average if it has one.
+
+    `like` has their shapes. They come as NumPy arrays, whatever devices they were saved from.
+    """
     folder = run / "checkpoints"
     steps = steps_in(folder)
     if not steps:
@@ -122,11 +136,12 @@ def restore_params(run: Path, which: str = "best") -> tuple[int, Any]:
     if which == "best" and losses:
         # The wanted one first, then the newest ones, should it be damaged.
         steps.insert(0, min(losses, key=losses.__getitem__))
+    target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
     for step in steps:
         item = "ema" if (folder / str(step) / "ema").is_dir() else "params"
         try:
             manager = open_checkpoints(run, read_only=True)
-            args = ocp.args.Composite(**{item: ocp.args.StandardRestore()})
+            args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
             return step, manager.restore(step, args=args)[item]
         except Exception as error:
             print(f"{run}: checkpoint {step} cannot be read: {_first_line(error)}")
@@ -134,7 +149,7 @@ def restore_params(run: Path, which: str = "best") -> tuple[int, Any]:
 
 
 @contextlib.contextmanager
-def full_disk_explained(manager: ocp.CheckpointManager) -> Iterator[None]:
+def full_disk_explained(run: Path) -> Iterator[None]:
     """Turns a full disk into a `UserError` that says what is safe."""
     try:
         yield
@@ -143,10 +158,10 @@ def full_disk_explained(manager: ocp.CheckpointManager) -> Iterator[None]:
     except Exception as error:
         if not disk_is_full(error):
             raise
-        steps = steps_in(Path(str(manager.directory)))
+        steps = steps_in(run / "checkpoints")
         kept = f"the last good checkpoint is step {steps[0]}" if steps else "none was saved"
         raise UserError(
-            f"{manager.directory}: no space left for what training writes; {kept}. "
+            f"{run}: no space left for what training writes; {kept}. "
             "Free some space and run the same command again"
         ) from None
 
@@ -162,13 +177,14 @@ def disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _set_aside(folder: Path, step: int) -> Path:
+def _set_aside(folder: Path, step: int, why: str, say: Callable[[str], None]) -> None:
     target = folder.parent / "damaged" / str(step)
-    if target.exists():
-        shutil.rmtree(target)
-    target.parent.mkdir(exist_ok=True)
-    (folder / str(step)).rename(target)
-    return target
+    if is_first_host():
+        if target.exists():
+            shutil.rmtree(target)
+        target.parent.mkdir(exist_ok=True)
+        (folder / str(step)).rename(target)
+    say(f"checkpoint {step} cannot be read ({why}); moved to {target}")
 
 
 def _first_line(error: Exception) -> str:

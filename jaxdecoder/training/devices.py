@@ -7,11 +7,32 @@ import os
 import jax
 
 from jaxdecoder.config import Config
+from jaxdecoder.errors import UserError
 
 
 def set_up(config: Config) -> None:
-    """Divides the CPU's cores into devices if asked, and joins the other hosts if there are any."""
+    """Divides the CPU's cores into devices if asked, and joins the other hosts if there are any.
+
+    A run on several hosts is the same command on each, on a shared run folder, with
+    JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID set.
+    """
     if config.train.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.train.cpu_devices)
+    if config.train.cpu_devices > 1:
+        # A device is then a core: its products must not spread over the others.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
+        try:
+            count, index = (int(os.environ[f"JAX_{x}"]) for x in ("NUM_PROCESSES", "PROCESS_ID"))
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be "
+                f"numbers too: {error}"
+            ) from None
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, index)
+
+
+def is_first_host() -> bool:
+    """Whether this process is the one that writes what all of them know."""
+    return jax.process_index() == 0

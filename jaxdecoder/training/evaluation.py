@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,9 @@ import numpy as np
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.decoder import Decoder
 from jaxdecoder.training.losses import summed_cross_entropy
+
+IN_FLIGHT = 8
+"""Batches dispatched before the first result is read, so that the device never waits."""
 
 Evaluator = Callable[[Any, Iterable[Batch]], float]
 
@@ -25,10 +29,20 @@ def make_evaluator(decoder: Decoder) -> Evaluator:
         return summed_cross_entropy(decoder, params, batch), jnp.sum(batch.weights)
 
     def evaluate(params: Any, batches: Iterable[Batch]) -> float:
-        # All dispatched before the first is read, so that the device never waits.
-        parts = [totals(params, batch) for batch in batches]
-        loss = math.fsum(float(loss) for loss, _ in parts)
-        return loss / max(1.0, math.fsum(float(weight) for _, weight in parts))
+        waiting: deque[tuple[jax.Array, jax.Array]] = deque()
+        losses, weights = [], []
+
+        def read_down_to(most: int) -> None:
+            while len(waiting) > most:
+                loss, weight = waiting.popleft()
+                losses.append(float(loss))
+                weights.append(float(weight))
+
+        for batch in batches:
+            waiting.append(totals(params, batch))
+            read_down_to(IN_FLIGHT)
+        read_down_to(0)
+        return math.fsum(losses) / max(1.0, math.fsum(weights))
 
     return evaluate
 

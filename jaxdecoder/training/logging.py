@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,21 +11,24 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.runs import write_atomically
 
 
 class Log:
-    """The record of one run, on disk and on the terminal."""
+    """The record of one run, on disk and on the terminal; of several hosts, the first one's."""
 
     def __init__(self, run: Path, *, steps: int, start: int, tensorboard: bool):
         self.path = run / "metrics.jsonl"
         # Lines past the checkpoint belong to steps that will be taken again.
         kept = [line for line in read_metrics(run) if line["step"] <= start]
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        first = is_first_host()
+        if first:
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.earlier_seconds = float(kept[-1].get("seconds", 0.0)) if kept else 0.0
-        self.file = self.path.open("a", encoding="utf-8")
-        self.writer = _tensorboard_writer(run, start) if tensorboard else None
-        self.console = Console()
+        self.file = (self.path if first else Path(os.devnull)).open("a", encoding="utf-8")
+        self.writer = _tensorboard_writer(run, start) if tensorboard and first else None
+        self.console = Console(quiet=not first)
         self.progress = Progress(
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
@@ -65,7 +69,9 @@ class Log:
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
-        self.progress.console.print(text, markup=False, highlight=False)
+        self.progress.console.print(
+            text, markup=False, emoji=False, highlight=False, soft_wrap=True
+        )
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

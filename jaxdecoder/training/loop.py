@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +16,10 @@ import numpy as np
 
 from jaxdecoder.config import Config, ConfigError
 from jaxdecoder.data import batches, tokenizers
-from jaxdecoder.data.tokens import Corpus, Split, prepare
+from jaxdecoder.data.tokens import Corpus, Split, cache_key, prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.training import checkpoints, runs
+from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.evaluation import bigram_loss, bits_per_byte, make_evaluator
 from jaxdecoder.training.logging import Log, draw_losses
 from jaxdecoder.training.sharding import batch_sharding, make_mesh, state_sharding
@@ -40,18 +43,21 @@ def train(config: Config, *, sampler: Sampler | None = None) -> dict[str, Any]:
     `sampler` makes the text shown every `train.sample_every` steps and at the end.
     """
     run = Path(config.train.out)
-    with runs.lock(run):
+    first = is_first_host()
+    with runs.lock(run) if first else contextlib.nullcontext():
         runs.check_same_config(run, config)
-        source = runs.load_model(config.train.init_from) if config.train.init_from else None
-        if source is not None and not config.data.tokenizer_path:
+        if config.train.init_from and not config.data.tokenizer_path:
             # The weights know its tokens and no others.
             path = str(Path(config.train.init_from) / "tokenizer.json")
             config = replace(config, data=replace(config.data, tokenizer_path=path))
-        corpus = prepare(config.data)
+        corpus, key = prepare(config.data), cache_key(config.data)
+        runs.check_same_corpus(run, key)
         config = complete(config, corpus)
-        runs.write_config(run, config)
-        tokenizers.save(corpus.tokenizer, run / "tokenizer.json")
-        return _train(run, config, corpus, source, sampler)
+        with checkpoints.full_disk_explained(run):
+            if first:
+                runs.write_config(run, config, key)
+                tokenizers.save(corpus.tokenizer, run / "tokenizer.json")
+            return _train(run, config, corpus, sampler)
 
 
 def complete(config: Config, corpus: Corpus) -> Config:
@@ -78,25 +84,14 @@ def boundary(step: int, config: Config) -> int:
     return min(t.steps, *((step // every + 1) * every for every in periods if every))
 
 
-def _train(
-    run: Path, config: Config, corpus: Corpus, source: runs.Model | None, sampler: Sampler | None
-) -> dict[str, Any]:
+def _train(run: Path, config: Config, corpus: Corpus, sampler: Sampler | None) -> dict[str, Any]:
     t = config.train
     mesh = make_mesh(config)
     feed = partial(_feed, config, corpus, mesh)
     fixed = _evaluation_batches(config, corpus, mesh)
     evaluate = make_evaluator(make_decoder(config))
-
-    new_state = partial(init_state, config) if source is None else partial(_adopt, config, source)
-    shapes = jax.eval_shape(new_state)
-    shardings = state_sharding(shapes, mesh, fsdp=t.fsdp)
     manager = checkpoints.open_checkpoints(run, keep=t.keep)
-    like = jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
-    )
-    state = checkpoints.restore_latest(manager, like)
-    if state is None:
-        state = jax.jit(new_state, out_shardings=shardings)()
+    state, shardings = _first_state(config, mesh, manager)
     call = jax.jit(
         fuse(make_step(config)),
         donate_argnums=0,
@@ -105,13 +100,10 @@ def _train(
     )
 
     step = int(state.step)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     best = checkpoints.best_loss(run / "checkpoints")
     tokens_per_step = t.batch_size * config.model.context_length
-    with (
-        checkpoints.full_disk_explained(manager),
-        Log(run, steps=t.steps, start=step, tensorboard=t.tensorboard) as log,
-    ):
+    with Log(run, steps=t.steps, start=step, tensorboard=t.tensorboard) as log:
         log.say(_greeting(run, config, corpus, parameters, mesh.size, step))
         record = _Recorder(log, config, tokens_per_step)
         try:
@@ -123,17 +115,19 @@ def _train(
                 due = step % t.evaluate_every == 0 or step % t.checkpoint_every == 0
                 if due or step == t.steps:
                     record.catch_up()
-                    loss = evaluate(
-                        evaluated_params(state), fixed("validation", t.evaluation_batches)
-                    )
+                    params = evaluated_params(state)
+                    loss = evaluate(params, fixed("validation", t.evaluation_batches))
+                    if not math.isfinite(loss):
+                        raise diverged(step, f"the validation loss is {loss}")
                     log.write(step, validation_loss=loss, seconds=record.seconds())
                     if loss < best or step % t.checkpoint_every == 0 or step == t.steps:
                         checkpoints.save(manager, state, loss)
                     best = min(best, loss)
                 if sampler is not None and t.sample_every and step % t.sample_every == 0:
-                    _show_sample(
-                        log, run, step, sampler(config, evaluated_params(state), corpus.tokenizer)
-                    )
+                    text = sampler(config, evaluated_params(state), corpus.tokenizer)
+                    _show_sample(log, run, step, text)
+                if due:
+                    record.start_the_clock()
             record.catch_up()
         except (UserError, KeyboardInterrupt):
             manager.wait_until_finished()
@@ -158,10 +152,11 @@ def _train(
             ),
             "seconds": record.seconds(),
         }
-        runs.write_summary(run, summary)
-        draw_losses(run)
-        if sampler is not None:
-            _show_sample(log, run, step, sampler(config, evaluated_params(state), corpus.tokenizer))
+        if is_first_host():
+            runs.write_summary(run, summary)
+            draw_losses(run)
+        if sampler is not None and not (t.sample_every and step % t.sample_every == 0):
+            _show_sample(log, run, step, sampler(config, params, corpus.tokenizer))
         log.say(
             f"done: train {summary['train_loss']:.4f}, validation {validation:.4f} nats a token, "
             f"{summary['bits_per_byte']:.4f} bits a byte (a bigram model: "
@@ -171,13 +166,36 @@ def _train(
     return summary
 
 
+def _first_state(config: Config, mesh: Any, manager: Any) -> tuple[State, Any]:
+    """The state to go on from, and where its arrays live.
+
+    The run's newest checkpoint; failing that the weights of `train.init_from`; failing that fresh
+    ones.
+    """
+    shapes = jax.eval_shape(partial(init_state, config))
+    shardings = state_sharding(shapes, mesh, fsdp=config.train.fsdp)
+    like = jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
+    )
+    state = checkpoints.restore_latest(manager, like)
+    if state is None and config.train.init_from:
+        source = runs.load_model(config.train.init_from)
+        runs.check_same_model(config, source.config)
+        state = jax.jit(partial(state_of, config), out_shardings=shardings)(source.params)
+    elif state is None:
+        state = jax.jit(partial(init_state, config), out_shardings=shardings)()
+    return state, shardings
+
+
 class _Recorder:
     """Reads metrics one call late, so that the device is never waited for, and checks them."""
 
     def __init__(self, log: Log, config: Config, tokens_per_step: int):
         self.log, self.config, self.tokens_per_step = log, config, tokens_per_step
         self.pending: tuple[int, Metrics] | None = None
-        self.started = self.last_time = time.perf_counter()
+        self.started = time.perf_counter()
+        # Unknown at first: the first call compiles.
+        self.last_time: float | None = None
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a call that started at `step`, and reads those before it."""
@@ -194,15 +212,16 @@ class _Recorder:
         bad = ~(np.isfinite(metrics.train_loss) & np.isfinite(metrics.gradient_norm))
         if bad.any():
             at = int(np.argmax(bad))
-            raise UserError(
-                f"step {first + at + 1}: the loss is {metrics.train_loss[at]} and the gradient "
-                f"norm {metrics.gradient_norm[at]}; training stopped, the last good checkpoint is "
-                "kept. A lower optimizer.learning_rate, more warmup_steps or a gradient_clip "
-                "may help"
+            raise diverged(
+                first + at + 1,
+                f"the loss is {metrics.train_loss[at]} and the gradient norm "
+                f"{metrics.gradient_norm[at]}",
             )
         now = time.perf_counter()
         count = len(metrics.train_loss)
-        speed = count * self.tokens_per_step / (now - self.last_time)
+        known = {}
+        if self.last_time is not None:
+            known["tokens_per_second"] = count * self.tokens_per_step / (now - self.last_time)
         self.last_time = now
         for i in range(count):
             step = first + i + 1
@@ -212,8 +231,12 @@ class _Recorder:
                     train_loss=float(metrics.train_loss[i]),
                     learning_rate=float(metrics.learning_rate[i]),
                     gradient_norm=float(metrics.gradient_norm[i]),
-                    tokens_per_second=speed,
+                    **known,
                 )
+
+    def start_the_clock(self) -> None:
+        """Leaves what was done since the last call out of the speed."""
+        self.last_time = time.perf_counter()
 
     def seconds(self) -> float:
         """Seconds spent on this run, earlier processes included."""
@@ -263,27 +286,13 @@ def _place(batch: batches.Batch, sharding: Any) -> batches.Batch:
     )
 
 
-def _adopt(config: Config, source: runs.Model) -> State:
-    """The state at step 0 with another run's weights."""
-    fresh = jax.eval_shape(partial(init_state, config)).params
-    ours, theirs = _shapes(fresh), _shapes(source.params)
-    different = [
-        f"{name}: {theirs.get(name, 'absent')} there, {ours.get(name, 'absent')} here"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
-    ]
-    if different:
-        listed = "\n  ".join(different)
-        raise UserError(
-            f"train.init_from = {config.train.init_from}: its weights do not fit this "
-            f"config's model:\n  {listed}"
-        )
-    return state_of(config, source.params)
-
-
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x.shape for path, x in leaves}
+def diverged(step: int, what: str) -> UserError:
+    """What to say, and to try, when a number is no longer finite."""
+    return UserError(
+        f"step {step}: {what}; training stopped, the last good checkpoint is kept. A lower "
+        "optimizer.learning_rate, more warmup_steps or a gradient_clip may help, with another "
+        "--train.out"
+    )
 
 
 def _targets(config: Config, split: Split) -> int:
@@ -295,8 +304,9 @@ def _targets(config: Config, split: Split) -> int:
 
 def _show_sample(log: Log, run: Path, step: int, text: str) -> None:
     log.say(f"\n--- a sample at step {step} ---\n{text}\n---\n")
-    with (run / "samples.txt").open("a", encoding="utf-8") as file:
-        file.write(f"--- step {step} ---\n{text}\n")
+    if is_first_host():
+        with (run / "samples.txt").open("a", encoding="utf-8") as file:
+            file.write(f"--- step {step} ---\n{text}\n")
 
 
 def _greeting(

@@ -67,14 +67,20 @@ def muon_and_adamw(
 
     Keller Jordan et al., 2024; the update is scaled by sqrt(max(1, fan_out / fan_in)).
     """
-    return muon(
+    adam_rate = make_schedule(c, steps, c.adam_learning_rate)
+    rule = muon(
         rate,
         beta=c.beta1,
-        weight_decay=c.weight_decay,
         adam_b1=c.beta1,
         adam_b2=c.beta2,
-        adam_learning_rate=make_schedule(c, steps, c.adam_learning_rate),
-        muon_weight_dimension_numbers=_block_matrices,
+        adam_learning_rate=adam_rate,
+        muon_weight_dimension_numbers=_dimension_numbers,
+    )
+    # Its own decay would reach the norms and biases of the AdamW side.
+    return optax.chain(
+        rule,
+        optax.masked(_decay(rate, c.weight_decay), block_matrices),
+        optax.masked(_decay(adam_rate, c.weight_decay), _other_matrices),
     )
 
 
@@ -90,7 +96,6 @@ def adafactor(c: OptimizerConfig, rate: optax.Schedule, steps: int) -> optax.Gra
     """
     return optax.chain(
         optax.adafactor(rate, min_dim_size_to_factor=64),
-        # Decoupled from the rule above, which has its own order of scaling.
         optax.masked(_decay(rate, c.weight_decay), matrices),
     )
 
@@ -98,8 +103,8 @@ def adafactor(c: OptimizerConfig, rate: optax.Schedule, steps: int) -> optax.Gra
 def sgd(c: OptimizerConfig, rate: optax.Schedule, steps: int) -> optax.GradientTransformation:
     """Gradient descent with Nesterov momentum beta1."""
     return optax.chain(
-        optax.add_decayed_weights(c.weight_decay, mask=matrices),
         optax.sgd(rate, momentum=c.beta1 or None, nesterov=c.beta1 > 0),
+        optax.masked(_decay(rate, c.weight_decay), matrices),
     )
 
 
@@ -128,14 +133,26 @@ def matrices(params: Any) -> Any:
     )
 
 
-def _block_matrices(params: Any) -> Any:
-    """Muon's dimension numbers: every kernel that carries leading layer axes."""
+def block_matrices(params: Any) -> Any:
+    """True for the weights of the blocks' linear layers, which carry leading layer axes."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: path[-1].key == "kernel" and leaf.ndim > 2, params
+    )
 
-    def numbers(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
-        inner = path[-1].key == "kernel" and leaf.ndim > 2
-        return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if inner else None
 
-    return jax.tree_util.tree_map_with_path(numbers, params)
+def _other_matrices(params: Any) -> Any:
+    return jax.tree.map(
+        lambda every, block: every and not block, matrices(params), block_matrices(params)
+    )
+
+
+def _dimension_numbers(params: Any) -> Any:
+    """Muon's: the last two axes of every block matrix, and nothing of the rest."""
+    return jax.tree.map(
+        lambda leaf, chosen: MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if chosen else None,
+        params,
+        block_matrices(params),
+    )
 
 
 def _decay(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:

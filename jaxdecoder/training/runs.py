@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
+import jax
+import jax.numpy as jnp
 
 from jaxdecoder.config import Config, differences, from_dict, read_toml, to_toml
 from jaxdecoder.data import tokenizers
 from jaxdecoder.decoder import Decoder
 from jaxdecoder.errors import UserError
-from jaxdecoder.training.checkpoints import restore_params
-from jaxdecoder.training.step import make_decoder
+from jaxdecoder.training.checkpoints import restore_params, steps_in
+from jaxdecoder.training.step import init_state, make_decoder
 
 # What may differ when a run goes on: none of it changes a single bit of the result.
 FREE = (
@@ -52,31 +57,35 @@ def load_model(run: str | Path, which: str = "best") -> Model:
     run = Path(run)
     config = read_config(run)
     tokenizer = tokenizers.load(run / "tokenizer.json")
-    step, params = restore_params(run, which)
+    like = jax.eval_shape(partial(init_state, config)).params
+    step, params = restore_params(run, like, which)
+    params = jax.tree.map(jnp.asarray, params)
     return Model(config, make_decoder(config), params, tokenizer, step)
 
 
-def lock(run: Path) -> filelock.BaseFileLock:
+@contextlib.contextmanager
+def lock(run: Path) -> Iterator[None]:
     """Keeps a second process out of a run folder; the system frees it when the process dies."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(run / ".lock")
-        held.acquire(timeout=0)
+        held = filelock.FileLock(run / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(
             f"{run}: another process is training in this folder; give another --train.out"
         ) from None
     except OSError as error:
         raise UserError(f"{run}: {error.strerror}") from None
-    return held
+    with held:
+        yield
 
 
 def check_same_config(run: Path, config: Config) -> None:
     """Refuses to go on with a run that was started with another config.
 
-    `config` may still lack what the tokenizer and the shapes decide; those are taken over.
+    `config` may still lack what the tokenizer and the shapes decide; those are taken over. As long
+    as there is no checkpoint, nothing has started.
     """
-    if not (run / "config.toml").exists():
+    if not (run / "config.toml").exists() or not steps_in(run / "checkpoints"):
         return
     theirs = read_config(run)
     model = config.model.resolve()
@@ -95,9 +104,36 @@ def check_same_config(run: Path, config: Config) -> None:
         )
 
 
-def write_config(run: Path, config: Config) -> None:
-    """Writes the complete config."""
+def check_same_corpus(run: Path, key: str) -> None:
+    """Refuses to go on with other text or another tokenizer; `key` stands for both."""
+    noted = run / "corpus_key"
+    if noted.exists() and steps_in(run / "checkpoints") and noted.read_text() != key:
+        raise UserError(
+            f"{run}: the corpus or the tokenizer is not the one that this run was started with, "
+            "though the config is the same; give another --train.out, or the text it had"
+        )
+
+
+def check_same_model(config: Config, theirs: Config) -> None:
+    """Refuses to start from the weights of a model that computes something else."""
+    free = ["dropout", "attention_implementation", "initializer", "init_std"]
+    if config.model.position != "learned":
+        free.append("context_length")
+    adopted = {name: getattr(config.model, name) for name in free}
+    model = dataclasses.replace(theirs.model, **adopted)
+    different = differences(dataclasses.replace(config, model=model), config)
+    if different:
+        listed = "\n  ".join(different)
+        raise UserError(
+            f"train.init_from = {config.train.init_from}: its weights are those of another "
+            f"model:\n  {listed}"
+        )
+
+
+def write_config(run: Path, config: Config, corpus_key: str) -> None:
+    """Writes the complete config, and what its corpus and tokenizer are known by."""
     write_atomically(run / "config.toml", to_toml(config))
+    write_atomically(run / "corpus_key", corpus_key)
 
 
 def write_summary(run: Path, summary: dict[str, Any]) -> None:

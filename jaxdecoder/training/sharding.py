@@ -1,7 +1,7 @@
 """Where arrays live: a device mesh, and one table from parameters to its axes.
 
-A parameter's axes have names (`AXES`), and names map to mesh axes (`RULES`). A new kind of
-parallelism is a new mesh axis and new rows here, not new code elsewhere.
+A parameter's axes have names (`AXES`), and names map to mesh axes (`RULES`): splitting another
+axis, or over another axis of the mesh, is another row.
 """
 
 from __future__ import annotations
