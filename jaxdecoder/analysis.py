@@ -102,7 +102,11 @@ def masked(mechanism: str) -> AttentionCosts:
 ATTENTION_COSTS: dict[str, AttentionCosts] = {
     "full": masked("full"),
     "sliding_window": masked("sliding_window"),
+    "longformer": masked("longformer"),
+    "fixed_sparse": masked("fixed_sparse"),
+    "strided_sparse": masked("strided_sparse"),
 }
+
 
 
 # --- Counts --------------------------------------------------------------------------------------

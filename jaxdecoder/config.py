@@ -33,7 +33,7 @@ Position = Literal["none", "learned", "sinusoidal", "rope"]
 Norm = Literal["layernorm", "rmsnorm", "none"]
 NormPlacement = Literal["pre", "post", "sandwich", "parallel", "none"]
 Activation = Literal["relu", "gelu", "gelu_exact", "swish", "relu2", "swiglu", "geglu", "reglu"]
-AttentionName = Literal["full", "sliding_window"]
+AttentionName = Literal["full", "sliding_window", "longformer", "fixed_sparse", "strided_sparse"]
 Initializer = Literal["normal", "uniform_fan_in", "scaled"]
 Implementation = Literal["auto", "reference", "chunked", "portable"]
 
@@ -86,7 +86,14 @@ class ModelConfig:
     attention: AttentionName | tuple[AttentionName, ...] = "full"
     """Attention mechanism, or a pattern of them repeated over the layers."""
     attention_window: Positive = 128
-    """Tokens a sliding window sees, itself included."""
+    """Tokens a window (sliding_window, longformer) holds, the token's own included."""
+    attention_dilation: Positive = 1
+    """For longformer: the distance between neighbours in the window."""
+    attention_globals: Count = 1
+    """Tokens that all later ones see: the first ones of the context (longformer), or the last
+    ones of every block (fixed_sparse); 0: none."""
+    attention_block: Positive = 32
+    """For fixed_sparse: tokens in a block; for strided_sparse: the stride, and the window."""
     attention_implementation: Implementation = "auto"
     """Which implementation of the attention operation runs."""
 
@@ -142,6 +149,15 @@ class ModelConfig:
                 "model.attention",
                 list(self.attention),
                 f"a pattern's length must divide model.n_layers = {self.n_layers}",
+            )
+        if "fixed_sparse" in self.attention_pattern and (
+            self.attention_globals > self.attention_block
+        ):
+            raise ConfigError(
+                "model.attention_globals",
+                self.attention_globals,
+                "for fixed_sparse these are tokens of a block, and "
+                f"model.attention_block = {self.attention_block} has no more",
             )
         head = self.d_head or self.d_model // self.n_heads
         if self.position == "rope" and head % 2:

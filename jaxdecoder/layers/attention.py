@@ -29,9 +29,42 @@ def sliding_window(config: ModelConfig) -> masks.Mask:
     return masks.causal() & masks.sliding_window(config.attention_window)
 
 
+def longformer(config: ModelConfig) -> masks.Mask:
+    """A window, attention_dilation apart, and the first tokens (Longformer, arXiv 2004.05150).
+
+    The paper's global tokens see every token as well; made causal, they see those before them.
+    """
+    window = masks.dilated(config.attention_window, config.attention_dilation)
+    return masks.causal() & (window | _first(config.attention_globals))
+
+
+def fixed_sparse(config: ModelConfig) -> masks.Mask:
+    """The own block and the last tokens of all earlier ones (Sparse Transformer, arXiv 1904.10509).
+
+    The paper gives the two patterns to different heads or merges them; here they are merged.
+    """
+    return masks.causal() & masks.fixed_blocks(config.attention_block, config.attention_globals)
+
+
+def strided_sparse(config: ModelConfig) -> masks.Mask:
+    """The last attention_block tokens, and every attention_block-th before them (arXiv 1904.10509).
+
+    Merged like `fixed_sparse`.
+    """
+    near = masks.sliding_window(config.attention_block)
+    return masks.causal() & (near | masks.strided(config.attention_block))
+
+
+def _first(n: int) -> masks.Mask:
+    return masks.first(n) if n else masks.nothing()
+
+
 ATTENTIONS: dict[str, Callable[[ModelConfig], masks.Mask]] = {
     "full": full,
     "sliding_window": sliding_window,
+    "longformer": longformer,
+    "fixed_sparse": fixed_sparse,
+    "strided_sparse": strided_sparse,
 }
 
 
