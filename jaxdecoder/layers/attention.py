@@ -102,9 +102,10 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=self.dtype, name="query_norm")(q)
             k = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=self.dtype, name="key_norm")(k)
-        turn = POSITIONS[c.position].rotate
-        if turn is not None:
-            q, k = turn(c, q, positions), turn(c, k, positions)
+        position = POSITIONS[c.position]
+        if position.rotate is not None:
+            q, k = position.rotate(c, q, positions), position.rotate(c, k, positions)
+        score = None if position.score is None else position.score(c, name="positions")()
 
         mask = ATTENTIONS[self.mechanism](c)
         scale = d_head**-0.5
@@ -115,6 +116,7 @@ class Attention(nn.Module):
                 k,
                 v,
                 mask=mask,
+                score=score,
                 scale=scale,
                 dropout_rate=c.dropout if dropped else 0.0,
                 dropout_seed=dropout_seed(self) if dropped else None,
@@ -125,7 +127,16 @@ class Attention(nn.Module):
             held = cursor.slot_positions(time, cache.slots)
             allowed = mask(positions[:, :, None], held[:, None, :]) & (held >= 0)[:, None, :]
             k, v = cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2)
-            mixed = attention(q, k, v, allowed[:, None], scale=scale)
+            mixed = attention(
+                q,
+                k,
+                v,
+                allowed[:, None],
+                scale=scale,
+                score=score,
+                q_index=positions,
+                k_index=held,
+            )
 
         out = mixed.reshape(batch, time, c.n_heads * d_head)
         if c.attention_projection:
