@@ -222,7 +222,7 @@ class TestCache:
     def test_holds_the_context_in_the_dtype_asked_for(self):
         cache = empty_cache(small(n_kv_heads=2), 5, dtype=jnp.bfloat16)
         leaves = jax.tree.leaves(cache.layers)
-        assert {leaf.shape[-4:] for leaf in leaves} == {(5, TIME, 2, 4)}
+        assert {leaf.shape for leaf in leaves} == {(5, 2, TIME, 4)}
         assert sum(leaf.size for leaf in leaves) == 2 * 2 * 5 * TIME * 2 * 4
         assert {leaf.dtype for leaf in leaves} == {jnp.dtype("bfloat16")}
 
