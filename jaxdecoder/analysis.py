@@ -36,6 +36,8 @@ POSITION_PARAMETERS: dict[str, Callable[[ModelConfig], int]] = {
     "learned": lambda c: c.context_length * c.d_model,
     "sinusoidal": lambda c: 0,
     "rope": lambda c: 0,
+    "alibi": lambda c: 0,
+    "t5": lambda c: c.n_layers * c.n_heads * c.position_buckets,
 }
 """Parameters of the whole model's positions."""
 
@@ -102,6 +104,9 @@ def masked(mechanism: str) -> AttentionCosts:
 ATTENTION_COSTS: dict[str, AttentionCosts] = {
     "full": masked("full"),
     "sliding_window": masked("sliding_window"),
+    "longformer": masked("longformer"),
+    "fixed_sparse": masked("fixed_sparse"),
+    "strided_sparse": masked("strided_sparse"),
 }
 
 

@@ -30,11 +30,11 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 
-Position = Literal["none", "learned", "sinusoidal", "rope"]
+Position = Literal["none", "learned", "sinusoidal", "rope", "alibi", "t5"]
 Norm = Literal["layernorm", "rmsnorm", "none"]
 NormPlacement = Literal["pre", "post", "sandwich", "parallel", "none"]
 Activation = Literal["relu", "gelu", "gelu_exact", "swish", "relu2", "swiglu", "geglu", "reglu"]
-AttentionName = Literal["full", "sliding_window"]
+AttentionName = Literal["full", "sliding_window", "longformer", "fixed_sparse", "strided_sparse"]
 Initializer = Literal["normal", "uniform_fan_in", "scaled"]
 Implementation = Literal["auto", "reference", "chunked", "portable"]
 
@@ -76,6 +76,14 @@ class ModelConfig:
     """How a token's place reaches the model."""
     rope_base: PositiveFloat = 10000.0
     """Base of the rotary and sinusoidal wavelengths."""
+    rope_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of a head's width that rotary positions turn; the rest knows no position."""
+    rope_scaling: PositiveFloat = 1.0
+    """Rotary positions are divided by this; 4 for a context four times that of the training."""
+    position_buckets: Positive = 32
+    """For t5: distances told apart, near ones singly and far ones in groups."""
+    position_max_distance: Positive = 128
+    """For t5: the distance from which on all are alike."""
     norm: Norm = "layernorm"
     """Normalisation function."""
     norm_epsilon: PositiveFloat = 1e-5
@@ -87,7 +95,14 @@ class ModelConfig:
     attention: AttentionName | tuple[AttentionName, ...] = "full"
     """Attention mechanism, or a pattern of them repeated over the layers."""
     attention_window: Positive = 128
-    """Tokens a sliding window sees, itself included."""
+    """Tokens a window (sliding_window, longformer) holds, the token's own included."""
+    attention_dilation: Positive = 1
+    """For longformer: the distance between neighbours in the window."""
+    attention_globals: Count = 1
+    """Tokens that all later ones see: the first ones of the context (longformer), or the last
+    ones of every block (fixed_sparse); 0: none."""
+    attention_block: Positive = 32
+    """For fixed_sparse: tokens in a block; for strided_sparse: the stride, and the window."""
     attention_implementation: Implementation = "auto"
     """Which implementation of the attention operation runs."""
 
@@ -144,10 +159,27 @@ class ModelConfig:
                 list(self.attention),
                 f"a pattern's length must divide model.n_layers = {self.n_layers}",
             )
-        head = self.d_head or self.d_model // self.n_heads
-        if self.position == "rope" and head % 2:
+        if "fixed_sparse" in self.attention_pattern and (
+            self.attention_globals > self.attention_block
+        ):
             raise ConfigError(
-                "model.d_head", head, "rotary positions turn pairs, so the width must be even"
+                "model.attention_globals",
+                self.attention_globals,
+                "for fixed_sparse these are tokens of a block, and "
+                f"model.attention_block = {self.attention_block} has no more",
+            )
+        head = self.d_head or self.d_model // self.n_heads
+        if self.position == "rope":
+            self._check_rotary_width(head)
+        if self.position == "t5" and self.position_buckets < 2:
+            raise ConfigError("model.position_buckets", self.position_buckets, "must be at least 2")
+        least = self.position_buckets // 2 + 1
+        if self.position == "t5" and self.position_max_distance < least:
+            raise ConfigError(
+                "model.position_max_distance",
+                self.position_max_distance,
+                f"half of model.position_buckets = {self.position_buckets} hold a single distance "
+                f"each, so it must be at least {least}",
             )
         if not self.attention_projection and self.n_heads * head != self.d_model:
             raise ConfigError(
@@ -156,6 +188,28 @@ class ModelConfig:
                 f"the heads are {self.n_heads} x {head} wide, and without a projection they "
                 f"must be model.d_model = {self.d_model} wide together",
             )
+
+    def _check_rotary_width(self, head: int) -> None:
+        exact = head * self.rope_fraction
+        if self.rope_width and self.rope_width % 2 == 0 and abs(self.rope_width - exact) < 0.01:
+            return
+        if self.rope_fraction == 1:
+            raise ConfigError(
+                "model.d_head", head, "rotary positions turn pairs, so the width must be even"
+            )
+        below, above = int(exact) // 2 * 2, int(exact) // 2 * 2 + 2
+        would_do = [f"{n / head:g}" for n in (below, above) if 0 < n <= head]
+        raise ConfigError(
+            "model.rope_fraction",
+            self.rope_fraction,
+            f"of heads {head} wide it turns {exact:g}, which must be an even number, for rotary "
+            "positions turn pairs; " + (" or ".join(would_do) or "nothing") + " would do",
+        )
+
+    @property
+    def rope_width(self) -> int:
+        """How much of a head's width rotary positions turn."""
+        return round((self.d_head or self.d_model // self.n_heads) * self.rope_fraction)
 
     def resolve(self) -> ModelConfig:
         """This config with every derived field filled in (vocab_size stays as given)."""

@@ -33,11 +33,31 @@ ACTIVATIONS = {
     "relu2": lambda x: relu(x) ** 2,
 }
 GATES = {"swiglu": swish, "geglu": gelu, "reglu": relu}
+
+
+def in_dilated_window(c, query, key):
+    return any(key == query - i * c.attention_dilation for i in range(c.attention_window))
+
+
+def closes_its_block(c, key):
+    return key % c.attention_block >= c.attention_block - c.attention_globals
+
+
+# Which keys up to the query's own it sees.
 VISIBLE = {
-    "full": lambda c, query, key: key <= query,
-    "sliding_window": lambda c, query, key: query - c.attention_window < key <= query,
+    "full": lambda c, query, key: True,
+    "sliding_window": lambda c, query, key: query - c.attention_window < key,
+    "longformer": lambda c, query, key: (
+        key < c.attention_globals or in_dilated_window(c, query, key)
+    ),
+    "fixed_sparse": lambda c, query, key: (
+        key // c.attention_block == query // c.attention_block or closes_its_block(c, key)
+    ),
+    "strided_sparse": lambda c, query, key: (
+        query - key < c.attention_block or (query - key) % c.attention_block == 0
+    ),
 }
-POSITIONS = {"none", "learned", "sinusoidal", "rope"}
+POSITIONS = {"none", "learned", "sinusoidal", "rope", "alibi", "t5"}
 
 
 def defines(config):
@@ -123,10 +143,11 @@ def attention(c, p, mechanism, x, window):
         for query in range(time):
             seen = [
                 key
-                for key in range(time)
+                for key in range(query + 1)
                 if VISIBLE[mechanism](c, query, key) and (window is None or query - key < window)
             ]
             scores = np.array([queries[query] @ keys[key] / math.sqrt(d) for key in seen])
+            scores += [position_bias(c, p, head, query - key) for key in seen]
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
             mixed = sum(weight * values[key] for weight, key in zip(weights, seen, strict=True))
@@ -136,10 +157,40 @@ def attention(c, p, mechanism, x, window):
 
 def turned(c, row, t):
     """Each pair (i, i + half) as a complex number, turned by its own frequency."""
-    half = len(row) // 2
-    pairs = row[:half] + 1j * row[half:]
-    pairs = pairs * np.exp(1j * t * c.rope_base ** (-2 * np.arange(half) / len(row)))
-    return np.concatenate([pairs.real, pairs.imag])
+    width = round(c.rope_fraction * len(row))
+    half = width // 2
+    pairs = row[:half] + 1j * row[half:width]
+    place = t / c.rope_scaling
+    pairs = pairs * np.exp(1j * place * c.rope_base ** (-2 * np.arange(half) / width))
+    return np.concatenate([pairs.real, pairs.imag, row[width:]])
+
+
+def position_bias(c, p, head, distance):
+    """What is added to the score of a query and a key so far before it."""
+    if c.position == "alibi":
+        return -alibi_slopes(c.n_heads)[head] * distance
+    if c.position == "t5":
+        return p["positions"]["bias"][head, t5_bucket(c, distance)]
+    return 0.0
+
+
+def alibi_slopes(n):
+    """A geometric series; where n is no power of two, the rest is every other of a longer one."""
+    below = 2 ** int(math.log2(n))
+    if n == below:
+        return [2 ** (-8 * (i + 1) / n) for i in range(n)]
+    return alibi_slopes(below) + alibi_slopes(2 * below)[::2][: n - below]
+
+
+def t5_bucket(c, distance):
+    """Half of the buckets hold a distance each, the others grow by a constant factor."""
+    single = c.position_buckets // 2
+    if distance < single:
+        return distance
+    growth = math.log(distance / single) / math.log(c.position_max_distance / single)
+    # The tolerance stands for rounding where the ratio of the logarithms is a whole number.
+    bucket = single + int(growth * (c.position_buckets - single) + 1e-9)
+    return min(bucket, c.position_buckets - 1)
 
 
 def added_position(c, params, t):

@@ -1,5 +1,6 @@
 """What is counted in closed form is what the arrays and the traced programs hold."""
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -123,6 +124,11 @@ class TestParameters:
             config = small(activation=activation, bias=bias)
             assert analysis.parameters(config)["total"] == held(config), config
 
+    def test_of_relative_biases_are_one_a_head_and_bucket_in_every_layer(self):
+        config = small(position="t5", n_layers=3, position_buckets=20, position_max_distance=30)
+        assert analysis.parameters(config)["positions"] == 3 * 4 * 20
+        assert analysis.parameters(small(position="alibi"))["positions"] == 0
+
     @settings(max_examples=40)
     @given(st.data())
     def test_are_those_of_the_arrays_for_any_config(self, data):
@@ -130,7 +136,7 @@ class TestParameters:
         counts = analysis.parameters(config)
         arrays = shapes(config)
         assert counts["total"] == sum(leaf.size for leaf in jax.tree.leaves(arrays))
-        for part in ("embedding", "positions", "attention", "feed_forward", "head"):
+        for part in PARTS:
             assert counts[part] == size_under(arrays, part), (part, config)
 
     def test_need_a_vocabulary(self):
@@ -198,6 +204,22 @@ class TestFlops:
         assert analysis.forward_flops(config, 8, dense=True)["attention"] == 64 * pair
         assert analysis.flops_per_token(config).decode["attention"] == 3 * pair
         assert analysis.flops_per_token(config, dense=True).decode["attention"] == 8 * pair
+
+    def test_of_attention_count_the_pairs_of_every_mechanism(self):
+        config = small(attention_globals=1, n_layers=1)
+        keys = {  # of queries 0 to 7, in a window, a block or a stride of 3
+            "full": (1, 2, 3, 4, 5, 6, 7, 8),
+            "sliding_window": (1, 2, 3, 3, 3, 3, 3, 3),
+            "longformer": (1, 2, 3, 4, 4, 4, 4, 4),
+            "fixed_sparse": (1, 2, 3, 2, 3, 4, 3, 4),
+            "strided_sparse": (1, 2, 3, 4, 4, 4, 5, 5),
+        }
+        assert keys.keys() == ATTENTIONS.keys()
+        for attention, counts in keys.items():
+            config = dataclasses.replace(config, attention=attention)
+            for start in (0, 5):
+                flops = analysis.forward_flops(config, 8 - start, start=start)["attention"]
+                assert flops == 4 * config.d_model * sum(counts[start:])
 
     def test_of_a_text_are_those_of_its_prefill_and_what_follows(self):
         for attention in ATTENTIONS:
@@ -297,10 +319,18 @@ def any_config(draw):
     )
 
 
+PARTS = ("embedding", "positions", "attention", "feed_forward", "head")
+
+
 def size_under(arrays, name):
-    """Parameters under the parts of this name: at the top, or in every block."""
+    """Parameters of the parts of this name, at the top or in blocks, less the parts inside them."""
     return sum(
         leaf.size
         for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
-        if name in ([path[0].key] if path[0].key != "blocks" else [entry.key for entry in path])
+        if name == next((e.key for e in reversed(module_of(path)) if e.key in PARTS), None)
     )
+
+
+def module_of(path):
+    """An array's path less its own name, which may be that of a part."""
+    return path[:-1] or path

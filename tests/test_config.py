@@ -109,6 +109,23 @@ def test_gated_units_keep_the_parameters_of_plain_ones():
             "model.d_head = 3: rotary positions turn pairs, so the width must be even",
         ),
         (
+            '[model]\nd_head = 12\nposition = "rope"\nrope_fraction = 0.25',
+            "model.rope_fraction = 0.25: of heads 12 wide it turns 3, which must be an even "
+            "number, for rotary positions turn pairs; 0.166667 or 0.333333 would do",
+        ),
+        ("[model]\nrope_fraction = 1.5", "model.rope_fraction = 1.5: should be less than or equal"),
+        ("[model]\nrope_scaling = 0.0", "model.rope_scaling = 0.0: should be greater than 0"),
+        (
+            '[model]\nposition = "t5"\nposition_max_distance = 16',
+            "model.position_max_distance = 16: half of model.position_buckets = 32 hold a single "
+            "distance each, so it must be at least 17",
+        ),
+        (
+            '[model]\nattention = "fixed_sparse"\nattention_block = 4\nattention_globals = 5',
+            "for fixed_sparse these are tokens of a block, and model.attention_block = 4 has no",
+        ),
+        ("[model]\nattention_dilation = 0", "model.attention_dilation = 0: should be greater"),
+        (
             '[model]\nn_layers = 3\nattention = ["full", "sliding_window"]',
             "a pattern's length must divide model.n_layers = 3",
         ),

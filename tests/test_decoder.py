@@ -23,6 +23,7 @@ from models import (
 from jaxdecoder import Decoder
 from jaxdecoder.config import ConfigError, ModelConfig
 from jaxdecoder.decoder import empty_cache
+from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.cache import Cursor
 from jaxdecoder.layers.positions import POSITIONS
 
@@ -47,6 +48,33 @@ SWITCHED = [
         attention=("sliding_window", "full"),
         attention_window=4,
         d_model=12,
+    ),
+    small(
+        position="rope",
+        rope_fraction=0.5,
+        rope_scaling=4.0,
+        d_head=8,
+        attention=("longformer", "fixed_sparse"),
+        attention_window=2,
+        attention_dilation=2,
+        attention_globals=2,
+        attention_block=5,
+    ),
+    small(
+        position="t5",
+        position_buckets=6,
+        position_max_distance=7,
+        attention=("strided_sparse", "full"),
+        attention_block=4,
+    ),
+    small(
+        position="alibi",
+        n_heads=6,
+        n_kv_heads=3,
+        d_head=4,
+        attention=("longformer", "fixed_sparse"),
+        attention_window=5,
+        attention_globals=0,
     ),
 ]
 CONFIGS = [*covering_configs(), *SWITCHED]
@@ -117,8 +145,8 @@ def test_every_entry_and_pair_is_among_the_configs():
         for norm in ("layernorm", "rmsnorm", "none")
         for placement in ("pre", "post", "sandwich", "parallel", "none")
     }
-    assert {(c.position, c.attention) for c in configs} >= {
-        (position, attention) for position in POSITIONS for attention in ("full", "sliding_window")
+    assert {(c.position, attention) for c in configs for attention in c.attention_pattern} >= {
+        (position, attention) for position in POSITIONS for attention in ATTENTIONS
     }
 
 
@@ -222,7 +250,7 @@ class TestCache:
     def test_holds_the_context_in_the_dtype_asked_for(self):
         cache = empty_cache(small(n_kv_heads=2), 5, dtype=jnp.bfloat16)
         leaves = jax.tree.leaves(cache.layers)
-        assert {leaf.shape[-4:] for leaf in leaves} == {(5, TIME, 2, 4)}
+        assert {leaf.shape for leaf in leaves} == {(5, 2, TIME, 4)}
         assert sum(leaf.size for leaf in leaves) == 2 * 2 * 5 * TIME * 2 * 4
         assert {leaf.dtype for leaf in leaves} == {jnp.dtype("bfloat16")}
 
@@ -257,10 +285,38 @@ class TestGradients:
             assert (size["key"] < 1e-4 * size["query"]) == cancels
             assert size["query"] > 0.01
 
+    @pytest.mark.parametrize("implementation", ["reference", "chunked"])
+    def test_of_relative_biases_are_the_slopes_of_the_naive_decoder(self, implementation):
+        config = small(position="t5", attention_implementation=implementation)
+        decoder, params = model(config)
+        tokens = two_rows(config)
+        weights = np.random.default_rng(2).normal(size=(2, TIME, 13)).astype(np.float32)
+        gradients, _ = run(decoder, params, tokens, weights)
+        params = naive.to_float64(params)
+        bias = params["blocks"]["block_0"]["attention"]["positions"]["bias"]
+        assert bias.shape == (2, 4, 4)  # layers, heads, buckets
+
+        def loss():
+            logits = [naive.decode(config, params, row) for row in tokens]
+            return np.sum(weights * np.stack(logits))
+
+        slopes = np.empty_like(bias)
+        for entry in np.ndindex(bias.shape):
+            middle, step = bias[entry], 1e-4
+            bias[entry] = middle + step
+            above = loss()
+            bias[entry] = middle - step
+            slopes[entry] = (above - loss()) / (2 * step)
+            bias[entry] = middle
+        learned = gradients["blocks"]["block_0"]["attention"]["positions"]["bias"]
+        assert np.abs(slopes).min() > 1e-4
+        np.testing.assert_allclose(learned, slopes, rtol=1e-3, atol=1e-3)
+
 
 class TestPrecision:
-    def test_of_bfloat16_compute_is_close_to_float32(self):
-        config = small(position="rope", norm="rmsnorm", activation="swiglu", n_kv_heads=2)
+    @pytest.mark.parametrize("position", ["rope", "alibi", "t5"])
+    def test_of_bfloat16_compute_is_close_to_float32(self, position):
+        config = small(position=position, norm="rmsnorm", activation="swiglu", n_kv_heads=2)
         params = random_params(config)
         tokens = two_rows(config)
         exact = logits_of(Decoder(config), params, tokens)
@@ -436,6 +492,12 @@ class TestRefusals:
             ({"attention": ("full", "sliding_window"), "n_layers": 3}, "model.attention"),
             ({"attention": ()}, "model.attention"),
             ({"position": "rope", "d_head": 5}, "model.d_head"),
+            ({"position": "rope", "d_head": 6, "rope_fraction": 0.5}, "model.rope_fraction"),
+            ({"position": "rope", "d_head": 6, "rope_fraction": 0.4}, "model.rope_fraction"),
+            ({"position": "rope", "rope_fraction": 0.01}, "model.rope_fraction"),
+            ({"position": "t5", "position_buckets": 1}, "model.position_buckets"),
+            ({"position": "t5", "position_max_distance": 2}, "model.position_max_distance"),
+            ({"attention": "fixed_sparse", "attention_globals": 4}, "model.attention_globals"),
             ({"attention_projection": False, "d_head": 5}, "model.attention_projection"),
         ],
     )

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxdecoder.kernels.dropout import keep
 from jaxdecoder.kernels.problem import Device, Implementation, LogSumExp, Operands, Problem
+from jaxdecoder.kernels.scores import Score
 
 
 def attention(
@@ -20,15 +21,27 @@ def attention(
     allowed: Bool[Array, "#batch #heads q_time k_time"],
     *,
     scale: float,
+    score: Score | None = None,
+    q_index: Int[Array, "#batch q_time"] | None = None,
+    k_index: Int[Array, "#batch k_time"] | None = None,
     dropout_rate: float = 0.0,
     dropout_seed: UInt32[Array, ""] | None = None,
 ) -> Float[Array, "batch q_time heads width"]:
-    """softmax(scale q k^T) v over the allowed keys; a query with none gives zeros.
+    """softmax(score(scale q k^T)) v over the allowed keys; a query with none gives zeros.
 
     Consecutive groups of `heads / kv_heads` queries share a key head (arXiv 2305.13245). Scores
-    and softmax are float32.
+    and softmax are float32. The positions that `score` sees are counted from 0, unless `q_index`
+    and `k_index` give each row its own.
     """
-    out, _ = _attention(q, k, v, allowed, lambda s: s * scale, dropout_rate, dropout_seed)
+    batch_index, head, q_count, k_count = _indices(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    q_at = q_count if q_index is None else q_index[:, None, :, None]
+    k_at = k_count if k_index is None else k_index[:, None, None, :]
+
+    def new_score(s: jax.Array) -> jax.Array:
+        s = s * scale
+        return s if score is None else score(s, batch_index, head, q_at, k_at)
+
+    out, _ = _attention(q, k, v, allowed, new_score, dropout_rate, dropout_seed)
     return out
 
 

@@ -29,9 +29,42 @@ def sliding_window(config: ModelConfig) -> masks.Mask:
     return masks.causal() & masks.sliding_window(config.attention_window)
 
 
+def longformer(config: ModelConfig) -> masks.Mask:
+    """A window, attention_dilation apart, and the first tokens (Longformer, arXiv 2004.05150).
+
+    The paper's global tokens see every token as well; made causal, they see those before them.
+    """
+    window = masks.dilated(config.attention_window, config.attention_dilation)
+    return masks.causal() & (window | _first(config.attention_globals))
+
+
+def fixed_sparse(config: ModelConfig) -> masks.Mask:
+    """The own block and the last tokens of all earlier ones (Sparse Transformer, arXiv 1904.10509).
+
+    The paper gives the two patterns to different heads or merges them; here they are merged.
+    """
+    return masks.causal() & masks.fixed_blocks(config.attention_block, config.attention_globals)
+
+
+def strided_sparse(config: ModelConfig) -> masks.Mask:
+    """The last attention_block tokens, and every attention_block-th before them (arXiv 1904.10509).
+
+    Merged like `fixed_sparse`.
+    """
+    near = masks.sliding_window(config.attention_block)
+    return masks.causal() & (near | masks.strided(config.attention_block))
+
+
+def _first(n: int) -> masks.Mask:
+    return masks.first(n) if n else masks.nothing()
+
+
 ATTENTIONS: dict[str, Callable[[ModelConfig], masks.Mask]] = {
     "full": full,
     "sliding_window": sliding_window,
+    "longformer": longformer,
+    "fixed_sparse": fixed_sparse,
+    "strided_sparse": strided_sparse,
 }
 
 
@@ -69,9 +102,10 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=self.dtype, name="query_norm")(q)
             k = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=self.dtype, name="key_norm")(k)
-        turn = POSITIONS[c.position].rotate
-        if turn is not None:
-            q, k = turn(c, q, positions), turn(c, k, positions)
+        position = POSITIONS[c.position]
+        if position.rotate is not None:
+            q, k = position.rotate(c, q, positions), position.rotate(c, k, positions)
+        score = None if position.score is None else position.score(c, name="positions")()
 
         mask = ATTENTIONS[self.mechanism](c)
         scale = d_head**-0.5
@@ -82,6 +116,7 @@ class Attention(nn.Module):
                 k,
                 v,
                 mask=mask,
+                score=score,
                 scale=scale,
                 dropout_rate=c.dropout if dropped else 0.0,
                 dropout_seed=dropout_seed(self) if dropped else None,
@@ -92,7 +127,16 @@ class Attention(nn.Module):
             held = cursor.slot_positions(time, cache.slots)
             allowed = mask(positions[:, :, None], held[:, None, :]) & (held >= 0)[:, None, :]
             k, v = cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2)
-            mixed = attention(q, k, v, allowed[:, None], scale=scale)
+            mixed = attention(
+                q,
+                k,
+                v,
+                allowed[:, None],
+                scale=scale,
+                score=score,
+                q_index=positions,
+                k_index=held,
+            )
 
         out = mixed.reshape(batch, time, c.n_heads * d_head)
         if c.attention_projection:

@@ -1,4 +1,4 @@
-"""How a token's place reaches the model: added to its embedding or turned into q and k."""
+"""How a token's place reaches the model: by its embedding, its queries and keys, or their score."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.kernels import scores
 from jaxdecoder.layers.linear import embedding_initializer
 
 
@@ -18,12 +19,15 @@ class Position(NamedTuple):
 
     embed: (config, name) -> module from positions to vectors added to the token embeddings.
     rotate: (config, x, positions) -> x, for queries and keys.
+    score: (config, name) -> module without arguments that gives the `Score` of a layer; it tells
+        the positions of a query and of a key to the score of the two.
     slides: whether positions past the context length mean something, so that decoding may go on
         with a cache; where not, decoding crops to the last context_length tokens and starts over.
     """
 
     embed: Callable[..., Any] | None = None
     rotate: Callable[..., Any] | None = None
+    score: Callable[..., Any] | None = None
     slides: bool = True
 
 
@@ -56,13 +60,39 @@ def rotate(
     x: Float[Array, "batch time heads width"],
     positions: Int[Array, "#batch time"],
 ) -> Float[Array, "batch time heads width"]:
-    """Rotary positions (RoFormer, arXiv 2104.09864), pairing coordinate i with i + width / 2."""
-    half = x.shape[-1] // 2
-    frequencies = config.rope_base ** (-jnp.arange(half) / half)
+    """Rotary positions (RoFormer, arXiv 2104.09864), pairing coordinate i with i + rope_width / 2.
+
+    Coordinates from rope_width on stay as they are (GPT-J). Positions divided by rope_scaling
+    stretch the context that the frequencies were trained on (arXiv 2306.15595).
+    """
+    width = config.rope_width
+    half = width // 2
+    frequencies = config.rope_base ** (-jnp.arange(half) / half) / config.rope_scaling
     angles = (positions[..., None] * frequencies)[:, :, None, :]
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    a, b, rest = x[..., :half], x[..., half:width], x[..., width:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+def alibi(config: ModelConfig, name: str | None = None) -> Callable[[], scores.Score]:
+    """Subtracts a fixed slope a head times the distance (ALiBi, arXiv 2108.12409)."""
+    return lambda: scores.alibi(scores.alibi_slopes(config.n_heads))
+
+
+class RelativeBias(nn.Module):
+    """A learned number for every head and bucket of distances (T5, arXiv 1910.10683).
+
+    T5 shares one table among all layers and does not scale its scores; here each layer has its
+    own, and scores are scaled as everywhere.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> scores.Score:
+        c = self.config
+        table = self.param("bias", embedding_initializer(c), (c.n_heads, c.position_buckets))
+        return scores.relative_bias(table, c.position_max_distance)
 
 
 POSITIONS: dict[str, Position] = {
@@ -70,4 +100,6 @@ POSITIONS: dict[str, Position] = {
     "learned": Position(embed=LearnedPositions, slides=False),
     "sinusoidal": Position(embed=sinusoidal),
     "rope": Position(rotate=rotate),
+    "alibi": Position(score=alibi),
+    "t5": Position(score=RelativeBias),
 }
