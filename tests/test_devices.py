@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 
 import jax
 import pytest
@@ -51,6 +52,32 @@ def test_what_eight_devices_trained_one_can_sample(configured):
     process = script("sample.py", out, "--prompt", "one ", "--max-new-tokens", "5")
     assert process.returncode == 0, process.output
     assert process.output.startswith("one ")
+
+
+def test_two_hosts_give_the_losses_of_one(configured):
+    folder, command = configured
+    out = folder / "hosts"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        script(
+            *("train.py", *command, "--train.out", out),
+            wait=False,
+            **together,
+            JAX_PROCESS_ID=str(index),
+        )
+        for index in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "on 2 cpu devices" in said[0]
+    assert "training tokens" not in said[1]  # the first host speaks for all
+    one, two = losses(folder / "one"), losses(out)
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert two[key] == pytest.approx(value, abs=1e-4), key
 
 
 def test_fsdp_splits_every_matrix_and_its_moments():
