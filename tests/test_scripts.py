@@ -38,7 +38,7 @@ def test_a_run_is_a_folder_with_all_that_is_needed(run):
     assert config.model.d_ff == 64
     assert tokenizers.load(run / "tokenizer.json").vocab_size == 257
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert (run / "samples.txt").read_text().count("--- step") == 3
+    assert (run / "samples.txt").read_text().count("--- step") == 2
     assert list((run / "tensorboard").glob("events*"))
 
 
@@ -47,7 +47,9 @@ def test_metrics_have_a_line_a_step_with_what_is_known(run):
     logged = [line for line in lines if "train_loss" in line]
     assert [line["step"] for line in logged] == list(range(1, 25))
     for line in logged:
-        assert {"learning_rate", "gradient_norm", "tokens_per_second"} <= line.keys()
+        assert {"learning_rate", "gradient_norm"} <= line.keys()
+        # The first call's time is that of compiling.
+        assert ("tokens_per_second" in line) == (line["step"] > 4)
     assert {step for step, name in losses(run) if name == "validation_loss"} == {
         4,
         8,
