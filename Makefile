@@ -10,7 +10,7 @@ PEER = .venv-torch
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python train.py configs/stories.toml
-	$(VENV)/bin/python sample.py runs/stories --prompt "Once upon a time"
+	$(VENV)/bin/python sample.py runs/stories --prompt "Once upon a time" --temperature 0.4
 
 test: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
