@@ -1,6 +1,6 @@
 """Attention on the CPU: time and peak memory of each implementation, forward and backward.
 
-    python benchmarks/attention_cpu.py [--times 256 1024 4096] [--rounds 7] [--json out.json]
+    python -m benchmarks.attention_cpu [--times 256 1024 4096] [--rounds 7] [--json out.json]
 
 Implementations take turns, so that a noisy machine is unfair to none, and the median counts.
 """

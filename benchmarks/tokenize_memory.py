@@ -1,6 +1,6 @@
 """How much memory, and how long, it takes to tokenise a corpus of a given size.
 
-    python benchmarks/tokenize_memory.py --megabytes 2000 --tokenizer bpe
+    python -m benchmarks.tokenize_memory --megabytes 2000 --tokenizer bpe
 
 The corpus is made of invented words, in one file (the hard case: one document larger than what
 may be held in memory) or in documents of a page each. Memory is the sum over this process and its
