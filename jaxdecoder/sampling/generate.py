@@ -64,7 +64,7 @@ def generate(
     slides = POSITIONS[decoder.config.position].slides
     choose = choose or filters.temperature(1.0)
     if not all(len(prompt) for prompt in prompts):
-        raise UserError("generate: every prompt must have one token at least; see empty_prompt")
+        raise UserError("generate: every prompt must have one token at least; see encode_prompt")
     cropped = [np.asarray(prompt, np.int32)[-context:] for prompt in prompts]
     longest = max(len(prompt) for prompt in cropped)
     bucket = max(1, context // BUCKETS)

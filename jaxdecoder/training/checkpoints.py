@@ -78,10 +78,7 @@ def best_loss(folder: Path) -> float:
 
 def save(manager: ocp.CheckpointManager, state: State, validation_loss: float) -> None:
     """Starts writing the state; it is on disk once `manager.wait_until_finished` returns."""
-    items = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
-    if state.ema == ():
-        del items["ema"]
-    arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    arguments = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
     manager.save(
         int(state.step),
         args=ocp.args.Composite(**arguments),
@@ -99,10 +96,7 @@ def restore_latest(
     the fault may lie elsewhere (memory, permissions): nothing is moved and a `UserError` raised.
     """
     folder = Path(str(manager.directory))
-    items = {"params": like.params, "ema": like.ema, "optimizer": like.optimizer}
-    if like.ema == ():
-        del items["ema"]
-    arguments = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+    arguments = {name: ocp.args.StandardRestore(item) for name, item in _items(like).items()}
     failures: dict[int, str] = {}
     for step in steps_in(folder):
         try:
@@ -175,6 +169,12 @@ def disk_is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _items(state: State) -> dict[str, Any]:
+    """The items of a checkpoint of this state."""
+    items = {"params": state.params, "optimizer": state.optimizer}
+    return items if state.ema == () else {**items, "ema": state.ema}
 
 
 def _set_aside(folder: Path, step: int, why: str, say: Callable[[str], None]) -> None:

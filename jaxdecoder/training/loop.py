@@ -246,7 +246,6 @@ class _Recorder:
 def _feed(config: Config, corpus: Corpus, mesh: Any, step: int, count: int) -> batches.Batch:
     """The batches of `count` steps on the devices, each host giving its rows."""
     t = config.train
-    share = t.batch_size // jax.process_count()
     stacked = batches.stack(
         corpus.train,
         config.data,
@@ -256,14 +255,13 @@ def _feed(config: Config, corpus: Corpus, mesh: Any, step: int, count: int) -> b
         step=step,
         count=count,
         end_token=corpus.tokenizer.end_token,
-        rows=slice(jax.process_index() * share, (jax.process_index() + 1) * share),
+        rows=_rows_of_this_host(t.batch_size),
     )
     return _place(stacked, batch_sharding(mesh, 1))
 
 
 def _evaluation_batches(config: Config, corpus: Corpus, mesh: Any) -> Callable[..., Any]:
     """A function from a split's name and a count to fixed batches on the devices."""
-    share = config.train.batch_size // jax.process_count()
 
     def fixed(name: str, count: int | None) -> Any:
         each = batches.evaluation_batches(
@@ -273,11 +271,16 @@ def _evaluation_batches(config: Config, corpus: Corpus, mesh: Any) -> Callable[.
             context_length=config.model.context_length,
             count=count,
             end_token=corpus.tokenizer.end_token,
-            rows=slice(jax.process_index() * share, (jax.process_index() + 1) * share),
+            rows=_rows_of_this_host(config.train.batch_size),
         )
         return (_place(batch, batch_sharding(mesh)) for batch in each)
 
     return fixed
+
+
+def _rows_of_this_host(batch_size: int) -> slice:
+    share = batch_size // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
 
 
 def _place(batch: batches.Batch, sharding: Any) -> batches.Batch:
