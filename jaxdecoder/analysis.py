@@ -26,7 +26,7 @@ from rich.table import Table
 from jaxdecoder.config import Config, ConfigError, ModelConfig, load
 from jaxdecoder.errors import UserError, friendly
 from jaxdecoder.kernels import masks
-from jaxdecoder.layers.attention import ATTENTIONS
+from jaxdecoder.layers.attention import MASKS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 
 # --- Tables: a row for each entry of each component's dict ---------------------------------------
@@ -89,10 +89,10 @@ def projection_parameters(c: ModelConfig) -> int:
 
 
 def masked(mechanism: str) -> AttentionCosts:
-    """Softmax attention under one of the masks of `ATTENTIONS`."""
+    """Softmax attention under one of the masks of `MASKS`."""
 
     def pairs(c: ModelConfig, queries: int, start: int) -> int:
-        return masks.allowed_entries(ATTENTIONS[mechanism](c), queries, start + queries, start)
+        return masks.allowed_entries(MASKS[mechanism](c), queries, start + queries, start)
 
     def cache(c: ModelConfig) -> int:
         _, _, kv_width = _widths(c)

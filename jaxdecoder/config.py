@@ -35,6 +35,7 @@ Norm = Literal["layernorm", "rmsnorm", "none"]
 NormPlacement = Literal["pre", "post", "sandwich", "parallel", "none"]
 Activation = Literal["relu", "gelu", "gelu_exact", "swish", "relu2", "swiglu", "geglu", "reglu"]
 AttentionName = Literal["full", "sliding_window", "longformer", "fixed_sparse", "strided_sparse"]
+Layout = Literal["serial"]
 Initializer = Literal["normal", "uniform_fan_in", "scaled"]
 Implementation = Literal["auto", "reference", "chunked", "portable"]
 
@@ -57,6 +58,8 @@ class ModelConfig:
     """Rows of the token embedding; left out, the tokenizer says."""
     context_length: Positive = 256
     """Tokens the model sees at once (T)."""
+    layout: Layout = "serial"
+    """How the layers are wired: serial, one block after another."""
     d_model: Positive = 384
     """Width of the residual stream (D)."""
     n_layers: Positive = 6

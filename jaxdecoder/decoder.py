@@ -1,55 +1,48 @@
-"""The decoder: embed, blocks, head."""
+"""The decoder: embed, body, head."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ConfigError, ModelConfig
-from jaxdecoder.layers.block import Block
-from jaxdecoder.layers.cache import Cache, Caches, Cursor, LayerCache
+from jaxdecoder.layers import serial
+from jaxdecoder.layers.cache import Cache, Caches, Cursor
 from jaxdecoder.layers.linear import embedding_initializer, linear, product
-from jaxdecoder.layers.norms import NORMS
 from jaxdecoder.layers.positions import POSITIONS
 
 
-class Period(nn.Module):
-    """One turn of the attention pattern: as many blocks as the pattern has mechanisms."""
+class Layout(NamedTuple):
+    """How the layers between embedding and head are wired.
 
-    config: ModelConfig
-    dtype: Any = jnp.float32
+    body: (config, dtype, unrolled) -> module from (x, positions, caches, cursor, deterministic) to
+        what the head sees and the extended caches.
+    unroll: (params, config) -> the body's parameters as `unrolled` takes them.
+    empty_caches: (config, batch, dtype) -> the body's caches with nothing in them.
+    width: (config) -> the width of what the head sees.
+    """
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch time d_model"],
-        positions: Int[Array, "#batch time"],
-        caches: Caches | None,
-        cursor: Cursor | None,
-        deterministic: bool,
-    ) -> tuple[Float[Array, "batch time d_model"], Caches | None]:
-        """The residual stream after these blocks, and their caches, one a block."""
-        extended: list[Any] = []
-        for i, mechanism in enumerate(self.config.attention_pattern):
-            block = Block(self.config, mechanism, self.dtype, name=f"block_{i}")
-            layer = None if caches is None else caches[i]
-            x, layer = block(x, positions, layer, cursor, deterministic)
-            self.sow("intermediates", f"after_block_{i}", x)
-            extended.append(layer)
-        return x, None if caches is None else tuple(extended)
+    body: Callable[..., Any]
+    unroll: Callable[[Any, ModelConfig], Any]
+    empty_caches: Callable[[ModelConfig, int, Any], Caches]
+    width: Callable[[ModelConfig], int]
+
+
+LAYOUTS: dict[str, Layout] = {
+    "serial": Layout(serial.Serial, serial.unroll, serial.empty_caches, lambda c: c.d_model),
+}
 
 
 class Decoder(nn.Module):
     """A decoder-only language model. `dtype` is that of its compute; parameters are float32.
 
-    The blocks' parameters are stacked along a leading layer axis (`nn.scan`), so one layout serves
-    every depth and removing a layer is a slice. Decoding reads every weight for every token, and a
-    slice would be a copy: `unrolled` takes them as `unroll_params` lays them out, each its own
-    array. The residual stream after each block is sown as an intermediate.
+    `unrolled` takes parameters as `unroll_params` lays them out for decoding. The residual stream
+    after each block is sown as an intermediate.
     """
 
     config: ModelConfig
@@ -65,24 +58,11 @@ class Decoder(nn.Module):
         )
         embed = POSITIONS[c.position].embed
         self.positions = embed(c, name="positions") if embed else None
-        if self.unrolled:
-            self.blocks: Any = [
-                Period(c, self.dtype, name=f"blocks_{i}") for i in range(periods(c))
-            ]
-        else:
-            self.blocks = nn.scan(
-                Period,
-                variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=nn.broadcast,
-                length=periods(c),
-                unroll=periods(c) if jax.default_backend() == "cpu" else 1,
-            )(c, self.dtype, name="blocks")
-        self.final_norm = NORMS[c.norm](c, self.dtype, name="final_norm")
+        self.body = LAYOUTS[c.layout].body(c, self.dtype, self.unrolled)
         if not c.tie_embeddings:
             self.head = linear(
                 c,
-                c.d_model,
+                LAYOUTS[c.layout].width(c),
                 c.vocab_size,
                 bias=c.head_bias,
                 dtype=self.dtype,
@@ -96,20 +76,31 @@ class Decoder(nn.Module):
         """Logits for the token after each of `tokens`."""
         return self.logits(self.features(tokens, deterministic=deterministic))
 
+    def losses(
+        self,
+        tokens: Int[Array, "batch time"],
+        targets: Int[Array, "batch time"],
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch time"]:
+        """What training minimises at each of `tokens`, in nats: that of the next token."""
+        logits = self(tokens, deterministic=deterministic)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
     def features(
         self, tokens: Int[Array, "batch time"], *, deterministic: bool = True
-    ) -> Float[Array, "batch time d_model"]:
-        """What the head sees: the normalised residual stream after the last block."""
+    ) -> Float[Array, "batch time width"]:
+        """What the head sees."""
         c = self.config
         if tokens.shape[1] > c.context_length:
             raise ConfigError(
                 "model.context_length", c.context_length, f"{tokens.shape[1]} tokens do not fit"
             )
         positions = jnp.arange(tokens.shape[1])[None]
-        x = self._embed(tokens, positions)
-        for period in self.blocks if self.unrolled else [self.blocks]:
-            x, _ = period(x, positions, None, None, deterministic)
-        return self.final_norm(x)
+        features, _ = self.body(
+            self._embed(tokens, positions), positions, None, None, deterministic
+        )
+        return features
 
     def extend(
         self, tokens: Int[Array, "batch time"], cache: Cache, *, last: bool = False
@@ -126,19 +117,14 @@ class Decoder(nn.Module):
             )
             return extended_by
         time = tokens.shape[1]
-        x = self._embed(tokens, cache.cursor.query_positions(time))
-        layers: list[LayerCache] = []
-        turn = len(self.config.attention_pattern)
-        for i, period in enumerate(self.blocks):
-            held = cache.layers[i * turn : (i + 1) * turn]
-            x, extended = period(x, cache.cursor.query_positions(time), held, cache.cursor, True)
-            layers += extended
+        positions = cache.cursor.query_positions(time)
+        x = self._embed(tokens, positions)
+        features, layers = self.body(x, positions, cache.layers, cache.cursor, True)
         cursor = Cursor(cache.cursor.length + time, cache.cursor.start)
-        x = x[:, -1:] if last else x
-        return self.logits(self.final_norm(x)), Cache(cursor, tuple(layers))
+        return self.logits(features[:, -1:] if last else features), Cache(cursor, layers)
 
     def logits(
-        self, features: Float[Array, "batch time d_model"]
+        self, features: Float[Array, "batch time width"]
     ) -> Float[Array, "batch time vocab"]:
         """The head, in float32 from its products on."""
         c = self.config
@@ -160,23 +146,12 @@ class Decoder(nn.Module):
         return x
 
 
-def periods(config: ModelConfig) -> int:
-    """How often the attention pattern repeats over the depth."""
-    return config.n_layers // len(config.attention_pattern)
-
-
 def unroll_params(params: Any, config: ModelConfig) -> Any:
     """The parameters of a decoder as those of the same decoder with `unrolled`."""
-    rest = {name: value for name, value in params.items() if name != "blocks"}
-    for i in range(periods(config)):
-        rest[f"blocks_{i}"] = jax.tree.map(lambda stacked, i=i: stacked[i], params["blocks"])
-    return rest
+    return {**params, "body": LAYOUTS[config.layout].unroll(params["body"], config)}
 
 
 def empty_cache(config: ModelConfig, batch: int, *, dtype: Any = jnp.float32) -> Cache:
-    """A cache that has seen nothing, with room for context_length tokens."""
-    c = config.resolve()
-    shape = (batch, c.n_kv_heads, c.context_length, c.d_head)
+    """A cache that has seen nothing."""
     cursor = Cursor(jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
-    layers = [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))] * c.n_layers
-    return Cache(cursor, tuple(layers))
+    return Cache(cursor, LAYOUTS[config.layout].empty_caches(config, batch, dtype))

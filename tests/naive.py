@@ -78,9 +78,9 @@ def decode(config, params, tokens, window=None):
     pattern = c.attention_pattern
     for layer in range(c.n_layers):
         period, place = divmod(layer, len(pattern))
-        block = slice_of(params["blocks"][f"block_{place}"], period)
+        block = slice_of(params["body"]["blocks"][f"block_{place}"], period)
         x = one_block(c, block, pattern[place], x, window)
-    x = norm(c, params.get("final_norm"), x)
+    x = norm(c, params["body"].get("final_norm"), x)
     logits = x @ params["embedding"].T if c.tie_embeddings else linear(params["head"], x)
     if c.logit_softcap is not None:
         logits = np.tanh(logits / c.logit_softcap) * c.logit_softcap

@@ -9,6 +9,7 @@ import pytest
 
 from jaxdecoder import config
 from jaxdecoder.config import OptimizerConfig, choices
+from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
@@ -99,10 +100,20 @@ def test_nothing_imports_a_script():
         (get_args(config.NormPlacement), PLACEMENTS),
         (get_args(config.Activation), ACTIVATIONS),
         (get_args(config.AttentionName), ATTENTIONS),
+        (get_args(config.Layout), LAYOUTS),
         (choices(OptimizerConfig, "name"), OPTIMIZERS),
         (choices(OptimizerConfig, "schedule"), SCHEDULES),
     ],
-    ids=["position", "norm", "norm_placement", "activation", "attention", "optimizer", "schedule"],
+    ids=[
+        "position",
+        "norm",
+        "norm_placement",
+        "activation",
+        "attention",
+        "layout",
+        "optimizer",
+        "schedule",
+    ],
 )
 def test_the_config_names_what_the_dict_holds(named, held):
     assert list(named) == list(held)

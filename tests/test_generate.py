@@ -32,7 +32,7 @@ PROMPTS = [random_tokens(SLIDES, n, seed=n).tolist() for n in (3, 1, CONTEXT, CO
 
 
 # Parameters with which greedy text does not settle on a few tokens.
-SEEDS = {STARTS_OVER: 2, SLIDES: 34}
+SEEDS = {STARTS_OVER: 37, SLIDES: 9}
 
 
 @functools.cache

@@ -1,19 +1,23 @@
-"""Attention mechanisms. Each is a mask in the mask algebra; the operation is one and the same."""
+"""Attention mechanisms: how the heads of a layer mix values over time.
+
+Most are masks in the mask algebra, and `MaskedMixing` serves them all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
-from jaxdecoder.kernels import masks
+from jaxdecoder.kernels import masks, scores
 from jaxdecoder.kernels.flash import flash_attention
 from jaxdecoder.kernels.reference import attention
-from jaxdecoder.layers.cache import Cursor, LayerCache, write
+from jaxdecoder.layers.cache import Cursor, KeysAndValues, empty_ring, write
 from jaxdecoder.layers.dropout import Dropout, dropout_seed
 from jaxdecoder.layers.linear import linear
 from jaxdecoder.layers.positions import POSITIONS
@@ -59,13 +63,95 @@ def _first(n: int) -> masks.Mask:
     return masks.first(n) if n else masks.nothing()
 
 
-ATTENTIONS: dict[str, Callable[[ModelConfig], masks.Mask]] = {
+MASKS: dict[str, Callable[[ModelConfig], masks.Mask]] = {
     "full": full,
     "sliding_window": sliding_window,
     "longformer": longformer,
     "fixed_sparse": fixed_sparse,
     "strided_sparse": strided_sparse,
 }
+
+
+class Heads(NamedTuple):
+    """What a mechanism mixes: the heads of a layer and how positions reach them."""
+
+    q: Float[Array, "batch time heads width"]
+    k: Float[Array, "batch time kv_heads width"]
+    v: Float[Array, "batch time kv_heads width"]
+    positions: Int[Array, "#batch time"]
+    """Of these tokens; negative ones are padding."""
+    rotate: Callable[[jax.Array], jax.Array]
+    """Turns queries or keys by their positions; the identity where positions do not rotate."""
+    score: scores.Score | None
+
+
+class Mechanism(NamedTuple):
+    """One way to mix values over time.
+
+    mixing: (config, name) -> module from (heads, cache, cursor, deterministic) to the mixed values
+        (batch, time, heads, width) and the cache. Without a cache it mixes within the heads given;
+        with one, these tokens follow what the cache holds, and it comes back with them in it.
+    empty_cache: (config, batch, dtype) -> the cache of one layer that has seen nothing.
+    """
+
+    mixing: Callable[..., Any]
+    empty_cache: Callable[[ModelConfig, int, Any], Any]
+
+
+class MaskedMixing(nn.Module):
+    """Softmax attention under a mask (arXiv 1706.03762)."""
+
+    config: ModelConfig
+    mask: masks.Mask
+
+    @nn.compact
+    def __call__(
+        self,
+        heads: Heads,
+        cache: KeysAndValues | None,
+        cursor: Cursor | None,
+        deterministic: bool,
+    ) -> tuple[Float[Array, "batch time heads width"], KeysAndValues | None]:
+        """See `Mechanism`."""
+        c = self.config
+        q, k, v = heads.rotate(heads.q), heads.rotate(heads.k), heads.v
+        time, scale = q.shape[1], q.shape[-1] ** -0.5
+        if cache is None or cursor is None:
+            dropped = c.dropout > 0 and not deterministic
+            mixed = flash_attention(
+                q,
+                k,
+                v,
+                mask=self.mask,
+                score=heads.score,
+                scale=scale,
+                dropout_rate=c.dropout if dropped else 0.0,
+                dropout_seed=dropout_seed(self) if dropped else None,
+                implementation=c.attention_implementation,
+            )
+            return mixed, None
+        cache = write(cache, k, v, cursor)
+        held = cursor.slot_positions(time, cache.slots)
+        allowed = self.mask(heads.positions[:, :, None], held[:, None, :])
+        mixed = attention(
+            q,
+            cache.k.swapaxes(1, 2),
+            cache.v.swapaxes(1, 2),
+            (allowed & (held >= 0)[:, None, :])[:, None],
+            scale=scale,
+            score=heads.score,
+            q_index=heads.positions,
+            k_index=held,
+        )
+        return mixed, cache
+
+
+def masked(mask: Callable[[ModelConfig], masks.Mask]) -> Mechanism:
+    """The mechanism of a mask."""
+    return Mechanism(lambda c, name=None: MaskedMixing(c, mask(c), name=name), empty_ring)
+
+
+ATTENTIONS: dict[str, Mechanism] = {name: masked(mask) for name, mask in MASKS.items()}
 
 
 class Attention(nn.Module):
@@ -80,11 +166,11 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "batch time d_model"],
         positions: Int[Array, "#batch time"],
-        cache: LayerCache | None = None,
+        cache: Any = None,
         cursor: Cursor | None = None,
         *,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "batch time d_model"], LayerCache | None]:
+    ) -> tuple[Float[Array, "batch time d_model"], Any]:
         """Attends within x, or, given a cache, from x to the cache with x written to it."""
         c = self.config.resolve()
         assert c.d_head is not None
@@ -103,40 +189,15 @@ class Attention(nn.Module):
             q = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=self.dtype, name="query_norm")(q)
             k = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=self.dtype, name="key_norm")(k)
         position = POSITIONS[c.position]
-        if position.rotate is not None:
-            q, k = position.rotate(c, q, positions), position.rotate(c, k, positions)
-        score = None if position.score is None else position.score(c, name="positions")()
 
-        mask = ATTENTIONS[self.mechanism](c)
-        scale = d_head**-0.5
-        if cache is None or cursor is None:
-            dropped = c.dropout > 0 and not deterministic
-            mixed = flash_attention(
-                q,
-                k,
-                v,
-                mask=mask,
-                score=score,
-                scale=scale,
-                dropout_rate=c.dropout if dropped else 0.0,
-                dropout_seed=dropout_seed(self) if dropped else None,
-                implementation=c.attention_implementation,
-            )
-        else:
-            cache = write(cache, k, v, cursor)
-            held = cursor.slot_positions(time, cache.slots)
-            allowed = mask(positions[:, :, None], held[:, None, :]) & (held >= 0)[:, None, :]
-            k, v = cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2)
-            mixed = attention(
-                q,
-                k,
-                v,
-                allowed[:, None],
-                scale=scale,
-                score=score,
-                q_index=positions,
-                k_index=held,
-            )
+        def rotate(x: jax.Array) -> jax.Array:
+            return x if position.rotate is None else position.rotate(c, x, positions)
+
+        score = None if position.score is None else position.score(c, name="positions")()
+        mixing = ATTENTIONS[self.mechanism].mixing(c, name="mixing")
+        mixed, cache = mixing(
+            Heads(q, k, v, positions, rotate, score), cache, cursor, deterministic
+        )
 
         out = mixed.reshape(batch, time, c.n_heads * d_head)
         if c.attention_projection:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.layers.attention import Attention
-from jaxdecoder.layers.cache import Cursor, LayerCache
+from jaxdecoder.layers.cache import Cursor
 from jaxdecoder.layers.dropout import Dropout
 from jaxdecoder.layers.feed_forward import FeedForward
 from jaxdecoder.layers.norms import NORMS
@@ -79,10 +79,10 @@ class Block(nn.Module):
         self,
         x: Stream,
         positions: Int[Array, "#batch time"],
-        cache: LayerCache | None = None,
+        cache: Any = None,
         cursor: Cursor | None = None,
         deterministic: bool = True,
-    ) -> tuple[Stream, LayerCache | None]:
+    ) -> tuple[Stream, Any]:
         """The new residual stream and, if one came in, the extended cache."""
         c = self.config
 

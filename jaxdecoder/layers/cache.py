@@ -1,4 +1,4 @@
-"""What decoding remembers: keys and values in a ring of slots.
+"""What decoding remembers: mostly keys and values in a ring of slots.
 
 A batch of prompts of different lengths is padded on the left, so that all rows write the same slot
 at the same time. Token number i of the stream (padding included) goes to slot i mod slots; row b's
@@ -7,14 +7,16 @@ first real token is number `start[b]`, and a token's position is its number minu
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxdecoder.config import ModelConfig
 
-class LayerCache(NamedTuple):
+
+class KeysAndValues(NamedTuple):
     """Keys and values of one layer, heads before slots: as the products of decoding read them."""
 
     k: Float[Array, "batch kv_heads slots width"]
@@ -26,8 +28,8 @@ class LayerCache(NamedTuple):
         return self.k.shape[2]
 
 
-Caches = tuple[LayerCache, ...]
-"""One a layer, in their order."""
+Caches = tuple[Any, ...]
+"""One a layer, in their order; each as its mechanism has it."""
 
 
 class Cursor(NamedTuple):
@@ -57,14 +59,21 @@ class Cache(NamedTuple):
 
 
 def write(
-    cache: LayerCache,
+    cache: KeysAndValues,
     k: Float[Array, "batch time kv_heads width"],
     v: Float[Array, "batch time kv_heads width"],
     cursor: Cursor,
-) -> LayerCache:
+) -> KeysAndValues:
     """Puts `time` new tokens into their slots. More than one at once must not wrap around."""
     at = (0, 0, cursor.length % cache.slots, 0)
     k, v = (x.swapaxes(1, 2).astype(cache.k.dtype) for x in (k, v))
-    return LayerCache(
+    return KeysAndValues(
         jax.lax.dynamic_update_slice(cache.k, k, at), jax.lax.dynamic_update_slice(cache.v, v, at)
     )
+
+
+def empty_ring(config: ModelConfig, batch: int, dtype: Any) -> KeysAndValues:
+    """The cache of one layer, with room for the keys and values of context_length tokens."""
+    c = config.resolve()
+    shape = (batch, c.n_kv_heads, c.context_length, c.d_head)
+    return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

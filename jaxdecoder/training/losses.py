@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float
 
 from jaxdecoder.data.batches import Batch
@@ -14,14 +13,23 @@ from jaxdecoder.decoder import Decoder
 
 
 def summed_cross_entropy(
-    decoder: Decoder, params: Any, batch: Batch, dropout_key: jax.Array | None = None
+    decoder: Decoder,
+    params: Any,
+    batch: Batch,
+    *,
+    training: bool = False,
+    dropout_key: jax.Array | None = None,
 ) -> Float[Array, ""]:
-    """The weighted sum of next-token losses over a batch; dropout is on if a key is given."""
-    logits = decoder.apply(
+    """The weighted sum of next-token losses over a batch.
+
+    `training`: with dropout, whose key must be given where the model has any.
+    """
+    losses = decoder.apply(
         {"params": params},
         batch.inputs,
-        deterministic=dropout_key is None,
+        batch.targets,
+        deterministic=not training,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
+        method="losses",
     )
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
-    return jnp.sum(losses * batch.weights)
+    return jnp.sum(losses * batch.weights)  # type: ignore[arg-type]

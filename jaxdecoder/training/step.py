@@ -81,7 +81,9 @@ def make_step(config: Config) -> Step:
     def gradients(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any]:
         def loss(params: Any, part: Batch, key: jax.Array) -> Any:
             dropout_key = key if config.model.dropout else None
-            return summed_cross_entropy(decoder, params, part, dropout_key)
+            return summed_cross_entropy(
+                decoder, params, part, training=True, dropout_key=dropout_key
+            )
 
         if accumulation == 1:
             return jax.value_and_grad(loss)(params, batch, key)
