@@ -6,54 +6,61 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxdecoder.config import OptimizerConfig
 
 
-def constant(c: OptimizerConfig, peak: Any, steps: int) -> optax.Schedule:
+def constant(c: OptimizerConfig, progress: Any) -> Any:
     """The peak, throughout."""
-    return optax.constant_schedule(peak)
+    return jnp.ones_like(progress)
 
 
-def cosine(c: OptimizerConfig, peak: Any, steps: int) -> optax.Schedule:
+def cosine(c: OptimizerConfig, progress: Any) -> Any:
     """Half a cosine from the peak to its final fraction (arXiv 1608.03983)."""
-    return optax.cosine_decay_schedule(peak, steps, alpha=c.final_fraction)
+    return c.final_fraction + (1 - c.final_fraction) * (1 + jnp.cos(jnp.pi * progress)) / 2
 
 
-def linear(c: OptimizerConfig, peak: Any, steps: int) -> optax.Schedule:
+def linear(c: OptimizerConfig, progress: Any) -> Any:
     """A straight line from the peak to its final fraction (arXiv 2310.07831)."""
-    return optax.linear_schedule(peak, peak * c.final_fraction, steps)
+    return 1 - (1 - c.final_fraction) * progress
 
 
-def warmup_stable_decay(c: OptimizerConfig, peak: Any, steps: int) -> optax.Schedule:
+def warmup_stable_decay(c: OptimizerConfig, progress: Any) -> Any:
     """The peak, then a straight line down over the last decay_fraction (arXiv 2404.06395)."""
-    decay = max(1, round(c.decay_fraction * steps))
-    down = optax.linear_schedule(peak, peak * c.final_fraction, decay)
-    return optax.join_schedules([optax.constant_schedule(peak), down], [steps - decay])
+    return linear(c, jnp.maximum(0, 1 - (1 - progress) / c.decay_fraction))
 
 
-SCHEDULES: dict[str, Callable[[OptimizerConfig, Any, int], optax.Schedule]] = {
+SCHEDULES: dict[str, Callable[[OptimizerConfig, Any], Any]] = {
     "constant": constant,
     "cosine": cosine,
     "linear": linear,
     "wsd": warmup_stable_decay,
 }
+"""From the progress after the warm-up, 0 to 1, to a share of the peak."""
 
 
-def make_schedule(c: OptimizerConfig, steps: int, peak: Any = None) -> optax.Schedule:
-    """Learning rate as a function of the step: a linear warm-up, then the named shape."""
+def make_schedule(c: OptimizerConfig, steps: Any, peak: Any = None) -> optax.Schedule:
+    """Learning rate as a function of the step: a linear warm-up, then the named shape.
+
+    `steps` and the rates may be traced, so that the members of a population each have their own.
+    """
     peak = c.learning_rate if peak is None else peak
-    after = SCHEDULES[c.schedule](c, peak, max(1, steps - c.warmup_steps))
-    if not c.warmup_steps:
-        return after
-    # Rises to the peak in warmup_steps steps, the first of which is not wasted at zero.
-    rise = optax.linear_schedule(peak / c.warmup_steps, peak, max(1, c.warmup_steps - 1))
-    return optax.join_schedules([rise, after], [c.warmup_steps])
+
+    def rate(step: Any) -> Any:
+        after = jnp.clip((step - c.warmup_steps) / jnp.maximum(1, steps - c.warmup_steps), 0, 1)
+        share = SCHEDULES[c.schedule](c, after)
+        if c.warmup_steps:
+            # The first of its steps is not wasted at zero.
+            share = jnp.where(step < c.warmup_steps, (step + 1) / c.warmup_steps, share)
+        return peak * share
+
+    return rate
 
 
-def adamw(c: OptimizerConfig, rate: optax.Schedule, steps: int) -> optax.GradientTransformation:
+def adamw(c: OptimizerConfig, rate: optax.Schedule, steps: Any) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (arXiv 1711.05101)."""
     return optax.adamw(
         rate, c.beta1, c.beta2, c.epsilon, weight_decay=c.weight_decay, mask=matrices
@@ -61,7 +68,7 @@ def adamw(c: OptimizerConfig, rate: optax.Schedule, steps: int) -> optax.Gradien
 
 
 def muon_and_adamw(
-    c: OptimizerConfig, rate: optax.Schedule, steps: int
+    c: OptimizerConfig, rate: optax.Schedule, steps: Any
 ) -> optax.GradientTransformation:
     """Muon, orthogonalised momentum, on the blocks' matrices; AdamW on the rest.
 
@@ -84,12 +91,12 @@ def muon_and_adamw(
     )
 
 
-def lion(c: OptimizerConfig, rate: optax.Schedule, steps: int) -> optax.GradientTransformation:
+def lion(c: OptimizerConfig, rate: optax.Schedule, steps: Any) -> optax.GradientTransformation:
     """Sign of an interpolated momentum (arXiv 2302.06675)."""
     return optax.lion(rate, c.beta1, c.beta2, weight_decay=c.weight_decay, mask=matrices)
 
 
-def adafactor(c: OptimizerConfig, rate: optax.Schedule, steps: int) -> optax.GradientTransformation:
+def adafactor(c: OptimizerConfig, rate: optax.Schedule, steps: Any) -> optax.GradientTransformation:
     """Adam with factored second moments (arXiv 1804.04235); the lean one in memory.
 
     Its own clipping by update size and relative step sizes are left at their defaults.
@@ -100,7 +107,7 @@ def adafactor(c: OptimizerConfig, rate: optax.Schedule, steps: int) -> optax.Gra
     )
 
 
-def sgd(c: OptimizerConfig, rate: optax.Schedule, steps: int) -> optax.GradientTransformation:
+def sgd(c: OptimizerConfig, rate: optax.Schedule, steps: Any) -> optax.GradientTransformation:
     """Gradient descent with Nesterov momentum beta1."""
     return optax.chain(
         optax.sgd(rate, momentum=c.beta1 or None, nesterov=c.beta1 > 0),
@@ -109,7 +116,7 @@ def sgd(c: OptimizerConfig, rate: optax.Schedule, steps: int) -> optax.GradientT
 
 
 OPTIMIZERS: dict[
-    str, Callable[[OptimizerConfig, optax.Schedule, int], optax.GradientTransformation]
+    str, Callable[[OptimizerConfig, optax.Schedule, Any], optax.GradientTransformation]
 ] = {
     "adamw": adamw,
     "muon": muon_and_adamw,
@@ -119,7 +126,7 @@ OPTIMIZERS: dict[
 }
 
 
-def make_optimizer(c: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(c: OptimizerConfig, steps: Any) -> optax.GradientTransformation:
     """Clipping by global norm, then the named update rule under its schedule."""
     rule = OPTIMIZERS[c.name](c, make_schedule(c, steps), steps)
     clip = optax.clip_by_global_norm(c.gradient_clip) if c.gradient_clip else optax.identity()
@@ -159,7 +166,7 @@ def _decay(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransform
     """Subtracts rate x weight_decay x the parameters."""
 
     def init(params: Any) -> optax.ScaleByScheduleState:
-        return optax.ScaleByScheduleState(count=jax.numpy.zeros([], jax.numpy.int32))
+        return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         factor = rate(state.count) * weight_decay
