@@ -398,7 +398,7 @@ def from_dict(tables: dict[str, Any], where: str) -> Config:
     except ConfigError as error:
         raise UserError(f"{where}: {error}") from None
     except pydantic.ValidationError as error:
-        raise UserError("\n".join(_explain(where, e) for e in _first_of_each(error))) from None
+        raise UserError("\n".join(explain(where, e) for e in _first_of_each(error))) from None
 
 
 def override(config: Config, arguments: Sequence[str]) -> Config:
@@ -471,7 +471,8 @@ def _first_of_each(error: pydantic.ValidationError) -> list[Any]:
     return list(firsts.values())
 
 
-def _explain(where: str, error: Any) -> str:
+def explain(where: str, error: Any) -> str:
+    """One of pydantic's complaints as a sentence that names file, key and value."""
     key = ".".join(str(part) for part in error["loc"][:2])
     message = error["msg"]
     value = error["input"]

@@ -19,12 +19,9 @@ class Log:
     """The record of one run, on disk and on the terminal; of several hosts, the first one's."""
 
     def __init__(self, run: Path, *, steps: int, start: int, tensorboard: bool):
-        self.path = run / "metrics.jsonl"
-        # Lines past the checkpoint belong to steps that will be taken again.
-        kept = [line for line in read_metrics(run) if line["step"] <= start]
         first = is_first_host()
-        if first:
-            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = keep_metrics(run, start) if first else []
+        self.path = run / "metrics.jsonl"
         self.earlier_seconds = float(kept[-1].get("seconds", 0.0)) if kept else 0.0
         self.file = (self.path if first else Path(os.devnull)).open("a", encoding="utf-8")
         self.writer = _tensorboard_writer(run, start) if tensorboard and first else None
@@ -72,6 +69,13 @@ class Log:
         self.progress.console.print(
             text, markup=False, emoji=False, highlight=False, soft_wrap=True
         )
+
+
+def keep_metrics(run: Path, start: int) -> list[dict[str, Any]]:
+    """Drops the lines of metrics.jsonl past a checkpoint: their steps will be taken again."""
+    kept = [line for line in read_metrics(run) if line["step"] <= start]
+    write_atomically(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

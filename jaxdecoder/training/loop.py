@@ -136,22 +136,17 @@ def _train(run: Path, config: Config, corpus: Corpus, sampler: Sampler | None) -
 
         params = evaluated_params(state)
         validation = evaluate(params, fixed("validation", None))
-        validation_targets = _targets(config, corpus.validation)
-        summary = {
-            "parameters": parameters,
-            "steps": step,
-            "tokens": step * tokens_per_step,
-            "train_loss": evaluate(params, fixed("train", t.evaluation_batches)),
-            "validation_loss": validation,
-            "bits_per_byte": bits_per_byte(
-                validation, validation_targets, corpus.validation.n_bytes
-            ),
-            "best_validation_loss": best,
-            "bigram_loss": bigram_loss(
-                corpus.train.tokens, corpus.validation.tokens, corpus.tokenizer.vocab_size
-            ),
-            "seconds": record.seconds(),
-        }
+        summary = summary_of(
+            config,
+            corpus,
+            parameters=parameters,
+            steps=step,
+            train_loss=evaluate(params, fixed("train", t.evaluation_batches)),
+            validation_loss=validation,
+            best_validation_loss=best,
+            bigram_loss=corpus_bigram_loss(corpus),
+            seconds=record.seconds(),
+        )
         if is_first_host():
             runs.write_summary(run, summary)
             draw_losses(run)
@@ -164,6 +159,38 @@ def _train(run: Path, config: Config, corpus: Corpus, sampler: Sampler | None) -
         )
     manager.close()
     return summary
+
+
+def summary_of(
+    config: Config,
+    corpus: Corpus,
+    *,
+    parameters: int,
+    steps: int,
+    train_loss: float,
+    validation_loss: float,
+    best_validation_loss: float,
+    bigram_loss: float,
+    seconds: float,
+) -> dict[str, Any]:
+    """What summary.json ends with; losses in nats a token."""
+    targets = _targets(config, corpus.validation)
+    return {
+        "parameters": parameters,
+        "steps": steps,
+        "tokens": steps * config.train.batch_size * config.model.context_length,
+        "train_loss": train_loss,
+        "validation_loss": validation_loss,
+        "bits_per_byte": bits_per_byte(validation_loss, targets, corpus.validation.n_bytes),
+        "best_validation_loss": best_validation_loss,
+        "bigram_loss": bigram_loss,
+        "seconds": seconds,
+    }
+
+
+def corpus_bigram_loss(corpus: Corpus) -> float:
+    """Validation loss of the model that knows one token of the past."""
+    return bigram_loss(corpus.train.tokens, corpus.validation.tokens, corpus.tokenizer.vocab_size)
 
 
 def _first_state(config: Config, mesh: Any, manager: Any) -> tuple[State, Any]:

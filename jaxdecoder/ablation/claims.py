@@ -1,0 +1,371 @@
+"""Claims in plain words, and what the members' results say of them.
+
+Every form of claim is a row of `FORMS`: a pattern and a judge. A judge reduces the claim to one
+number a seed (or several, where it speaks of several), and the verdict is that of the t test on it,
+corrected for all claims of the report.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxdecoder.ablation.grid import METRICS, Ablation, Arm, show
+from jaxdecoder.ablation.statistics import Estimate, best_on_curve, estimate, holm
+from jaxdecoder.errors import UserError
+
+LEVEL = 0.05
+"""The chance, at most, that any claim of a report is judged although nothing is behind it."""
+
+SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "undecided"
+
+
+class Outcome(NamedTuple):
+    """What one member came to."""
+
+    arm: Arm
+    learning_rate: float
+    seed: int
+    metrics: dict[str, float]
+    """By the names of `METRICS`, in nats a token."""
+    diverged_at: int | None = None
+    """The step at which a number was no longer finite; its metrics are then those of a model that
+    knows nothing."""
+
+
+class Judgement(NamedTuple):
+    """What the runs say of a claim, before the correction for the others."""
+
+    direction: bool | None
+    """Whether they point to the claim (True) or against it; None where to neither."""
+    p_value: float
+    """That of what they point to."""
+    what: str
+    """What `estimate` is the estimate of."""
+    estimate: Estimate
+
+
+class Verdict(NamedTuple):
+    """A claim, judged."""
+
+    claim: str
+    verdict: str
+    judgement: Judgement
+    adjusted_p: float
+    """p value under Holm's correction over the claims of the report."""
+
+
+class Evidence:
+    """The outcomes of an ablation, as judges ask for them.
+
+    Arms are compared at the learning rate that is best for each, on average over its seeds.
+    """
+
+    def __init__(self, ablation: Ablation, outcomes: Sequence[Outcome]):
+        self.ablation = ablation
+        self.metric: str = ablation.spec.metric
+        self.seeds = sorted({outcome.seed for outcome in outcomes})
+        self.rates = ablation.learning_rates
+        self._by_member = {(o.arm, o.learning_rate, o.seed): o.metrics for o in outcomes}
+
+    def curve(self, arm: Arm, seed: int, metric: str | None = None) -> np.ndarray:
+        """The metric of one arm and seed at every learning rate."""
+        name = metric or self.metric
+        return np.array([self._by_member[arm, rate, seed][name] for rate in self.rates])
+
+    def best_rate(self, arm: Arm) -> int:
+        """Number of the learning rate at which an arm's mean over seeds is lowest."""
+        return int(np.argmin(np.mean([self.curve(arm, seed) for seed in self.seeds], axis=0)))
+
+    def value(self, arm: Arm, seed: int, measure: str) -> float:
+        """A measure of one arm and seed: a metric at its best learning rate, or a sensitivity."""
+        if measure == SENSITIVITY:
+            curve = self.curve(arm, seed)
+            return float(curve.mean() - curve.min())
+        return float(self.curve(arm, seed, measure)[self.best_rate(arm)])
+
+    def matching(self, conditions: dict[str, Any]) -> list[Arm]:
+        """The arms that have these values."""
+        return [
+            arm
+            for arm in self.ablation.arms
+            if all(arm[key] == value for key, value in conditions.items())
+        ]
+
+    def pairs(self, a: dict[str, Any], b: dict[str, Any]) -> list[tuple[Arm, Arm]]:
+        """Arms with the values `a` beside those with `b` that agree in all that neither names."""
+        named = {*a, *b}
+
+        def rest(arm: Arm) -> tuple[Any, ...]:
+            return tuple(pair for pair in arm.values if pair[0] not in named)
+
+        return [
+            (x, y)
+            for x, y in itertools.product(self.matching(a), self.matching(b))
+            if rest(x) == rest(y)
+        ]
+
+    def levels(self, factor: str) -> list[tuple[Any, list[Arm]]]:
+        """The values of a factor, each with its arms, in one order of the other factors."""
+        return [(value, self.matching({factor: value})) for value in self.ablation.factors[factor]]
+
+
+SENSITIVITY = "learning-rate sensitivity"
+"""Mean over the grid of learning rates minus the lowest: what a wrong choice costs."""
+
+Judge = Callable[[Evidence, "re.Match[str]"], Judgement]
+
+
+def beats(evidence: Evidence, match: re.Match[str]) -> Judgement:
+    """A beats B: paired over seeds, B's metric minus A's is above the margin."""
+    better, worse = (_conditions(evidence.ablation, match[name]) for name in ("a", "b"))
+    pairs = evidence.pairs(better, worse)
+    if not pairs:
+        raise UserError(
+            f"no arm with {match['a']} has a partner with {match['b']} that agrees in the rest"
+        )
+    margin = float(match["margin"] or 0.0)
+    gains = [
+        np.mean([_gain(evidence, a, b, seed) for a, b in pairs]) - margin for seed in evidence.seeds
+    ]
+    found = estimate(np.array(gains), evidence.ablation.spec.confidence)
+    holds = None if found.mean == 0 else found.mean > 0
+    if match["negation"] and holds is not None:
+        holds = not holds
+    beyond = f" beyond {margin:g}" if margin else ""
+    what = f"nats by which {match['a'].strip()} is better than {match['b'].strip()}{beyond}"
+    return Judgement(holds, found.p_value, what, found)
+
+
+def _gain(evidence: Evidence, a: Arm, b: Arm, seed: int) -> float:
+    metric = evidence.metric
+    return evidence.value(b, seed, metric) - evidence.value(a, seed, metric)
+
+
+def raises(evidence: Evidence, match: re.Match[str]) -> Judgement:
+    """Raising a factor lowers (or raises) a measure: the sign of its slope over the levels.
+
+    Levels count by their order, so a doubling of heads is a step like the next.
+    """
+    factor = _factor(evidence.ablation, match["factor"])
+    measure = _measure(evidence, match["measure"])
+    levels = evidence.levels(factor)
+    if any(isinstance(value, str) for value, _ in levels):
+        raise UserError(f"{match['factor']} has no higher and lower values")
+    levels.sort(key=lambda level: level[0])
+    place = np.arange(len(levels)) - (len(levels) - 1) / 2
+    slopes = []
+    for seed in evidence.seeds:
+        means = [np.mean([evidence.value(a, seed, measure) for a in arms]) for _, arms in levels]
+        slopes.append(float(place @ np.array(means) / (place @ place)))
+    found = estimate(slopes, evidence.ablation.spec.confidence)
+    lowers = match["verb"] in ("lowers", "narrows")
+    holds = None if found.mean == 0 else (found.mean < 0) == lowers
+    what = f"change of {measure.replace('_', ' ')} with each higher value of {match['factor']}"
+    return Judgement(holds, found.p_value, what, found)
+
+
+def effect_is_the_same(evidence: Evidence, match: re.Match[str]) -> Judgement:
+    """The effect of a factor has one sign at every value of another.
+
+    Supported if it has that sign beyond chance at each of them (intersection-union test); refuted
+    if it has opposite ones, beyond chance, at two (corrected for the choice of the two).
+    """
+    ablation = evidence.ablation
+    factor = _factor(ablation, match["factor"])
+    values = ablation.factors[factor]
+    if len(values) != 2:
+        raise UserError(f"the effect of {match['factor']} needs two values, not {len(values)}")
+    effects = [
+        estimate(np.array(effect), ablation.spec.confidence)
+        for effect in _effects(evidence, factor, match["other"])
+    ]
+    signs = {np.sign(effect.mean) for effect in effects}
+    if len(signs) == 1 and 0.0 not in signs:
+        weakest = max(effects, key=lambda effect: effect.p_value)
+        what = f"the weakest of the {len(effects)} effects of {match['factor']}"
+        return Judgement(True, weakest.p_value, what, weakest)
+    above = min((e for e in effects if e.mean >= 0), key=lambda e: e.p_value)
+    below = min((e for e in effects if e.mean <= 0), key=lambda e: e.p_value)
+    rarer = max(above, below, key=lambda e: e.p_value)
+    pairs = len(effects) * (len(effects) - 1) // 2
+    what = f"the weaker of two opposite effects of {match['factor']}"
+    return Judgement(False, min(1.0, pairs * rarer.p_value), what, rarer)
+
+
+def _effects(evidence: Evidence, factor: str, other: str) -> list[list[float]]:
+    """By value of the other: a seed's change of the metric from the factor's first to its second
+    value. Learning rates are taken one by one; everything else at the best of each arm."""
+    ablation = evidence.ablation
+    first, second = ({factor: value} for value in ablation.factors[factor])
+    pairs = evidence.pairs(first, second)
+    if _is_rate(ablation, other):
+        return [
+            [
+                float(
+                    np.mean([evidence.curve(b, s)[i] - evidence.curve(a, s)[i] for a, b in pairs])
+                )
+                for s in evidence.seeds
+            ]
+            for i in range(len(evidence.rates))
+        ]
+    key = _factor(ablation, other)
+    if key == factor:
+        raise UserError(f"{other} cannot be compared with itself")
+    return [
+        [
+            float(np.mean([_gain(evidence, a, b, seed) for a, b in pairs if a[key] == value]))
+            for seed in evidence.seeds
+        ]
+        for value in ablation.factors[key]
+    ]
+
+
+def best_is_the_same(evidence: Evidence, match: re.Match[str]) -> Judgement:
+    """The best learning rate is the same at the first and last value of a factor.
+
+    In doublings, between the vertices of the curves' parabolas. Supported if it moves by less than
+    a step of the grid beyond chance (two one-sided tests); refuted if it moves by a step or more
+    and differs from none beyond chance.
+    """
+    rates = np.log2(evidence.rates)
+    if len(rates) < 3:
+        raise UserError("a best learning rate needs learning_rates to hold three at least")
+    levels = evidence.levels(_factor(evidence.ablation, match["factor"]))
+    (_, first), (_, last) = levels[0], levels[-1]
+
+    def best(arms: list[Arm], seed: int) -> float:
+        return best_on_curve(rates, np.mean([evidence.curve(arm, seed) for arm in arms], axis=0))
+
+    moves = np.array([best(last, seed) - best(first, seed) for seed in evidence.seeds])
+    confidence = evidence.ablation.spec.confidence
+    found, step = estimate(moves, confidence), float(np.mean(np.diff(rates)))
+    what = f"doublings by which the best learning rate moves with {match['factor']}"
+    if abs(found.mean) >= step:
+        return Judgement(False, found.p_value, what, found)
+    # One-sided tests against either margin; p values of the two-sided ones, halved.
+    p = max(estimate(moves + margin, confidence).p_value / 2 for margin in (-step, step))
+    return Judgement(True, p, what, found)
+
+
+FORMS: dict[str, tuple[str, Judge]] = {
+    "A [does not] beat[s] B [by NATS]": (
+        r"(?P<a>\S+=.+?) (?P<negation>does not )?beats? (?P<b>\S+=.+?)( by (?P<margin>[\d.]+))?",
+        beats,
+    ),
+    "raising FACTOR lowers|raises MEASURE": (
+        r"(raising|widening) (?P<factor>\S+) (?P<verb>lowers|narrows|raises|widens) "
+        r"(the )?(?P<measure>.+)",
+        raises,
+    ),
+    "the effect of FACTOR does not depend on FACTOR": (
+        r"the effect of (?P<factor>\S+) does not depend on (the )?(?P<other>.+)",
+        effect_is_the_same,
+    ),
+    "the best learning rate does not depend on FACTOR": (
+        r"the best learning rate does not depend on (?P<factor>\S+)",
+        best_is_the_same,
+    ),
+}
+
+
+def check(ablation: Ablation) -> None:
+    """Refuses claims that the ablation's arms cannot answer, before anything is trained.
+
+    They are judged once over made-up results, for a judge knows best what it needs.
+    """
+    if ablation.spec.claims and ablation.spec.seeds < 2:
+        raise UserError(
+            f"{ablation.path}: seeds = 1: a claim is judged by an interval, and one seed gives "
+            "none; 5 are a good start"
+        )
+    blank = dict.fromkeys(METRICS, 1.0)
+    outcomes = [Outcome(m.arm, m.learning_rate, m.seed, blank) for m in ablation.members]
+    judge(ablation, outcomes)
+
+
+def judge(ablation: Ablation, outcomes: Sequence[Outcome]) -> list[Verdict]:
+    """The verdict on each claim of the ablation.
+
+    Raises:
+        UserError: naming the claim, where it has no known form or speaks of arms that are not
+            there.
+    """
+    evidence = Evidence(ablation, outcomes)
+    judgements = [_judge(evidence, claim) for claim in ablation.spec.claims]
+    adjusted = holm([judgement.p_value for judgement in judgements])
+    verdicts = []
+    for claim, judgement, p in zip(ablation.spec.claims, judgements, adjusted, strict=True):
+        sure = judgement.direction is not None and p <= LEVEL
+        verdict = (SUPPORTED if judgement.direction else REFUTED) if sure else UNDECIDED
+        verdicts.append(Verdict(claim, verdict, judgement, p))
+    return verdicts
+
+
+def _judge(evidence: Evidence, claim: str) -> Judgement:
+    for pattern, judge_form in FORMS.values():
+        match = re.fullmatch(pattern, claim.strip())
+        if match:
+            try:
+                return judge_form(evidence, match)
+            except UserError as error:
+                raise UserError(f'{evidence.ablation.path}: claim "{claim}": {error}') from None
+    raise UserError(
+        f'{evidence.ablation.path}: claim "{claim}": no known form; there are: ' + "; ".join(FORMS)
+    )
+
+
+def _conditions(ablation: Ablation, text: str) -> dict[str, Any]:
+    """`norm=none,residual=true` as values of factors."""
+    conditions = {}
+    for part in text.split(","):
+        name, _, shown = part.strip().partition("=")
+        key = _factor(ablation, name)
+        known = {show(value): value for value in ablation.factors[key]}
+        if shown not in known:
+            raise UserError(f"no arm has {name}={shown}; there are {', '.join(known)}")
+        conditions[key] = known[shown]
+    return conditions
+
+
+def _factor(ablation: Ablation, name: str) -> str:
+    """The dotted field of a factor's short or full name."""
+    factors = ablation.factors
+    fits = [key for key in factors if name in (key, key.split(".")[-1])]
+    if len(fits) != 1:
+        raise UserError(f"{name} is no factor here; there are {', '.join(factors)}")
+    return fits[0]
+
+
+def _is_rate(ablation: Ablation, name: str) -> bool:
+    if name.strip() not in ("learning_rate", "learning rate"):
+        return False
+    if len(ablation.learning_rates) < 2:
+        raise UserError("learning_rates holds one rate only")
+    return True
+
+
+def _measure(evidence: Evidence, name: str) -> str:
+    name = name.strip()
+    if name == SENSITIVITY:
+        if len(evidence.rates) < 2:
+            raise UserError(f"a {SENSITIVITY} needs several learning_rates")
+        return name
+    if name.replace(" ", "_") in METRICS:
+        return name.replace(" ", "_")
+    known = ", ".join([*(metric.replace("_", " ") for metric in METRICS), SENSITIVITY])
+    raise UserError(f'"{name}" is no measure; there are {known}')
+
+
+def knowing_nothing(vocab_size: int) -> dict[str, float]:
+    """The metrics of a model that gives every token the same chance; diverged members count so."""
+    return {
+        "validation_loss": math.log(vocab_size),
+        "train_loss": math.log(vocab_size),
+        "overfitting": 0.0,
+    }

@@ -1,0 +1,244 @@
+"""What an ablation asks: arms, seeds, learning rates and claims, read from one TOML file.
+
+base = "../shakespeare_nano.toml"      # the preset all arms start from
+seeds = 5
+learning_rates = [1e-3, 3e-3]          # left out: the base's; else every arm gets its best
+budget = "steps"                       # or "tokens", "flops": what all arms have in equal parts
+claims = ["norm_placement=post beats norm_placement=pre"]
+
+[overrides]                            # for every arm
+train.steps = 300
+
+[factors]                              # the full grid of these, or [[arms]], a list
+model.norm_placement = ["pre", "post"]
+
+[full]                                 # what `--size full` changes, keys as above
+seeds = 8
+overrides.train.steps = 5000
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pydantic
+from pydantic import Field
+
+from jaxdecoder import analysis
+from jaxdecoder.config import Config, explain, from_dict, load, read_toml, to_dict
+from jaxdecoder.errors import UserError
+
+METRICS = ("validation_loss", "train_loss", "overfitting")
+Metric = Literal["validation_loss", "train_loss", "overfitting"]
+Budget = Literal["steps", "tokens", "flops"]
+LEARNING_RATE = "optimizer.learning_rate"
+
+
+class Spec(pydantic.BaseModel):
+    """The tables of the file, checked for their types."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    base: str
+    seeds: Annotated[int, Field(gt=0)] = 5
+    first_seed: Annotated[int, Field(ge=0)] = 0
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    budget: Budget = "steps"
+    metric: Metric = "validation_loss"
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    claims: tuple[str, ...] = ()
+    overrides: dict[str, Any] = {}
+    factors: dict[str, Any] = {}
+    arms: tuple[dict[str, Any], ...] = ()
+    full: dict[str, Any] = {}
+
+
+class Arm(NamedTuple):
+    """One variant: the values that make it differ, under the dotted names of config fields."""
+
+    values: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        """Its values, as in norm_placement=post,n_heads=4."""
+        return ",".join(f"{key.split('.')[-1]}={show(value)}" for key, value in self.values)
+
+    def __getitem__(self, key: Any) -> Any:
+        return dict(self.values)[key] if isinstance(key, str) else super().__getitem__(key)
+
+
+class Member(NamedTuple):
+    """One training run of an ablation."""
+
+    arm: Arm
+    learning_rate: float
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """The name of its run folder."""
+        return f"{self.arm.name or 'base'},lr={self.learning_rate:g},seed={self.seed}"
+
+
+class Ablation(NamedTuple):
+    """A whole ablation, checked."""
+
+    path: Path
+    size: str
+    spec: Spec
+    base: Config
+    arms: tuple[Arm, ...]
+    learning_rates: tuple[float, ...]
+    members: tuple[Member, ...]
+
+    @property
+    def factors(self) -> dict[str, tuple[Any, ...]]:
+        """Every field in which arms differ, with its values in their order of appearance."""
+        found: dict[str, dict[Any, None]] = {}
+        for arm in self.arms:
+            for key, value in arm.values:
+                found.setdefault(key, {})[value] = None
+        return {key: tuple(values) for key, values in found.items()}
+
+
+def read(path: str | Path, *, out: str | Path = "", size: str = "small") -> Ablation:
+    """Reads an ablation file; `out` is the folder that will hold the members' runs.
+
+    Raises:
+        UserError: naming file and key, for a factor that is no config field, a value that its
+            field cannot have, a base that does not exist, or a size that the file lacks.
+    """
+    path = Path(path)
+    tables = read_toml(path)
+    if size not in ("small", "full"):
+        raise UserError(f"--size {size}: must be small or full")
+    if size == "full":
+        if "full" not in tables:
+            raise UserError(f"{path}: it has no [full] table, so there is no --size full")
+        tables = _merged(tables, tables["full"])
+    try:
+        spec = Spec.model_validate_json(pydantic.TypeAdapter(dict).dump_json(tables), strict=True)
+    except pydantic.ValidationError as error:
+        raise UserError("\n".join(explain(str(path), e) for e in error.errors())) from None
+    base = load(path.parent / spec.base)
+    base = _with_values(base, _flat(spec.overrides), f"{path}: overrides")
+    arms = _arms(spec, base, path)
+    rates = spec.learning_rates or (base.optimizer.learning_rate,)
+    members = tuple(
+        Member(arm, rate, seed, _member_config(base, spec, arm, rate, seed, Path(out), path))
+        for arm in arms
+        for rate in rates
+        for seed in range(spec.first_seed, spec.first_seed + spec.seeds)
+    )
+    return Ablation(path, size, spec, base, arms, rates, members)
+
+
+def show(value: Any) -> str:
+    """A value as it stands in a claim: no quotes, true and false as in TOML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "+".join(map(show, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _arms(spec: Spec, base: Config, path: Path) -> tuple[Arm, ...]:
+    """The grid of the factors, or the listed arms, each with a value for every field in play."""
+    factors = _flat(spec.factors)
+    if bool(factors) == bool(spec.arms):
+        raise UserError(f"{path}: give either [factors], for their full grid, or [[arms]]")
+    for key, values in factors.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{path}: factors.{key}: must be a list of values, not {values!r}")
+    if factors:
+        rows = [
+            dict(zip(factors, row, strict=True)) for row in itertools.product(*factors.values())
+        ]
+    else:
+        rows = [_flat(arm) for arm in spec.arms]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    where = f"{path}: {'factors' if factors else 'arms'}"
+    if LEARNING_RATE in keys and spec.learning_rates:
+        raise UserError(f"{where}: {LEARNING_RATE} is a factor, so learning_rates must be left out")
+    arms = []
+    for row in rows:
+        config = _with_values(base, row, where)
+        arms.append(Arm(tuple((key, value_of(config, key)) for key in keys)))
+    if len(set(arms)) < len(arms):
+        twice = next(arm for arm in arms if arms.count(arm) > 1)
+        raise UserError(f"{where}: the arm {twice.name} is there twice")
+    return tuple(arms)
+
+
+def _member_config(
+    base: Config, spec: Spec, arm: Arm, rate: float, seed: int, out: Path, path: Path
+) -> Config:
+    config = _with_values(base, dict(arm.values), f"{path}: {arm.name}")
+    if spec.learning_rates:
+        config = _with_values(config, {LEARNING_RATE: rate}, f"{path}: learning_rates")
+    rate = config.optimizer.learning_rate
+    name = Member(arm, rate, seed, config).name
+    changes = {
+        "train.seed": seed,
+        "train.steps": _steps(base, config, spec.budget),
+        "train.out": str(out / "members" / name),
+    }
+    return _with_values(config, changes, str(path))
+
+
+def _steps(base: Config, config: Config, budget: Budget) -> int:
+    """Steps of a member so that it spends what the base would, to the nearest step."""
+    steps = base.train.steps if budget != "steps" else config.train.steps
+    if budget == "steps":
+        return steps
+    share = _tokens_per_step(base) / _tokens_per_step(config)
+    if budget == "flops":
+        share *= _flops(base, "base") / _flops(config, "the arm")
+    return max(1, round(steps * share))
+
+
+def _tokens_per_step(config: Config) -> int:
+    return config.train.batch_size * config.model.context_length
+
+
+def _flops(config: Config, where: str) -> float:
+    return analysis.flops_per_token(analysis.with_vocab_size(config, where)).train["total"]
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted field."""
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _with_values(config: Config, values: dict[str, Any], where: str) -> Config:
+    """The config with these dotted fields changed, and checked."""
+    tables = to_dict(config)
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        if not name:
+            raise UserError(f"{where}.{key}: name the field in full, as in model.norm_placement")
+        tables.setdefault(section, {})[name] = value
+    return from_dict(tables, where)
+
+
+def _flat(tables: dict[str, Any]) -> dict[str, Any]:
+    """Nested tables as dotted keys; TOML writes model.x = 1 as one or the other."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": v for inner, v in _flat(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _merged(tables: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(tables)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged

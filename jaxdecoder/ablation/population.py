@@ -1,0 +1,221 @@
+"""Many runs in one program: members that differ in numbers alone train side by side.
+
+Members share a program if their configs differ in nothing but `MEMBERS_OWN`: seed (and with it
+weights, data order and dropout), rates, weight decay, length. Every array of the training state
+then has a leading member axis, which is split over the devices. How a device works through its
+members depends on the platform (`MAPPINGS`): a GPU takes them at once, a CPU's core one after
+another, since a small model fills a core but not a GPU.
+
+A member computes what its solo run computes, up to rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxdecoder.config import Config, to_toml
+from jaxdecoder.data.batches import Batch
+from jaxdecoder.errors import UserError
+from jaxdecoder.training.losses import summed_cross_entropy
+from jaxdecoder.training.step import Metrics, State, make_decoder, make_step
+
+AXIS = "members"
+
+
+class Values(NamedTuple):
+    """What members of one program have of their own, one number each."""
+
+    learning_rate: Float[Array, "*members"]
+    adam_learning_rate: Float[Array, "*members"]
+    weight_decay: Float[Array, "*members"]
+    steps: Int[Array, "*members"]
+    seed: Int[Array, "*members"]
+
+
+MEMBERS_OWN = (
+    "optimizer.learning_rate",
+    "optimizer.adam_learning_rate",
+    "optimizer.weight_decay",
+    "train.steps",
+    "train.seed",
+    "train.out",
+    "model.init_std",
+)
+"""Fields in which members of one program may differ: the `Values`, and what only the first
+weights and the place of the run folder depend on."""
+
+
+def values_of(config: Config) -> Values:
+    """A config's own numbers."""
+    o = config.optimizer
+    return Values(
+        jnp.float32(o.learning_rate),
+        jnp.float32(o.learning_rate if o.adam_learning_rate is None else o.adam_learning_rate),
+        jnp.float32(o.weight_decay),
+        jnp.int32(config.train.steps),
+        jnp.int32(config.train.seed),
+    )
+
+
+def with_values(config: Config, values: Values) -> Config:
+    """A config whose own numbers are these, traced or not."""
+    v: Any = values
+    optimizer = dataclasses.replace(
+        config.optimizer,
+        learning_rate=v.learning_rate,
+        adam_learning_rate=v.adam_learning_rate,
+        weight_decay=v.weight_decay,
+    )
+    train = dataclasses.replace(config.train, steps=v.steps, seed=v.seed)
+    return dataclasses.replace(config, optimizer=optimizer, train=train)
+
+
+def program_key(config: Config) -> str:
+    """Equal for configs that share a program."""
+    neutral = with_values(config, Values(1.0, 1.0, 0.0, 1, 0))  # type: ignore[arg-type]
+    neutral = dataclasses.replace(
+        neutral,
+        model=dataclasses.replace(neutral.model, init_std=1.0),
+        train=dataclasses.replace(neutral.train, out=""),
+    )
+    return hashlib.sha256(to_toml(neutral).encode()).hexdigest()[:12]
+
+
+# --- The program ----------------------------------------------------------------------------------
+
+
+def one_after_another(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Members in turn: each has a core's caches to itself."""
+    return lambda *arguments: jax.lax.map(lambda x: function(*x), arguments)
+
+
+MAPPINGS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "cpu": one_after_another,
+    "gpu": jax.vmap,
+    "tpu": jax.vmap,
+}
+"""How a device works through its members, by platform: see benchmarks/population.py."""
+
+
+def member_steps(config: Config, ends_differ: bool) -> Callable[..., tuple[State, Metrics]]:
+    """(state, values, batches with a leading step axis) -> state and metrics of one member.
+
+    `ends_differ`: members that have taken all their steps stand still while others go on.
+    """
+
+    def several(state: State, values: Values, stacked: Batch) -> tuple[State, Metrics]:
+        step = make_step(with_values(config, values))
+
+        def one(state: State, batch: Batch) -> tuple[State, Metrics]:
+            new, metrics = step(state, batch)
+            if ends_differ:
+                going = state.step < values.steps
+                new = jax.tree.map(lambda a, b: jnp.where(going, a, b), new, state)
+            return new, metrics
+
+        return jax.lax.scan(one, state, stacked)
+
+    return several
+
+
+class Program(NamedTuple):
+    """The compiled functions of a population; all arrays have a leading member axis."""
+
+    advance: Any
+    """(states, values, batches) -> states, metrics"""
+    evaluate: Any
+    """(params, batch without member axis) -> summed loss of every member"""
+    sharding: NamedSharding
+    everywhere: NamedSharding
+
+
+def make_program(
+    config: Config,
+    devices: Sequence[jax.Device],
+    *,
+    ends_differ: bool = False,
+    mapping: str | None = None,
+) -> Program:
+    """The program of one config on these devices, which members divide over."""
+    mesh = Mesh(np.array(devices), (AXIS,))
+    across = MAPPINGS[mapping or devices[0].platform]
+    split, whole = PartitionSpec(AXIS), PartitionSpec()
+    decoder = make_decoder(config)
+
+    def evaluate(params: Any, batch: Batch) -> Any:
+        return across(lambda params: summed_cross_entropy(decoder, params, batch))(params)
+
+    def spread(function: Any, in_specs: Any) -> Any:
+        # Members never speak to one another, so nothing needs to be known of what varies.
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False
+        )
+
+    return Program(
+        jax.jit(
+            spread(across(member_steps(config, ends_differ)), (split, split, split)),
+            donate_argnums=0,
+        ),
+        jax.jit(spread(evaluate, (split, whole))),
+        NamedSharding(mesh, split),
+        NamedSharding(mesh, whole),
+    )
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def memory_needed(compiled: Any) -> int:
+    """Bytes on each device that a compiled program needs, by the compiler's own count."""
+    m = compiled.memory_analysis()
+    return int(
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        - m.alias_size_in_bytes
+        + m.temp_size_in_bytes
+    )
+
+
+def memory_available(devices: Sequence[jax.Device]) -> int:
+    """Bytes that a program may use on each of these devices."""
+    stats = devices[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(0.95 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return int(0.8 * 1024 * available / len(devices))
+
+
+def most_at_once(
+    need: Callable[[int], int], wanted: int, available: int, per: int, what: str
+) -> int:
+    """How many members fit, a multiple of `per` (the devices) where it is not all of them.
+
+    `need` says what a number of members needs. It is asked for all, and if those do not fit, for
+    one a device, between which it grows linearly.
+
+    Raises:
+        UserError: if not even one member a device fits.
+    """
+    rounded = -(-wanted // per) * per
+    everything = need(rounded)
+    if everything <= available:
+        return wanted
+    single = need(per)
+    if single > available:
+        raise UserError(
+            f"{what}: one member needs {single / 1e9:,.2f} GB and {available / 1e9:,.2f} GB are "
+            "available; a smaller train.batch_size, or more train.gradient_accumulation, needs less"
+        )
+    slope = (everything - single) / (rounded / per - 1)
+    return per * (1 + int((available - single) / slope))

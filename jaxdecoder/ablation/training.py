@@ -1,0 +1,331 @@
+"""Trains the members of an ablation, program by program, each into a run folder of its own.
+
+The folder of an ablation holds `members/`, their run folders, and `programs/`, the checkpoints of
+programs on their way, from which an interrupted ablation goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdecoder.ablation.population import (
+    Program,
+    make_program,
+    memory_available,
+    memory_needed,
+    most_at_once,
+    program_key,
+    values_of,
+)
+from jaxdecoder.config import Config
+from jaxdecoder.data import batches, tokenizers
+from jaxdecoder.data.tokens import Corpus, cache_key, prepare
+from jaxdecoder.training import checkpoints, runs
+from jaxdecoder.training.logging import keep_metrics
+from jaxdecoder.training.loop import boundary, complete, corpus_bigram_loss, summary_of
+from jaxdecoder.training.step import Metrics, State, evaluated_params, init_state
+
+MOST_BATCH_BYTES = 1 << 27
+"""Bytes of batches that one call takes along: fewer steps a call where they are large."""
+
+Report = Callable[[int, int], None]
+"""(steps of members done, of how many), for a progress bar."""
+
+
+class Result(NamedTuple):
+    """What a member came to."""
+
+    config: Config
+    summary: dict[str, Any]
+    """As in its summary.json, with `diverged_at`: the step after which a number was not finite."""
+
+
+def train_members(
+    configs: Sequence[Config],
+    out: Path,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    available: int | None = None,
+    report: Report = lambda done, of: None,
+) -> list[Result]:
+    """Trains all members, each in the run folder that its config names; results in their order.
+
+    What is finished is not trained again, and what was cut short goes on from its last checkpoint.
+    `available` bounds the memory of each device, in bytes.
+
+    Raises:
+        UserError: if a single member of some program does not fit into memory.
+    """
+    devices = jax.devices() if devices is None else devices
+    available = memory_available(devices) if available is None else available
+    groups: dict[str, list[Config]] = {}
+    for config in configs:
+        groups.setdefault(program_key(config), []).append(config)
+    total, done = sum(config.train.steps for config in configs), 0
+    results: dict[str, Result] = {}
+    for key, group in groups.items():
+        for result in _train_group(group, out / "programs" / key, devices, available, report):
+            results[result.config.train.out] = result
+            done += result.config.train.steps
+            report(done, total)
+    return [results[config.train.out] for config in configs]
+
+
+def _train_group(
+    group: list[Config],
+    folder: Path,
+    devices: Sequence[jax.Device],
+    available: int,
+    report: Report,
+) -> Iterator[Result]:
+    """Trains the members of one program, as many at once as fit."""
+    finished = [read_result(config) for config in group]
+    if all(finished):
+        yield from (result for result in finished if result)
+        return
+    corpus = prepare(group[0].data)
+    group = [complete(config, corpus) for config in group]
+    longest = max(group, key=lambda config: config.train.steps)
+    ends_differ = len({config.train.steps for config in group}) > 1
+    program = make_program(longest, devices, ends_differ=ends_differ)
+    row = longest.train.batch_size * longest.model.context_length * 12 * len(group)
+    per_call = max(1, min(longest.train.steps_per_call, MOST_BATCH_BYTES // row))
+
+    def need(members: int) -> int:
+        return memory_needed(
+            program.advance.lower(*_shapes(longest, program, members, per_call)).compile()
+        )
+
+    most = most_at_once(need, len(group), available, len(devices), longest.train.out)
+    for first in range(0, len(group), most):
+        members = group[first : first + most]
+        known = [read_result(config) for config in members]
+        if all(known):
+            yield from (result for result in known if result)
+        else:
+            yield from _Together(members, program, corpus, folder, per_call).train()
+
+
+def read_result(config: Config) -> Result | None:
+    """What a member came to, if it has."""
+    path = Path(config.train.out) / "summary.json"
+    return Result(config, json.loads(path.read_text())) if path.exists() else None
+
+
+def _shapes(config: Config, program: Program, members: int, per_call: int) -> Any:
+    """The arguments of `program.advance`, without their numbers."""
+    shape = (per_call, config.train.batch_size, config.model.context_length)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    each = (
+        jax.eval_shape(partial(init_state, config)),
+        jax.eval_shape(partial(values_of, config)),
+        batches.Batch(tokens, tokens, jax.ShapeDtypeStruct(shape, jnp.float32)),  # type: ignore[arg-type]
+    )
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((members, *s.shape), s.dtype, sharding=program.sharding),
+        each,
+    )
+
+
+class _Together:
+    """Members of one program on their way together."""
+
+    def __init__(
+        self,
+        members: list[Config],
+        program: Program,
+        corpus: Corpus,
+        folder: Path,
+        per_call: int,
+    ):
+        self.members, self.program, self.corpus, self.per_call = members, program, corpus, per_call
+        self.runs = [Path(config.train.out) for config in members]
+        name = hashlib.sha256("\n".join(map(str, self.runs)).encode()).hexdigest()[:8]
+        self.folder = folder / name
+        # Members divide over the devices, so the last one is repeated until they do.
+        count = program.sharding.mesh.size
+        self.padded = members + [members[-1]] * (-len(members) % count)
+        self.longest = max(members, key=lambda config: config.train.steps)
+        self.diverged: list[int | None] = [None] * len(members)
+        self.best = [math.inf] * len(members)
+        self.seconds = 0.0
+
+    def train(self) -> list[Result]:
+        """Trains to the end, leaves a run folder for every member, and says what they came to."""
+        t = self.longest.train
+        for config, run in zip(self.members, self.runs, strict=True):
+            run.mkdir(parents=True, exist_ok=True)
+            runs.write_config(run, config, cache_key(config.data))
+            tokenizers.save(self.corpus.tokenizer, run / "tokenizer.json")
+        manager = checkpoints.open_checkpoints(self.folder, keep=1)
+        step, state = self._first_state(manager)
+        self._recall(step)
+        values = self._place([values_of(config) for config in self.padded])
+        started = time.perf_counter() - self.seconds
+        with checkpoints.full_disk_explained(self.folder):
+            while step < t.steps:
+                end = min(boundary(step, self.longest), step + self.per_call)
+                batch = self._batches(step, end - step)
+                state, metrics = self.program.advance(state, values, batch)
+                self._record(step, jax.tree.map(np.asarray, metrics))
+                self.seconds = time.perf_counter() - started
+                if end % t.evaluate_every == 0 or end == t.steps:
+                    losses = self.evaluate(state, "validation", t.evaluation_batches)
+                    self.seconds = time.perf_counter() - started
+                    self._record_validation(step, end, losses)
+                step = end
+                if step % t.checkpoint_every == 0 and step < t.steps:
+                    # Which member is best is not asked here: the last checkpoint is the one.
+                    checkpoints.save(manager, state._replace(step=np.int32(step)), 0.0)
+            results = self._finish(state)
+            manager.wait_until_finished()
+        manager.close()
+        return results
+
+    def evaluate(self, state: State, split: str, count: int | None) -> list[float]:
+        """Every member's mean loss over (the first `count`) fixed batches of a split."""
+        each = batches.evaluation_batches(
+            getattr(self.corpus, split),
+            self.longest.data,
+            batch_size=self.longest.train.batch_size,
+            context_length=self.longest.model.context_length,
+            count=count,
+            end_token=self.corpus.tokenizer.end_token,
+        )
+        params, losses, weights = evaluated_params(state), [], []
+        for batch in each:
+            losses.append(
+                self.program.evaluate(params, jax.device_put(batch, self.program.everywhere))
+            )
+            weights.append(float(batch.weights.sum()))
+        sums = np.sum(np.asarray(losses, np.float64), axis=0)
+        return [float(s) / max(1.0, sum(weights)) for s in sums[: len(self.members)]]
+
+    def _first_state(self, manager: Any) -> tuple[int, State]:
+        """The program's newest checkpoint, failing that fresh members."""
+        shapes, _, _ = _shapes(self.longest, self.program, len(self.padded), 1)
+        counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=self.program.everywhere)
+        state = checkpoints.restore_latest(manager, shapes._replace(step=counter))
+        if state is not None:
+            step = int(state.step)
+            taken = [jnp.int32(min(step, config.train.steps)) for config in self.padded]
+            return step, state._replace(step=self._place(taken))
+        makers: dict[float, Any] = {}
+        fresh = []
+        for config in self.padded:
+            # Members of one program differ in their first weights by seed and scale alone.
+            make = makers.setdefault(
+                config.model.init_std, jax.jit(lambda key, c=config: init_state(c, key))
+            )
+            fresh.append(jax.tree.map(np.asarray, make(jax.random.key(config.train.seed))))
+        return 0, self._place(fresh)
+
+    def _place(self, each: list[Any]) -> Any:
+        """One tree a member as one tree of arrays with a member axis, on the devices."""
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+        return jax.device_put(stacked, self.program.sharding)
+
+    def _batches(self, step: int, count: int) -> Any:
+        """Batches (member, step, batch, time); members with one seed see the same ones."""
+        by_seed = {
+            seed: batches.stack(
+                self.corpus.train,
+                self.longest.data,
+                batch_size=self.longest.train.batch_size,
+                context_length=self.longest.model.context_length,
+                seed=seed,
+                step=step,
+                count=count,
+                end_token=self.corpus.tokenizer.end_token,
+            )
+            for seed in {config.train.seed for config in self.padded}
+        }
+        return self._place([by_seed[config.train.seed] for config in self.padded])
+
+    def _recall(self, step: int) -> None:
+        """Takes up the records of the steps before a resumption."""
+        for i, run in enumerate(self.runs):
+            for line in keep_metrics(run, step):
+                self.seconds = max(self.seconds, line.get("seconds", 0.0))
+                self.best[i] = min(self.best[i], line.get("validation_loss", math.inf))
+                if "diverged" in line:
+                    self.diverged[i] = line["step"]
+
+    def _record(self, first: int, metrics: Metrics) -> None:
+        """Writes the metrics (member, step) of a call that started at step `first`."""
+        finite = np.isfinite(metrics.train_loss) & np.isfinite(metrics.gradient_norm)
+        for i, config in enumerate(self.members):
+            for k in range(metrics.train_loss.shape[1]):
+                step = first + k + 1
+                if self.diverged[i] is not None or step > config.train.steps:
+                    break
+                if not finite[i, k]:
+                    self.diverged[i] = step
+                    self._write(i, step, diverged=True)
+                elif step % config.train.log_every == 0:
+                    self._write(
+                        i,
+                        step,
+                        train_loss=float(metrics.train_loss[i, k]),
+                        learning_rate=float(metrics.learning_rate[i, k]),
+                        gradient_norm=float(metrics.gradient_norm[i, k]),
+                    )
+
+    def _record_validation(self, before: int, step: int, losses: list[float]) -> None:
+        for i, (config, loss) in enumerate(zip(self.members, losses, strict=True)):
+            if self.diverged[i] is None and before < config.train.steps:
+                self.best[i] = min(self.best[i], loss)
+                at = min(step, config.train.steps)
+                self._write(i, at, validation_loss=loss, seconds=self.seconds)
+
+    def _write(self, i: int, step: int, **metrics: Any) -> None:
+        with (self.runs[i] / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def _finish(self, state: State) -> list[Result]:
+        """Leaves every member's checkpoint and summary."""
+        train = self.evaluate(state, "train", self.longest.train.evaluation_batches)
+        validation = self.evaluate(state, "validation", None)
+        host = jax.tree.map(np.asarray, state)
+        floor = corpus_bigram_loss(self.corpus)
+        results = []
+        for i, (config, run) in enumerate(zip(self.members, self.runs, strict=True)):
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], host)
+            if self.diverged[i] is None and not math.isfinite(train[i] + validation[i]):
+                self.diverged[i] = config.train.steps
+            if self.diverged[i] is None:
+                manager = checkpoints.open_checkpoints(run, keep=1)
+                checkpoints.save(manager, own, validation[i])
+                manager.wait_until_finished()
+                manager.close()
+            summary = summary_of(
+                config,
+                self.corpus,
+                parameters=sum(leaf.size for leaf in jax.tree.leaves(own.params)),
+                steps=config.train.steps,
+                train_loss=train[i],
+                validation_loss=validation[i],
+                best_validation_loss=self.best[i],
+                bigram_loss=floor,
+                # Of the whole group, divided among its members.
+                seconds=self.seconds / len(self.members),
+            ) | {"diverged_at": self.diverged[i]}
+            summary = {key: value if _is_finite(value) else None for key, value in summary.items()}
+            runs.write_summary(run, summary)
+            results.append(Result(config, summary))
+        return results
+
+
+def _is_finite(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
