@@ -94,7 +94,7 @@ class Evidence:
         return [
             arm
             for arm in self.ablation.arms
-            if all(arm[key] == value for key, value in conditions.items())
+            if all(arm.value(key) == value for key, value in conditions.items())
         ]
 
     def pairs(self, a: dict[str, Any], b: dict[str, Any]) -> list[tuple[Arm, Arm]]:
@@ -219,7 +219,7 @@ def _effects(evidence: Evidence, factor: str, other: str) -> list[list[float]]:
         raise UserError(f"{other} cannot be compared with itself")
     return [
         [
-            float(np.mean([_gain(evidence, a, b, seed) for a, b in pairs if a[key] == value]))
+            float(np.mean([_gain(evidence, a, b, seed) for a, b in pairs if a.value(key) == value]))
             for seed in evidence.seeds
         ]
         for value in ablation.factors[key]

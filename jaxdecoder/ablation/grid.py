@@ -65,8 +65,9 @@ class Arm(NamedTuple):
         """Its values, as in norm_placement=post,n_heads=4."""
         return ",".join(f"{key.split('.')[-1]}={show(value)}" for key, value in self.values)
 
-    def __getitem__(self, key: Any) -> Any:
-        return dict(self.values)[key] if isinstance(key, str) else super().__getitem__(key)
+    def value(self, key: str) -> Any:
+        """Of a dotted field."""
+        return dict(self.values)[key]
 
 
 class Member(NamedTuple):

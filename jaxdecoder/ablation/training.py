@@ -75,10 +75,14 @@ def train_members(
     total, done = sum(config.train.steps for config in configs), 0
     results: dict[str, Result] = {}
     for key, group in groups.items():
-        for result in _train_group(group, out / "programs" / key, devices, available, report):
+
+        def tell(steps: int, done: int = done) -> None:
+            report(done + steps, total)
+
+        for result in _train_group(group, out / "programs" / key, devices, available, tell):
             results[result.config.train.out] = result
-            done += result.config.train.steps
-            report(done, total)
+        done += sum(config.train.steps for config in group)
+        report(done, total)
     return [results[config.train.out] for config in configs]
 
 
@@ -87,9 +91,9 @@ def _train_group(
     folder: Path,
     devices: Sequence[jax.Device],
     available: int,
-    report: Report,
+    tell: Callable[[int], None],
 ) -> Iterator[Result]:
-    """Trains the members of one program, as many at once as fit."""
+    """Trains the members of one program, as many at once as fit; tells their steps so far."""
     finished = [read_result(config) for config in group]
     if all(finished):
         yield from (result for result in finished if result)
@@ -114,7 +118,9 @@ def _train_group(
         if all(known):
             yield from (result for result in known if result)
         else:
-            yield from _Together(members, program, corpus, folder, per_call).train()
+            together = _Together(members, program, corpus, folder, per_call)
+            before = sum(config.train.steps for config in group[:first])
+            yield from together.train(lambda steps, before=before: tell(before + steps))  # type: ignore[misc]
 
 
 def read_result(config: Config) -> Result | None:
@@ -161,7 +167,7 @@ class _Together:
         self.best = [math.inf] * len(members)
         self.seconds = 0.0
 
-    def train(self) -> list[Result]:
+    def train(self, tell: Callable[[int], None]) -> list[Result]:
         """Trains to the end, leaves a run folder for every member, and says what they came to."""
         t = self.longest.train
         for config, run in zip(self.members, self.runs, strict=True):
@@ -185,6 +191,7 @@ class _Together:
                     self.seconds = time.perf_counter() - started
                     self._record_validation(step, end, losses)
                 step = end
+                tell(sum(min(step, config.train.steps) for config in self.members))
                 if step % t.checkpoint_every == 0 and step < t.steps:
                     # Which member is best is not asked here: the last checkpoint is the one.
                     checkpoints.save(manager, state._replace(step=np.int32(step)), 0.0)

@@ -17,11 +17,7 @@ def set_up(config: Config) -> None:
     JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID set.
     """
     if config.train.cpu_devices:
-        jax.config.update("jax_num_cpu_devices", config.train.cpu_devices)
-    if config.train.cpu_devices > 1:
-        # A device is then a core: its products must not spread over the others.
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
+        divide_cpu(config.train.cpu_devices)
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         try:
             count, index = (int(os.environ[f"JAX_{x}"]) for x in ("NUM_PROCESSES", "PROCESS_ID"))
@@ -31,6 +27,21 @@ def set_up(config: Config) -> None:
                 f"numbers too: {error}"
             ) from None
         jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, index)
+
+
+def divide_cpu(devices: int) -> None:
+    """Makes so many devices of the CPU's cores."""
+    jax.config.update("jax_num_cpu_devices", devices)
+    if devices > 1:
+        # A device is then a core: its products must not spread over the others.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
+
+
+def one_device_a_core(most: int = 0) -> None:
+    """Where JAX runs on the CPU, makes a device of every core, or of the first `most`."""
+    cores = len(os.sched_getaffinity(0))
+    divide_cpu(min(cores, most) if most else cores)
 
 
 def is_first_host() -> bool:

@@ -1,0 +1,50 @@
+"""Compares variants: python ablate.py configs/ablations/norm_placement.toml [--size full]."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from jaxdecoder.errors import UserError, friendly
+
+
+@dataclass(frozen=True)
+class Options:
+    """Trains all members of an ablation, judges its claims and writes a report."""
+
+    config: tyro.conf.Positional[str]
+    """The ablation's TOML file."""
+    size: Literal["small", "full"] = "small"
+    """small ends on two CPU cores in minutes; full is what the file's [full] table makes of it."""
+    out: str = ""
+    """Folder for members and report. Left out: runs/ablations/ and the file's name."""
+    devices: int = 0
+    """On the CPU: cores to use, each a device; 0: all."""
+
+
+@friendly
+def main() -> None:
+    """Reads the file, then hands over to the ablation."""
+    if len(sys.argv) < 2:
+        raise UserError("usage: python ablate.py CONFIG.toml [--size small|full] [--out FOLDER]")
+    options = tyro.cli(Options, description=__doc__)
+    name = Path(options.config).stem + ("" if options.size == "small" else f"_{options.size}")
+    out = Path(options.out or f"runs/ablations/{name}")
+
+    # Imported late: --help and a refused file need no JAX.
+    from jaxdecoder.ablation.grid import read
+    from jaxdecoder.ablation.run import run
+    from jaxdecoder.training.devices import one_device_a_core
+
+    ablation = read(options.config, out=out, size=options.size)
+    one_device_a_core(options.devices)
+    run(ablation, out, command=f"python ablate.py {shlex.join(sys.argv[1:])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""The report of an ablation: HTML in one file, Markdown, CSV and pictures.
+
+The verdicts come first, in plain words; then the arms with what they cost, the curves, and the
+command and config that give it all again.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxdecoder import analysis
+from jaxdecoder.ablation.claims import LEVEL, Evidence, Outcome, Verdict
+from jaxdecoder.ablation.grid import METRICS, Ablation, Arm
+from jaxdecoder.ablation.statistics import POWER, Estimate, estimate
+from jaxdecoder.ablation.training import Result
+from jaxdecoder.training.logging import read_metrics
+
+
+class Row(NamedTuple):
+    """One arm in the table."""
+
+    arm: Arm
+    learning_rate: float
+    """The best of those tried."""
+    losses: list[float]
+    """The metric of every seed at that rate."""
+    parameters: int
+    steps: int
+    train_flops: float
+    """Of one member, from `analysis.py`."""
+    seconds: float
+    """Of one member, on average."""
+    diverged: int
+    """Members, at any rate, in which a number was no longer finite."""
+
+
+def write(
+    folder: Path,
+    ablation: Ablation,
+    results: Sequence[Result],
+    outcomes: Sequence[Outcome],
+    verdicts: Sequence[Verdict],
+    command: str,
+) -> None:
+    """Writes report.html, report.md, results.csv and the pictures into a folder."""
+    rows = table(ablation, results, outcomes)
+    pictures = {"loss.png": draw_losses(ablation, results)}
+    if len(ablation.learning_rates) > 1:
+        pictures["learning_rate.png"] = draw_sensitivity(ablation, outcomes)
+    for name, data in pictures.items():
+        (folder / name).write_bytes(data)
+    _write_csv(folder / "results.csv", ablation, results, outcomes)
+    source = ablation.path.read_text(encoding="utf-8")
+    text = markdown(ablation, rows, verdicts, pictures, command, source)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    page = as_html(ablation, rows, verdicts, pictures, command, source)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+
+def table(ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outcome]) -> list[Row]:
+    """A row an arm, the best first."""
+    evidence = Evidence(ablation, outcomes)
+    rows = []
+    for arm in ablation.arms:
+        rate = ablation.learning_rates[evidence.best_rate(arm)]
+        own = [
+            (result, outcome)
+            for result, outcome in zip(results, outcomes, strict=True)
+            if outcome.arm == arm
+        ]
+        result = own[0][0]
+        rows.append(
+            Row(
+                arm,
+                rate,
+                [evidence.value(arm, seed, evidence.metric) for seed in evidence.seeds],
+                result.summary["parameters"],
+                result.summary["steps"],
+                analysis.flops_per_token(result.config.model).train["total"]
+                * result.summary["tokens"],
+                float(np.mean([result.summary["seconds"] for result, _ in own])),
+                sum(outcome.diverged_at is not None for _, outcome in own),
+            )
+        )
+    return sorted(rows, key=lambda row: float(np.mean(row.losses)))
+
+
+HEADINGS = ("arm", "loss", "learning rate", "parameters", "steps", "FLOPs", "seconds", "diverged")
+
+
+def cells(ablation: Ablation, row: Row) -> list[str]:
+    """A row as text, under `HEADINGS`."""
+    mean = float(np.mean(row.losses))
+    if len(row.losses) > 1:
+        interval = estimate(row.losses, ablation.spec.confidence)
+        loss = f"{mean:.4f} ({interval.low:.4f} to {interval.high:.4f})"
+    else:
+        loss = f"{mean:.4f}"
+    return [
+        row.arm.name,
+        loss,
+        f"{row.learning_rate:g}",
+        f"{row.parameters:,}",
+        f"{row.steps:,}",
+        f"{row.train_flops:.3g}",
+        f"{row.seconds:.1f}",
+        str(row.diverged) if row.diverged else "",
+    ]
+
+
+# --- Words ----------------------------------------------------------------------------------------
+
+
+def sentence(verdict: Verdict) -> str:
+    """What a verdict rests on, in one sentence or two."""
+    e = verdict.judgement.estimate
+    text = (
+        f"{verdict.judgement.what[0].upper()}{verdict.judgement.what[1:]}: {e.mean:+.4f} on "
+        f"average over {e.n} seeds, {_interval(e)}, p = {verdict.judgement.p_value:.2g} "
+        f"({verdict.adjusted_p:.2g} corrected for all claims here)"
+    )
+    if np.isfinite(e.effect_size):
+        text += f", effect size {e.effect_size:.2f}"
+    return text + f". {power_line(e)}"
+
+
+def _interval(e: Estimate) -> str:
+    return (
+        f"t interval {e.low:+.4f} to {e.high:+.4f} "
+        f"(bootstrap {e.bootstrap_low:+.4f} to {e.bootstrap_high:+.4f})"
+    )
+
+
+def power_line(e: Estimate) -> str:
+    """How small a difference so many seeds would show."""
+    return (
+        f"With {e.n} seeds, a difference of {e.detectable:.4f} would be seen "
+        f"{POWER:.0%} of the time."
+    )
+
+
+def about(ablation: Ablation) -> str:
+    """What was trained, and where."""
+    spec = ablation.spec
+    return (
+        f"{len(ablation.arms)} arms, {spec.seeds} seeds, {len(ablation.learning_rates)} learning "
+        f"rates: {len(ablation.members)} runs from {spec.base}, equal {spec.budget}, judged by "
+        f"{spec.metric.replace('_', ' ')} (nats a token). Every arm sees the same data in the "
+        "same order for a seed, and is compared at its best learning rate. Intervals are at "
+        f"{spec.confidence:.0%}; verdicts at {LEVEL:.0%} after Holm's correction. "
+        f"jax {jax.__version__}, {jax.device_count()} {jax.devices()[0].device_kind} "
+        f"device(s), {platform.machine()}."
+    )
+
+
+# --- Markdown and HTML ----------------------------------------------------------------------------
+
+
+def markdown(
+    ablation: Ablation,
+    rows: Sequence[Row],
+    verdicts: Sequence[Verdict],
+    pictures: dict[str, bytes],
+    command: str,
+    source: str,
+) -> str:
+    """The report as Markdown."""
+    lines = [f"# {title(ablation)}", "", about(ablation), ""]
+    if verdicts:
+        lines += ["## Verdicts", ""]
+        lines += [f"- **{v.claim}**: {v.verdict}. {sentence(v)}" for v in verdicts]
+        lines += [""]
+    lines += ["## Arms", "", _markdown_row(HEADINGS), _markdown_row(["---"] * len(HEADINGS))]
+    lines += [_markdown_row(cells(ablation, row)) for row in rows]
+    lines += [""]
+    lines += [f"![{name}]({name})\n" for name in pictures]
+    lines += ["## Again", "", "```", command, "```", "", "```toml", source.rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def _markdown_row(values: Sequence[str]) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; width: 100%; font-size: 0.85rem; }
+th, td { text-align: right; padding: 0.3rem 0.5rem; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
+img { max-width: 100%; }
+pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; }
+.verdict { border-left: 0.4rem solid #999; padding-left: 0.8rem; margin: 1rem 0; }
+.supported { border-color: #2a9d3a; } .refuted { border-color: #c8372d; }
+"""
+
+
+def as_html(
+    ablation: Ablation,
+    rows: Sequence[Row],
+    verdicts: Sequence[Verdict],
+    pictures: dict[str, bytes],
+    command: str,
+    source: str,
+) -> str:
+    """The report as one HTML file that needs nothing beside it."""
+    e = html.escape
+    verdict_blocks = "".join(
+        f'<div class="verdict {v.verdict}"><b>{e(v.claim)}</b>: {v.verdict}.'
+        f"<br>{e(sentence(v))}</div>"
+        for v in verdicts
+    )
+    head = "".join(f"<th>{e(name)}</th>" for name in HEADINGS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{e(cell)}</td>" for cell in cells(ablation, row)) + "</tr>"
+        for row in rows
+    )
+    images = "".join(
+        f'<p><img alt="{e(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+        for name, data in pictures.items()
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{e(title(ablation))}</title>'
+        f"<style>{STYLE}</style><h1>{e(title(ablation))}</h1><p>{e(about(ablation))}</p>"
+        f"{verdict_blocks}<h2>Arms</h2><table><tr>{head}</tr>{body}</table>{images}"
+        f"<h2>Again</h2><pre>{e(command)}</pre><pre>{e(source)}</pre></html>\n"
+    )
+
+
+def title(ablation: Ablation) -> str:
+    """The ablation's name, from its file."""
+    name = ablation.path.stem.replace("_", " ")
+    return name if ablation.size == "small" else f"{name} ({ablation.size})"
+
+
+def _write_csv(
+    path: Path, ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outcome]
+) -> None:
+    keys = list(ablation.factors)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            [*keys, "learning_rate", "seed", *METRICS, "steps", "parameters", "diverged_at", "run"]
+        )
+        for result, o in zip(results, outcomes, strict=True):
+            writer.writerow(
+                [
+                    *(o.arm.value(key) for key in keys),
+                    o.learning_rate,
+                    o.seed,
+                    *(f"{o.metrics[name]:.6f}" for name in METRICS),
+                    result.summary["steps"],
+                    result.summary["parameters"],
+                    "" if o.diverged_at is None else o.diverged_at,
+                    result.config.train.out,
+                ]
+            )
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+
+def draw_losses(ablation: Ablation, results: Sequence[Result]) -> bytes:
+    """Validation loss against steps, the mean over seeds with the band between its extremes."""
+    figure, axes = _figure()
+    by_arm: dict[tuple[Arm, float], list[dict[int, float]]] = {}
+    for member, result in zip(ablation.members, results, strict=True):
+        lines = read_metrics(Path(result.config.train.out))
+        curve = {m["step"]: m["validation_loss"] for m in lines if "validation_loss" in m}
+        by_arm.setdefault((member.arm, member.learning_rate), []).append(curve)
+    best: dict[Arm, tuple[float, list[int], np.ndarray]] = {}
+    for (arm, _), curves in by_arm.items():
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        if not steps:
+            continue  # all of them diverged at once
+        values = np.array([[curve[step] for step in steps] for curve in curves])
+        last = float(values[:, -1].mean())
+        if arm not in best or last < best[arm][0]:
+            best[arm] = (last, steps, values)
+    for arm, (_, steps, values) in best.items():
+        (line,) = axes.plot(steps, values.mean(axis=0), label=arm.name, lw=1.5)
+        axes.fill_between(
+            steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15
+        )
+    axes.set(xlabel="step", ylabel="validation loss (nats a token)")
+    return _png(figure, axes)
+
+
+def draw_sensitivity(ablation: Ablation, outcomes: Sequence[Outcome]) -> bytes:
+    """The metric against the learning rate, the mean over seeds with the band of its extremes."""
+    figure, axes = _figure()
+    evidence = Evidence(ablation, outcomes)
+    for arm in ablation.arms:
+        curves = np.array([evidence.curve(arm, seed) for seed in evidence.seeds])
+        (line,) = axes.plot(
+            ablation.learning_rates, curves.mean(axis=0), label=arm.name, marker="o", ms=3
+        )
+        axes.fill_between(
+            ablation.learning_rates,
+            curves.min(axis=0),
+            curves.max(axis=0),
+            color=line.get_color(),
+            alpha=0.15,
+        )
+    axes.set(
+        xscale="log", xlabel="learning rate", ylabel=f"{evidence.metric.replace('_', ' ')} (nats)"
+    )
+    return _png(figure, axes)
+
+
+def _figure() -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+
+
+def _png(figure: Any, axes: Any) -> bytes:
+    from matplotlib import pyplot
+
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    pyplot.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,86 @@
+"""An ablation from its file to its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from jaxdecoder.ablation import report
+from jaxdecoder.ablation.claims import Outcome, Verdict, check, judge, knowing_nothing
+from jaxdecoder.ablation.grid import Ablation
+from jaxdecoder.ablation.training import Result, train_members
+from jaxdecoder.training import runs
+
+
+def run(ablation: Ablation, out: Path, *, command: str) -> list[Verdict]:
+    """Trains what is not trained yet, judges the claims, and writes the report into `out`.
+
+    Raises:
+        UserError: before any training, if a claim cannot be answered by the arms.
+    """
+    check(ablation)
+    console = Console()
+    console.print(f"{out}: {report.about(ablation)}", markup=False, highlight=False)
+    with runs.lock(out), _progress(console) as progress:
+        task = progress.add_task("training", total=None)
+        results = train_members(
+            [member.config for member in ablation.members],
+            out,
+            report=lambda done, of: progress.update(task, completed=done, total=of),
+        )
+    outcomes = outcomes_of(ablation, results)
+    verdicts = judge(ablation, outcomes)
+    report.write(out, ablation, results, outcomes, verdicts, command)
+    console.print(_table(ablation, results, outcomes))
+    for verdict in verdicts:
+        console.print(
+            f"{verdict.verdict}: {verdict.claim}\n  {report.sentence(verdict)}",
+            markup=False,
+            highlight=False,
+        )
+    console.print(f"{out / 'report.html'} tells it all", markup=False, highlight=False)
+    return verdicts
+
+
+def outcomes_of(ablation: Ablation, results: Sequence[Result]) -> list[Outcome]:
+    """The members' results as evidence."""
+    outcomes = []
+    for member, result in zip(ablation.members, results, strict=True):
+        summary = result.summary
+        diverged = summary["diverged_at"]
+        if diverged is None:
+            train, validation = summary["train_loss"], summary["validation_loss"]
+            metrics = {
+                "train_loss": train,
+                "validation_loss": validation,
+                "overfitting": validation - train,
+            }
+        else:
+            vocab_size = runs.read_config(Path(result.config.train.out)).model.vocab_size
+            assert vocab_size is not None
+            metrics = knowing_nothing(vocab_size)
+        outcomes.append(Outcome(member.arm, member.learning_rate, member.seed, metrics, diverged))
+    return outcomes
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("steps of all members"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _table(ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outcome]) -> Table:
+    """The first columns of the report's table: a terminal is narrow."""
+    table = Table(*report.HEADINGS[:3])
+    for row in report.table(ablation, results, outcomes):
+        table.add_row(*report.cells(ablation, row)[:3])
+    return table
