@@ -11,8 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdecoder.config import OptimizerConfig
-from jaxdecoder.training.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
+from jaxdecoder.config import Config, OptimizerConfig, TrainConfig
+from jaxdecoder.training.optimizers import (
+    OPTIMIZERS,
+    SCHEDULES,
+    make_optimizer,
+    make_schedule,
+    numbers_of,
+)
 
 PARAMS = {
     "embedding": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3),
@@ -28,9 +34,14 @@ GRADS = jax.tree.map(lambda x: jnp.cos(3 * x) + 0.1, PARAMS)
 
 
 def one_update(config, grads=GRADS, steps=100):
-    optimizer = make_optimizer(config, steps)
+    optimizer = make_optimizer(config, numbers(config, steps))
     updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
     return updates
+
+
+def numbers(config, steps):
+    """Those of a run with this optimiser."""
+    return numbers_of(Config(optimizer=config, train=TrainConfig(steps=steps)))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -38,7 +49,7 @@ def test_every_schedule_rises_linearly_and_ends_where_it_should(schedule):
     config = OptimizerConfig(
         schedule=schedule, learning_rate=2.0, warmup_steps=10, final_fraction=0.25
     )
-    rate = make_schedule(config, 110)
+    rate = make_schedule(config, 110, config.learning_rate)
     for step in range(10):
         assert float(rate(step)) == pytest.approx(2.0 * (step + 1) / 10)
     assert float(rate(10)) == pytest.approx(2.0)
@@ -49,7 +60,8 @@ def test_schedules_between_their_ends():
     config = OptimizerConfig(learning_rate=2.0, final_fraction=0.25, decay_fraction=0.2)
 
     def at(schedule, step):
-        return float(make_schedule(dataclasses.replace(config, schedule=schedule), 100)(step))
+        changed = dataclasses.replace(config, schedule=schedule)
+        return float(make_schedule(changed, 100, changed.learning_rate)(step))
 
     for step in (0, 20, 50, 99):
         share = step / 100
@@ -76,7 +88,7 @@ def test_weight_decay_shrinks_matrices_only(name):
 
 def test_adamw_is_the_published_rule():
     config = OptimizerConfig(learning_rate=0.1, schedule="constant", gradient_clip=0.0)
-    optimizer = make_optimizer(config, 100)
+    optimizer = make_optimizer(config, numbers(config, 100))
     state, params = optimizer.init(PARAMS), PARAMS
     g, x = np.asarray(GRADS["embedding"], np.float64), np.asarray(PARAMS["embedding"], np.float64)
     m, v = np.zeros_like(g), np.zeros_like(g)
@@ -140,7 +152,8 @@ def test_adafactor_remembers_less_than_adam():
     wide = {"up": {"kernel": jnp.ones((256, 512))}}
 
     def remembered(name):
-        state = make_optimizer(OptimizerConfig(name=name), 10).init(wide)
+        config = OptimizerConfig(name=name)
+        state = make_optimizer(config, numbers(config, 10)).init(wide)
         return sum(leaf.size for leaf in jax.tree.leaves(state))
 
     assert remembered("adafactor") < 0.02 * remembered("adamw")

@@ -11,8 +11,8 @@ A member computes what its solo run computes, up to rounding.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,25 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
 
-from jaxdecoder.config import Config, to_toml
+from jaxdecoder.config import Config, to_dict
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.errors import UserError
 from jaxdecoder.training.losses import summed_cross_entropy
+from jaxdecoder.training.optimizers import Numbers, numbers_of
 from jaxdecoder.training.step import Metrics, State, make_decoder, make_step
 
 AXIS = "members"
-
-
-class Values(NamedTuple):
-    """What members of one program have of their own, one number each."""
-
-    learning_rate: Float[Array, "*members"]
-    adam_learning_rate: Float[Array, "*members"]
-    weight_decay: Float[Array, "*members"]
-    steps: Int[Array, "*members"]
-    seed: Int[Array, "*members"]
 
 
 MEMBERS_OWN = (
@@ -51,44 +41,23 @@ MEMBERS_OWN = (
     "train.out",
     "model.init_std",
 )
-"""Fields in which members of one program may differ: the `Values`, and what only the first
+"""Fields in which members of one program may differ: their `Numbers`, and what only the first
 weights and the place of the run folder depend on."""
 
 
-def values_of(config: Config) -> Values:
-    """A config's own numbers."""
-    o = config.optimizer
-    return Values(
-        jnp.float32(o.learning_rate),
-        jnp.float32(o.learning_rate if o.adam_learning_rate is None else o.adam_learning_rate),
-        jnp.float32(o.weight_decay),
-        jnp.int32(config.train.steps),
-        jnp.int32(config.train.seed),
-    )
-
-
-def with_values(config: Config, values: Values) -> Config:
-    """A config whose own numbers are these, traced or not."""
-    v: Any = values
-    optimizer = dataclasses.replace(
-        config.optimizer,
-        learning_rate=v.learning_rate,
-        adam_learning_rate=v.adam_learning_rate,
-        weight_decay=v.weight_decay,
-    )
-    train = dataclasses.replace(config.train, steps=v.steps, seed=v.seed)
-    return dataclasses.replace(config, optimizer=optimizer, train=train)
+def arrays_of(config: Config) -> Numbers:
+    """A config's own numbers as the program takes them."""
+    types = Numbers(jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32)
+    return Numbers(*(kind(x) for kind, x in zip(types, numbers_of(config), strict=True)))
 
 
 def program_key(config: Config) -> str:
     """Equal for configs that share a program."""
-    neutral = with_values(config, Values(1.0, 1.0, 0.0, 1, 0))  # type: ignore[arg-type]
-    neutral = dataclasses.replace(
-        neutral,
-        model=dataclasses.replace(neutral.model, init_std=1.0),
-        train=dataclasses.replace(neutral.train, out=""),
-    )
-    return hashlib.sha256(to_toml(neutral).encode()).hexdigest()[:12]
+    tables = to_dict(config)
+    for field in MEMBERS_OWN:
+        section, name = field.split(".")
+        tables[section].pop(name, None)
+    return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # --- The program ----------------------------------------------------------------------------------
@@ -108,18 +77,18 @@ MAPPINGS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 
 
 def member_steps(config: Config, ends_differ: bool) -> Callable[..., tuple[State, Metrics]]:
-    """(state, values, batches with a leading step axis) -> state and metrics of one member.
+    """(state, numbers, batches with a leading step axis) -> state and metrics of one member.
 
     `ends_differ`: members that have taken all their steps stand still while others go on.
     """
 
-    def several(state: State, values: Values, stacked: Batch) -> tuple[State, Metrics]:
-        step = make_step(with_values(config, values))
+    def several(state: State, numbers: Numbers, stacked: Batch) -> tuple[State, Metrics]:
+        step = make_step(config, numbers)
 
         def one(state: State, batch: Batch) -> tuple[State, Metrics]:
             new, metrics = step(state, batch)
             if ends_differ:
-                going = state.step < values.steps
+                going = state.step < numbers.steps
                 new = jax.tree.map(lambda a, b: jnp.where(going, a, b), new, state)
             return new, metrics
 
@@ -132,7 +101,7 @@ class Program(NamedTuple):
     """The compiled functions of a population; all arrays have a leading member axis."""
 
     advance: Any
-    """(states, values, batches) -> states, metrics"""
+    """(states, numbers, batches) -> states, metrics"""
     evaluate: Any
     """(params, batch without member axis) -> summed loss of every member"""
     sharding: NamedSharding

@@ -21,12 +21,12 @@ import numpy as np
 
 from jaxdecoder.ablation.population import (
     Program,
+    arrays_of,
     make_program,
     memory_available,
     memory_needed,
     most_at_once,
     program_key,
-    values_of,
 )
 from jaxdecoder.config import Config
 from jaxdecoder.data import batches, tokenizers
@@ -135,7 +135,7 @@ def _shapes(config: Config, program: Program, members: int, per_call: int) -> An
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     each = (
         jax.eval_shape(partial(init_state, config)),
-        jax.eval_shape(partial(values_of, config)),
+        jax.eval_shape(partial(arrays_of, config)),
         batches.Batch(tokens, tokens, jax.ShapeDtypeStruct(shape, jnp.float32)),  # type: ignore[arg-type]
     )
     return jax.tree.map(
@@ -165,6 +165,8 @@ class _Together:
         self.longest = max(members, key=lambda config: config.train.steps)
         self.diverged: list[int | None] = [None] * len(members)
         self.best = [math.inf] * len(members)
+        self.evaluated = 0
+        """The step of the last evaluation."""
         self.seconds = 0.0
 
     def train(self, tell: Callable[[int], None]) -> list[Result]:
@@ -177,19 +179,19 @@ class _Together:
         manager = checkpoints.open_checkpoints(self.folder, keep=1)
         step, state = self._first_state(manager)
         self._recall(step)
-        values = self._place([values_of(config) for config in self.padded])
+        numbers = self._place([arrays_of(config) for config in self.padded])
         started = time.perf_counter() - self.seconds
         with checkpoints.full_disk_explained(self.folder):
             while step < t.steps:
                 end = min(boundary(step, self.longest), step + self.per_call)
                 batch = self._batches(step, end - step)
-                state, metrics = self.program.advance(state, values, batch)
+                state, metrics = self.program.advance(state, numbers, batch)
                 self._record(step, jax.tree.map(np.asarray, metrics))
                 self.seconds = time.perf_counter() - started
                 if end % t.evaluate_every == 0 or end == t.steps:
                     losses = self.evaluate(state, "validation", t.evaluation_batches)
                     self.seconds = time.perf_counter() - started
-                    self._record_validation(step, end, losses)
+                    self._record_validation(end, losses)
                 step = end
                 tell(sum(min(step, config.train.steps) for config in self.members))
                 if step % t.checkpoint_every == 0 and step < t.steps:
@@ -266,6 +268,8 @@ class _Together:
             for line in keep_metrics(run, step):
                 self.seconds = max(self.seconds, line.get("seconds", 0.0))
                 self.best[i] = min(self.best[i], line.get("validation_loss", math.inf))
+                if "validation_loss" in line:
+                    self.evaluated = max(self.evaluated, line["step"])
                 if "diverged" in line:
                     self.diverged[i] = line["step"]
 
@@ -289,12 +293,13 @@ class _Together:
                         gradient_norm=float(metrics.gradient_norm[i, k]),
                     )
 
-    def _record_validation(self, before: int, step: int, losses: list[float]) -> None:
+    def _record_validation(self, step: int, losses: list[float]) -> None:
         for i, (config, loss) in enumerate(zip(self.members, losses, strict=True)):
-            if self.diverged[i] is None and before < config.train.steps:
+            if self.diverged[i] is None and self.evaluated < config.train.steps:
                 self.best[i] = min(self.best[i], loss)
                 at = min(step, config.train.steps)
                 self._write(i, at, validation_loss=loss, seconds=self.seconds)
+        self.evaluated = step
 
     def _write(self, i: int, step: int, **metrics: Any) -> None:
         with (self.runs[i] / "metrics.jsonl").open("a", encoding="utf-8") as file:

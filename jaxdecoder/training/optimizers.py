@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from jaxdecoder.config import OptimizerConfig
+from jaxdecoder.config import Config, OptimizerConfig
+
+
+class Numbers(NamedTuple):
+    """Numbers of a run that its compiled step takes as arguments as well as it takes constants.
+
+    Members of a population share a program and have each their own; see `ablation.population`.
+    """
+
+    learning_rate: Any
+    adam_learning_rate: Any
+    weight_decay: Any
+    steps: Any
+    seed: Any
+
+
+def numbers_of(config: Config) -> Numbers:
+    """Those of a config."""
+    o = config.optimizer
+    adam = o.learning_rate if o.adam_learning_rate is None else o.adam_learning_rate
+    return Numbers(o.learning_rate, adam, o.weight_decay, config.train.steps, config.train.seed)
 
 
 def constant(c: OptimizerConfig, progress: Any) -> Any:
@@ -42,12 +62,8 @@ SCHEDULES: dict[str, Callable[[OptimizerConfig, Any], Any]] = {
 """From the progress after the warm-up, 0 to 1, to a share of the peak."""
 
 
-def make_schedule(c: OptimizerConfig, steps: Any, peak: Any = None) -> optax.Schedule:
-    """Learning rate as a function of the step: a linear warm-up, then the named shape.
-
-    `steps` and the rates may be traced, so that the members of a population each have their own.
-    """
-    peak = c.learning_rate if peak is None else peak
+def make_schedule(c: OptimizerConfig, steps: Any, peak: Any) -> optax.Schedule:
+    """Learning rate as a function of the step: a linear warm-up, then the named shape."""
 
     def rate(step: Any) -> Any:
         after = jnp.clip((step - c.warmup_steps) / jnp.maximum(1, steps - c.warmup_steps), 0, 1)
@@ -60,21 +76,23 @@ def make_schedule(c: OptimizerConfig, steps: Any, peak: Any = None) -> optax.Sch
     return rate
 
 
-def adamw(c: OptimizerConfig, rate: optax.Schedule, steps: Any) -> optax.GradientTransformation:
+def adamw(
+    c: OptimizerConfig, numbers: Numbers, rate: optax.Schedule
+) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (arXiv 1711.05101)."""
     return optax.adamw(
-        rate, c.beta1, c.beta2, c.epsilon, weight_decay=c.weight_decay, mask=matrices
+        rate, c.beta1, c.beta2, c.epsilon, weight_decay=numbers.weight_decay, mask=matrices
     )
 
 
 def muon_and_adamw(
-    c: OptimizerConfig, rate: optax.Schedule, steps: Any
+    c: OptimizerConfig, numbers: Numbers, rate: optax.Schedule
 ) -> optax.GradientTransformation:
     """Muon, orthogonalised momentum, on the blocks' matrices; AdamW on the rest.
 
     Keller Jordan et al., 2024; the update is scaled by sqrt(max(1, fan_out / fan_in)).
     """
-    adam_rate = make_schedule(c, steps, c.adam_learning_rate)
+    adam_rate = make_schedule(c, numbers.steps, numbers.adam_learning_rate)
     rule = muon(
         rate,
         beta=c.beta1,
@@ -86,37 +104,41 @@ def muon_and_adamw(
     # Its own decay would reach the norms and biases of the AdamW side.
     return optax.chain(
         rule,
-        optax.masked(_decay(rate, c.weight_decay), block_matrices),
-        optax.masked(_decay(adam_rate, c.weight_decay), _other_matrices),
+        optax.masked(_decay(rate, numbers.weight_decay), block_matrices),
+        optax.masked(_decay(adam_rate, numbers.weight_decay), _other_matrices),
     )
 
 
-def lion(c: OptimizerConfig, rate: optax.Schedule, steps: Any) -> optax.GradientTransformation:
+def lion(
+    c: OptimizerConfig, numbers: Numbers, rate: optax.Schedule
+) -> optax.GradientTransformation:
     """Sign of an interpolated momentum (arXiv 2302.06675)."""
-    return optax.lion(rate, c.beta1, c.beta2, weight_decay=c.weight_decay, mask=matrices)
+    return optax.lion(rate, c.beta1, c.beta2, weight_decay=numbers.weight_decay, mask=matrices)
 
 
-def adafactor(c: OptimizerConfig, rate: optax.Schedule, steps: Any) -> optax.GradientTransformation:
+def adafactor(
+    c: OptimizerConfig, numbers: Numbers, rate: optax.Schedule
+) -> optax.GradientTransformation:
     """Adam with factored second moments (arXiv 1804.04235); the lean one in memory.
 
     Its own clipping by update size and relative step sizes are left at their defaults.
     """
     return optax.chain(
         optax.adafactor(rate, min_dim_size_to_factor=64),
-        optax.masked(_decay(rate, c.weight_decay), matrices),
+        optax.masked(_decay(rate, numbers.weight_decay), matrices),
     )
 
 
-def sgd(c: OptimizerConfig, rate: optax.Schedule, steps: Any) -> optax.GradientTransformation:
+def sgd(c: OptimizerConfig, numbers: Numbers, rate: optax.Schedule) -> optax.GradientTransformation:
     """Gradient descent with Nesterov momentum beta1."""
     return optax.chain(
         optax.sgd(rate, momentum=c.beta1 or None, nesterov=c.beta1 > 0),
-        optax.masked(_decay(rate, c.weight_decay), matrices),
+        optax.masked(_decay(rate, numbers.weight_decay), matrices),
     )
 
 
 OPTIMIZERS: dict[
-    str, Callable[[OptimizerConfig, optax.Schedule, Any], optax.GradientTransformation]
+    str, Callable[[OptimizerConfig, Numbers, optax.Schedule], optax.GradientTransformation]
 ] = {
     "adamw": adamw,
     "muon": muon_and_adamw,
@@ -126,9 +148,10 @@ OPTIMIZERS: dict[
 }
 
 
-def make_optimizer(c: OptimizerConfig, steps: Any) -> optax.GradientTransformation:
+def make_optimizer(c: OptimizerConfig, numbers: Numbers) -> optax.GradientTransformation:
     """Clipping by global norm, then the named update rule under its schedule."""
-    rule = OPTIMIZERS[c.name](c, make_schedule(c, steps), steps)
+    rate = make_schedule(c, numbers.steps, numbers.learning_rate)
+    rule = OPTIMIZERS[c.name](c, numbers, rate)
     clip = optax.clip_by_global_norm(c.gradient_clip) if c.gradient_clip else optax.identity()
     return optax.chain(clip, rule)
 
@@ -162,7 +185,7 @@ def _dimension_numbers(params: Any) -> Any:
     )
 
 
-def _decay(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+def _decay(rate: optax.Schedule, weight_decay: Any) -> optax.GradientTransformation:
     """Subtracts rate x weight_decay x the parameters."""
 
     def init(params: Any) -> optax.ScaleByScheduleState:

@@ -14,7 +14,7 @@ from jaxdecoder.config import Config
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.decoder import Decoder
 from jaxdecoder.training.losses import summed_cross_entropy
-from jaxdecoder.training.optimizers import make_optimizer, make_schedule
+from jaxdecoder.training.optimizers import Numbers, make_optimizer, make_schedule, numbers_of
 
 
 class State(NamedTuple):
@@ -60,7 +60,7 @@ def init_state(config: Config, key: jax.Array | None = None) -> State:
 
 def state_of(config: Config, params: Any) -> State:
     """The state at step 0 of a run that starts from these weights."""
-    optimizer = make_optimizer(config.optimizer, config.train.steps).init(params)
+    optimizer = make_optimizer(config.optimizer, numbers_of(config)).init(params)
     # A copy: the state is donated to every call, and no buffer may be given away twice.
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else ()
     return State(jnp.zeros((), jnp.int32), params, optimizer, ema)
@@ -71,11 +71,12 @@ def evaluated_params(state: State) -> Any:
     return state.ema if state.ema != () else state.params
 
 
-def make_step(config: Config) -> Step:
-    """The pure train step of a config."""
+def make_step(config: Config, numbers: Numbers | None = None) -> Step:
+    """The pure train step of a config; `numbers`, which may be traced, stand in for its own."""
+    n = numbers_of(config) if numbers is None else numbers
     decoder = make_decoder(config)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    schedule = make_schedule(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, n)
+    schedule = make_schedule(config.optimizer, n.steps, n.learning_rate)
     accumulation = config.train.gradient_accumulation
 
     def gradients(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any]:
@@ -102,7 +103,7 @@ def make_step(config: Config) -> Step:
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         # A step's randomness depends on the seed and the step alone, so a run can stop anywhere.
-        key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state.step)
+        key = jax.random.fold_in(jax.random.key(n.seed + 1), state.step)
         total, grads = gradients(state.params, batch, key)
         count = jnp.maximum(jnp.sum(batch.weights), 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)

@@ -1,0 +1,234 @@
+"""Members that train together are the runs they would be alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxdecoder.ablation import population
+from jaxdecoder.ablation.population import MAPPINGS, most_at_once, program_key
+from jaxdecoder.ablation.training import train_members
+from jaxdecoder.config import load
+from jaxdecoder.errors import UserError
+from jaxdecoder.training.loop import train
+from jaxdecoder.training.runs import load_model
+from tests.runs import losses, script, write_config
+
+STEPS = 50
+
+
+def member(folder: Path, name: str, *overrides: str):
+    """The config of a member in a folder that `write_config` has been to."""
+    fixed = (
+        "--train.steps",
+        str(STEPS),
+        "--train.evaluate-every",
+        "25",
+        "--train.checkpoint-every",
+        "25",
+    )
+    return load(folder / "tiny.toml", [*fixed, "--train.out", str(folder / name), *overrides])
+
+
+OWN = {
+    "plain": (),
+    "seed": ("--train.seed", "3", "--optimizer.learning-rate", "3e-3"),
+    "short": (
+        *("--optimizer.weight-decay", "0.5", "--model.init-std", "0.05", "--train.steps", "30"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """A folder with members that differ in all that members may differ in, trained together."""
+    folder = tmp_path_factory.mktemp("together")
+    write_config(folder)
+    configs = [member(folder, name, *changes) for name, changes in OWN.items()]
+    assert len({program_key(config) for config in configs}) == 1
+    return folder, configs, train_members(configs, folder)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_member_equals_its_solo_run(together, tmp_path, name):
+    folder, configs, results = together
+    write_config(tmp_path)
+    solo = train(member(tmp_path, "solo", *OWN[name], "--data.cache", configs[0].data.cache))
+    found, expected = losses(folder / name), losses(tmp_path / "solo")
+    assert found.keys() == expected.keys()
+    for key in expected:
+        assert found[key] == pytest.approx(expected[key], abs=1e-4, rel=1e-4), key
+    summary = results[list(OWN).index(name)].summary
+    for key in ("validation_loss", "train_loss", "steps", "parameters", "bits_per_byte"):
+        assert summary[key] == pytest.approx(solo[key], abs=1e-4)
+
+
+def test_a_member_is_a_run_like_any_other(together):
+    folder, _, _ = together
+    model = load_model(folder / "short")
+    assert model.step == 30
+    assert model.config.train.steps == 30
+    went_on = member(folder, "went-on", "--train.init-from", str(folder / "seed"))
+    assert (
+        train(went_on)["train_loss"]
+        < json.loads((folder / "seed/summary.json").read_text())["train_loss"]
+    )
+
+
+def test_members_at_once_are_members_one_after_another(together, tmp_path, monkeypatch):
+    folder, configs, _ = together
+    monkeypatch.setitem(MAPPINGS, "cpu", MAPPINGS["gpu"])
+    write_config(tmp_path)
+    cache = ("--data.cache", configs[0].data.cache)
+    names = ("plain", "short")
+    train_members([member(tmp_path, n, *OWN[n], *cache) for n in names], tmp_path)
+    for name in names:
+        found, expected = losses(tmp_path / name), losses(folder / name)
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert found[key] == pytest.approx(expected[key], abs=1e-4, rel=1e-4), key
+
+
+def test_a_diverging_member_is_marked_and_harms_no_other(together, tmp_path):
+    folder, configs, _ = together
+    write_config(tmp_path)
+    cache = ("--data.cache", configs[0].data.cache)
+    wild = member(tmp_path, "wild", "--optimizer.learning-rate", "1e20", *cache)
+    calm = member(tmp_path, "plain", *cache)
+    marked, fine = train_members([wild, calm], tmp_path)
+    assert 1 <= marked.summary["diverged_at"] <= STEPS
+    assert marked.summary["validation_loss"] is None
+    assert fine.summary["diverged_at"] is None
+    for key, value in losses(tmp_path / "plain").items():
+        assert value == pytest.approx(losses(folder / "plain")[key], abs=1e-6)
+    steps = [step for step, name in losses(tmp_path / "wild") if name == "train_loss"]
+    assert max(steps, default=0) < marked.summary["diverged_at"]
+
+
+def test_members_that_differ_in_more_have_programs_of_their_own(tmp_path):
+    write_config(tmp_path)
+    plain = program_key(member(tmp_path, "a"))
+    for change in (
+        ("--model.norm", "none"),
+        ("--train.batch-size", "4"),
+        ("--optimizer.name", "lion"),
+        ("--optimizer.beta1", "0.8"),
+    ):
+        assert program_key(member(tmp_path, "a", *change)) != plain
+
+
+class TestMemory:
+    def test_takes_as_many_as_fit(self):
+        asked = []
+
+        def need(members):
+            asked.append(members)
+            return 100 + 10 * members
+
+        assert most_at_once(need, 7, 200, 1, "x") == 7
+        assert most_at_once(need, 32, 200, 1, "x") == 10
+        # Two devices: a multiple of two.
+        assert most_at_once(need, 31, 200, 2, "x") == 10
+        assert asked == [7, 32, 1, 32, 2]
+
+    def test_refuses_a_member_that_does_not_fit(self, tmp_path):
+        write_config(tmp_path)
+        with pytest.raises(UserError, match=r"one member needs .* GB and 0\.00 GB are available"):
+            train_members([member(tmp_path, "a")], tmp_path, available=100_000)
+
+    def test_is_what_the_compiler_counts(self, tmp_path, monkeypatch):
+        """With room for two of three members, two train and then one, with the same results."""
+        write_config(tmp_path)
+        needed = {}
+        count = population.memory_needed
+
+        def spy(compiled):
+            needed[len(needed)] = count(compiled)
+            return count(compiled)
+
+        monkeypatch.setattr("jaxdecoder.ablation.training.memory_needed", spy)
+        folders = [tmp_path / "all", tmp_path / "two"]
+        for folder in folders:
+            folder.mkdir()
+            write_config(folder)
+
+        def seeds(folder):
+            changes = ("--train.steps", "8", "--train.seed")
+            return [member(folder, f"seed{i}", *changes, str(i)) for i in range(3)]
+
+        train_members(seeds(folders[0]), folders[0])
+        train_members(seeds(folders[1]), folders[1], available=needed[0] - 1)
+        assert [len(list(f.glob("programs/*/*"))) for f in folders] == [1, 2]
+        for config in seeds(folders[0]):
+            name = Path(config.train.out).name
+            assert losses(folders[0] / name) == losses(folders[1] / name)
+
+
+ABLATION = """
+base = "tiny.toml"
+seeds = 2
+learning_rates = [1e-2, 3e-3]
+claims = ["norm=layernorm beats norm=none"]
+[overrides]
+train.steps = 200
+train.checkpoint_every = 20
+train.evaluate_every = 50
+[factors]
+model.norm = ["layernorm", "none"]
+"""
+
+
+def test_an_ablation_killed_at_any_moment_ends_as_the_undisturbed_one(tmp_path):
+    write_config(tmp_path)
+    (tmp_path / "x.toml").write_text(ABLATION)
+    reference, killed = tmp_path / "reference", tmp_path / "killed"
+    process = script("ablate.py", tmp_path / "x.toml", "--out", reference)
+    assert process.returncode == 0, process.output
+
+    for lines in (60, 500):
+        process = script("ablate.py", tmp_path / "x.toml", "--out", killed, wait=False)
+        while lines_written(killed) < lines and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+    assert 0 < lines_written(killed) < lines_written(reference)
+    process = script("ablate.py", tmp_path / "x.toml", "--out", killed)
+    assert process.returncode == 0, process.output
+    for run in sorted((reference / "members").iterdir()):
+        assert losses(killed / "members" / run.name) == losses(run)
+    assert verdict_lines(killed) == verdict_lines(reference)
+
+    before = {path: path.stat().st_mtime_ns for path in (killed / "members").rglob("*.jsonl")}
+    process = script("ablate.py", tmp_path / "x.toml", "--out", killed)
+    assert process.returncode == 0, process.output
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def lines_written(out: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in out.glob("members/*/metrics.jsonl"))
+
+
+def verdict_lines(out: Path) -> list[str]:
+    lines = (out / "report.md").read_text().splitlines()
+    found = [line for line in lines if line.startswith("- **")]
+    assert found
+    return found
+
+
+def test_the_report_needs_nothing_beside_it(tmp_path):
+    write_config(tmp_path)
+    (tmp_path / "x.toml").write_text(ABLATION.replace("= 200", "= 20"))
+    process = script("ablate.py", tmp_path / "x.toml", "--out", tmp_path / "out")
+    assert process.returncode == 0, process.output
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "http" not in page
+    assert page.count("data:image/png;base64,") == 2
+    for expected in ("norm=layernorm beats norm=none", "Holm", "t interval", "80% of the time"):
+        assert expected in page
+    assert "python ablate.py" in page
+    table = (tmp_path / "out" / "results.csv").read_text().splitlines()
+    assert len(table) == 1 + 2 * 2 * 2
+    assert table[0].startswith("model.norm,learning_rate,seed,validation_loss")
