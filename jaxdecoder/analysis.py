@@ -60,7 +60,19 @@ PLACEMENT_NORMS: dict[str, Callable[[int], int]] = {
 HIDDEN_MATRICES: dict[str, int] = {
     name: 2 if activation.gated else 1 for name, activation in ACTIVATIONS.items()
 }
-"""Matrices from d_model to d_ff; one leads back."""
+"""Matrices from d_model to d_ff; one leads back, with `feed_forward_projection`."""
+
+
+def feed_forward_weights(c: ModelConfig) -> int:
+    """The matrices of one feed-forward branch, if there is one."""
+    matrices = HIDDEN_MATRICES[c.activation] + c.feed_forward_projection
+    return c.feed_forward * matrices * c.d_model * _d_ff(c)
+
+
+def feed_forward_parameters(c: ModelConfig) -> int:
+    """Those matrices and their biases."""
+    biases = HIDDEN_MATRICES[c.activation] * _d_ff(c) + c.feed_forward_projection * c.d_model
+    return feed_forward_weights(c) + c.feed_forward * c.bias * biases
 
 
 class AttentionCosts(NamedTuple):
@@ -118,14 +130,11 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     c, vocab_size = config.resolve(), _vocab_size(config)
     branches = 2 if c.feed_forward else 1
     block_norms = c.n_layers * PLACEMENT_NORMS[c.norm_placement](branches)
-    d_ff = _d_ff(c)
-    hidden = HIDDEN_MATRICES[c.activation]
-    feed_forward = (hidden + 1) * c.d_model * d_ff + c.bias * (hidden * d_ff + c.d_model)
     counts = {
         "embedding": vocab_size * c.d_model,
         "positions": POSITION_PARAMETERS[c.position](c),
         "attention": _over_layers(c, lambda costs: costs.parameters(c)),
-        "feed_forward": c.feed_forward * c.n_layers * feed_forward,
+        "feed_forward": c.n_layers * feed_forward_parameters(c),
         "norms": (block_norms + 1) * NORM_PARAMETERS[c.norm](c),
         "head": 0 if c.tie_embeddings else (c.d_model + c.head_bias) * vocab_size,
     }
@@ -141,7 +150,6 @@ def forward_flops(
     """
     c, vocab_size = config.resolve(), _vocab_size(config)
     _, width, _ = _widths(c)
-    feed_forward = c.feed_forward * (HIDDEN_MATRICES[c.activation] + 1) * c.d_model * _d_ff(c)
 
     def pairs(costs: AttentionCosts) -> int:
         return tokens * (start + tokens) if dense else costs.pairs(c, tokens, start)
@@ -150,7 +158,7 @@ def forward_flops(
         "attention_projections": 2 * tokens * _over_layers(c, lambda costs: costs.weights(c)),
         # A pair is one product for its score and one for its value.
         "attention": 2 * 2 * width * _over_layers(c, pairs),
-        "feed_forward": 2 * tokens * c.n_layers * feed_forward,
+        "feed_forward": 2 * tokens * c.n_layers * feed_forward_weights(c),
         "head": 2 * tokens * c.d_model * vocab_size,
     }
     return {**flops, "total": sum(flops.values())}

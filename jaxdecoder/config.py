@@ -71,7 +71,8 @@ class ModelConfig:
     d_head: Positive | None = None
     """Width of a head. Left out: d_model / n_heads."""
     d_ff: Positive | None = None
-    """Hidden width of the feed-forward. Left out: 4 d_model, or 8/3 d_model for gated units."""
+    """Hidden width of the feed-forward. Left out: 4 d_model, or 8/3 d_model for gated units, or
+    d_model without a projection."""
     dropout: Fraction = 0.0
     """Dropped share of attention weights, attention outputs and feed-forward outputs."""
 
@@ -127,6 +128,8 @@ class ModelConfig:
     """Project the concatenated heads back to d_model."""
     feed_forward: bool = True
     """Have a feed-forward branch at all."""
+    feed_forward_projection: bool = True
+    """Project the feed-forward's hidden units back to d_model; without, they are d_model wide."""
 
     initializer: Initializer = "scaled"
     """normal: N(0, init_std); scaled: GPT-2's, residual outputs divided by sqrt(2 n_layers);
@@ -191,6 +194,13 @@ class ModelConfig:
                 f"the heads are {self.n_heads} x {head} wide, and without a projection they "
                 f"must be model.d_model = {self.d_model} wide together",
             )
+        if not self.feed_forward_projection and self.d_ff not in (None, self.d_model):
+            raise ConfigError(
+                "model.d_ff",
+                self.d_ff,
+                "with model.feed_forward_projection = false the hidden units are the output, and "
+                f"must be model.d_model = {self.d_model} wide; that, or leaving it out, would do",
+            )
 
     def _check_rotary_width(self, head: int) -> None:
         exact = head * self.rope_fraction
@@ -216,9 +226,13 @@ class ModelConfig:
 
     def resolve(self) -> ModelConfig:
         """This config with every derived field filled in (vocab_size stays as given)."""
-        gated = self.activation in GATED
-        # Gated units have three matrices; 8/3 keeps their parameters those of a 4x plain one.
-        d_ff = 8 * self.d_model // 3 if gated else 4 * self.d_model
+        if not self.feed_forward_projection:
+            d_ff = self.d_model
+        elif self.activation in GATED:
+            # Three matrices; 8/3 keeps their parameters those of the two of a 4x plain one.
+            d_ff = 8 * self.d_model // 3
+        else:
+            d_ff = 4 * self.d_model
         return dataclasses.replace(
             self,
             n_kv_heads=self.n_kv_heads or self.n_heads,

@@ -207,10 +207,12 @@ def added_position(c, params, t):
 
 
 def feed_forward(c, p, x):
-    """down(f(up(x))), or down(f(gate(x)) * up(x))."""
+    """down(f(up(x))), or down(f(gate(x)) * up(x)); without a projection there is no down."""
     if c.activation in GATES:
-        return linear(p["down"], GATES[c.activation](linear(p["gate"], x)) * linear(p["up"], x))
-    return linear(p["down"], ACTIVATIONS[c.activation](linear(p["up"], x)))
+        hidden = GATES[c.activation](linear(p["gate"], x)) * linear(p["up"], x)
+    else:
+        hidden = ACTIVATIONS[c.activation](linear(p["up"], x))
+    return linear(p["down"], hidden) if c.feed_forward_projection else hidden
 
 
 def norm(c, p, x):

@@ -120,8 +120,12 @@ class TestParameters:
             assert analysis.parameters(config)["total"] == held(config), config
 
     def test_are_those_of_the_arrays_for_every_activation(self):
-        for activation, bias in itertools.product(ACTIVATIONS, (False, True)):
-            config = small(activation=activation, bias=bias)
+        for activation, bias, projects in itertools.product(
+            ACTIVATIONS, (False, True), (False, True)
+        ):
+            config = small(
+                activation=activation, bias=bias, feed_forward_projection=projects, d_ff=None
+            )
             assert analysis.parameters(config)["total"] == held(config), config
 
     def test_of_relative_biases_are_one_a_head_and_bucket_in_every_layer(self):
@@ -166,9 +170,16 @@ class TestFlops:
             norm="rmsnorm",
             n_layers=1,
         ),
+        small(
+            attention_implementation="reference",
+            feed_forward_projection=False,
+            d_ff=None,
+            activation="geglu",
+            norm_placement="parallel",
+        ),
     )
 
-    @pytest.mark.parametrize("config", CASES, ids=["plain", "modern", "bare"])
+    @pytest.mark.parametrize("config", CASES, ids=["plain", "modern", "bare", "unprojected"])
     def test_are_those_of_the_traced_programs(self, config):
         decoder, batch, length = Decoder(config), 3, config.context_length
         params = shapes(config)

@@ -84,6 +84,13 @@ def test_gated_units_keep_the_parameters_of_plain_ones():
     assert 2 * plain == 3 * gated
 
 
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+def test_a_feed_forward_without_projection_is_as_wide_as_the_model(activation):
+    model = ModelConfig(d_model=384, activation=activation, feed_forward_projection=False)
+    assert model.resolve().d_ff == 384
+    assert dataclasses.replace(model, d_ff=384).resolve().d_ff == 384
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -123,6 +130,11 @@ def test_gated_units_keep_the_parameters_of_plain_ones():
         (
             '[model]\nattention = "fixed_sparse"\nattention_block = 4\nattention_globals = 5',
             "for fixed_sparse these are tokens of a block, and model.attention_block = 4 has no",
+        ),
+        (
+            "[model]\nd_ff = 1536\nfeed_forward_projection = false",
+            "model.d_ff = 1536: with model.feed_forward_projection = false the hidden units are "
+            "the output, and must be model.d_model = 384 wide",
         ),
         ("[model]\nattention_dilation = 0", "model.attention_dilation = 0: should be greater"),
         (

@@ -29,6 +29,8 @@ from jaxdecoder.layers.positions import POSITIONS
 
 SWITCHED = [
     small(residual=False, attention_projection=False, head_bias=True, norm_epsilon=1e-3),
+    small(feed_forward_projection=False, d_ff=None, activation="relu"),
+    small(feed_forward_projection=False, d_ff=16, activation="swiglu", bias=False),
     small(feed_forward=False, bias=False, tie_embeddings=True, norm_placement="parallel"),
     small(
         position="rope",
@@ -501,6 +503,7 @@ class TestRefusals:
             ({"position": "t5", "position_max_distance": 2}, "model.position_max_distance"),
             ({"attention": "fixed_sparse", "attention_globals": 4}, "model.attention_globals"),
             ({"attention_projection": False, "d_head": 5}, "model.attention_projection"),
+            ({"feed_forward_projection": False, "d_ff": 24}, "model.d_ff"),
         ],
     )
     def test_of_a_config_name_its_key(self, changes, key):

@@ -43,7 +43,10 @@ ACTIVATIONS: dict[str, ActivationFunction] = {
 
 
 class FeedForward(nn.Module):
-    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) for gated units."""
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) for gated units.
+
+    `feed_forward_projection = false` leaves out down.
+    """
 
     config: ModelConfig
     dtype: Any = jnp.float32
@@ -58,6 +61,8 @@ class FeedForward(nn.Module):
             hidden = activation.function(inner(name="gate")(x)) * inner(name="up")(x)
         else:
             hidden = activation.function(inner(name="up")(x))
+        if not c.feed_forward_projection:
+            return hidden
         down = linear(
             c, c.d_ff, c.d_model, bias=c.bias, dtype=self.dtype, residual_output=True, name="down"
         )
