@@ -1,36 +1,66 @@
-"""The page on variants tells of each of them."""
+"""The page on variants tells of each of them, and shows it."""
 
 import re
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.norms import NORMS
 from jaxdecoder.layers.positions import POSITIONS
+from tests.runs import script
 
-PAGE = (Path(__file__).parent.parent / "docs" / "variants.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parent.parent / "docs"
+PICTURES = DOCS / "pictures"
+PAGE = (DOCS / "variants.md").read_text(encoding="utf-8")
 FAMILIES = {
     "Positions": ("position", POSITIONS),
     "Norms": ("norm", NORMS),
     "Placements": ("norm_placement", PLACEMENTS),
     "Activations": ("activation", ACTIVATIONS),
     "Attentions": ("attention", ATTENTIONS),
+    "Layouts": ("layout", LAYOUTS),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_entry_has_its_paragraph_in_the_order_of_its_dict(family):
+def test_every_entry_has_its_paragraph_and_picture_in_the_order_of_its_dict(family):
     field, entries = FAMILIES[family]
     section = re.search(
         rf"^## {family}\n+`(\w+)`: (.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE
     )
     assert section is not None
     assert section[1] == field
-    assert re.findall(r"^\*\*`(\w+)`\*\* ", section[2], re.MULTILINE) == list(entries)
+    paragraph = r"^\*\*`(\w+)`\*\* "
+    assert re.findall(paragraph, section[2], re.MULTILINE) == list(entries)
+    # A picture is a line of its own below the paragraph.
+    shown = re.findall(
+        paragraph + r"(?:.+\n)+\n!\[.+\]\(pictures/(.+)\)\n", section[2], re.MULTILINE
+    )
+    assert shown == [(entry, f"{field}_{entry}.svg") for entry in entries]
+
+
+def test_pictures_are_those_that_the_page_shows():
+    shown = set(re.findall(r"\(pictures/(.+?)\)", PAGE))
+    assert {path.name for path in PICTURES.iterdir()} == shown
+    assert max(path.stat().st_size for path in PICTURES.iterdir()) < 25_000
+
+
+def test_pictures_are_up_to_date(tmp_path):
+    # In a process where types are not checked: stand-ins for arrays pass through the placements.
+    process = script("-m", "docs.draw", tmp_path)
+    assert process.returncode == 0, process.output
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    kept = {path.name: path.read_text() for path in PICTURES.iterdir()}
+    assert drawn.keys() == kept.keys()
+    for name, picture in drawn.items():
+        if f"Matplotlib v{matplotlib.__version__}," in kept[name]:
+            assert picture == kept[name], f"{name} is out of date: python -m docs.draw"
 
 
 def test_fields_it_names_exist():
