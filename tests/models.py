@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import strategies as st
 
 from jaxdecoder import Decoder
 from jaxdecoder.config import ModelConfig
@@ -92,6 +93,61 @@ def covering_configs():
         )
         for (norm, placement), (position, attention), activation in rows
     ]
+
+
+SWITCHES = (
+    "tie_embeddings",
+    "bias",
+    "qkv_bias",
+    "head_bias",
+    "qk_norm",
+    "residual",
+    "feed_forward",
+    "feed_forward_projection",
+)
+
+
+def any_config(draw, turns=2):
+    """A random small config that is allowed, its attention pattern repeated up to `turns` times.
+
+    No token sees itself alone, no norm has but the sign of a number left to tell, and no cap is
+    reached: there is a gradient to everything but a relu's closed units.
+    """
+    n_heads = draw(st.sampled_from([1, 2, 4]))
+    width = draw(st.sampled_from([4, 6]))
+    projects = draw(st.booleans())
+    pattern = draw(st.lists(st.sampled_from(list(ATTENTIONS)), min_size=1, max_size=2))
+    switches = {name: draw(st.booleans()) for name in SWITCHES}
+    switches["head_bias"] &= not switches["tie_embeddings"]  # refused together
+    block = draw(st.integers(2, 5))
+    norm = draw(st.sampled_from(list(NORMS)))
+    d_ff = draw(st.none() | st.integers(6, 30))
+    return ModelConfig(
+        vocab_size=draw(st.integers(2, 20)),
+        context_length=draw(st.integers(6, 12)),
+        d_model=draw(st.integers(4, 20)) if projects else n_heads * width,
+        n_layers=len(pattern) * draw(st.integers(1, turns)),
+        n_heads=n_heads,
+        n_kv_heads=draw(st.sampled_from([n for n in (1, 2, 4) if n_heads % n == 0])),
+        d_head=width,
+        d_ff=d_ff if switches["feed_forward_projection"] else None,
+        position=draw(st.sampled_from(list(POSITIONS))),
+        rope_fraction=draw(st.sampled_from([1.0, 2 / width])),
+        rope_scaling=draw(st.sampled_from([1.0, 4.0])),
+        position_buckets=4,
+        position_max_distance=draw(st.integers(3, 6)),
+        norm=norm,
+        norm_placement=draw(st.sampled_from(list(PLACEMENTS))),
+        activation=draw(st.sampled_from(list(ACTIVATIONS))),
+        attention=tuple(pattern),
+        attention_window=draw(st.integers(2, 6)),
+        attention_dilation=draw(st.integers(1, 2)),
+        attention_globals=draw(st.integers(0, block)),
+        attention_block=block,
+        attention_projection=projects,
+        logit_softcap=None if norm == "none" else draw(st.sampled_from([None, 5.0])),
+        **switches,
+    )
 
 
 def halves(items):

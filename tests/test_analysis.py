@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import shapes, small
+from models import any_config, shapes, small
 
 from jaxdecoder import Decoder, analysis
-from jaxdecoder.config import ConfigError, ModelConfig, choices, load
+from jaxdecoder.config import ConfigError, ModelConfig, load
 from jaxdecoder.decoder import empty_cache
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
@@ -290,44 +290,6 @@ class TestCommand:
         with pytest.raises(SystemExit):
             self.run(monkeypatch, capsys)
         assert "usage" in capsys.readouterr().err
-
-
-def any_config(draw):
-    """A random small config that is allowed."""
-    n_heads = draw(st.sampled_from([1, 2, 4]))
-    width = draw(st.sampled_from([2, 4, 6]))
-    projects = draw(st.booleans())
-    pattern = draw(st.lists(st.sampled_from(list(ATTENTIONS)), min_size=1, max_size=2))
-    switches = {
-        name: draw(st.booleans())
-        for name in (
-            "tie_embeddings",
-            "bias",
-            "qkv_bias",
-            "head_bias",
-            "qk_norm",
-            "residual",
-            "feed_forward",
-        )
-    }
-    switches["head_bias"] &= not switches["tie_embeddings"]  # refused together
-    return ModelConfig(
-        vocab_size=draw(st.integers(1, 20)),
-        context_length=draw(st.integers(2, 12)),
-        d_model=draw(st.integers(2, 20)) if projects else n_heads * width,
-        n_layers=len(pattern) * draw(st.integers(1, 2)),
-        n_heads=n_heads,
-        n_kv_heads=draw(st.sampled_from([n for n in (1, 2, 4) if n_heads % n == 0])),
-        d_head=width,
-        d_ff=draw(st.none() | st.integers(1, 30)),
-        position=draw(st.sampled_from(choices(ModelConfig, "position"))),
-        norm=draw(st.sampled_from(choices(ModelConfig, "norm"))),
-        norm_placement=draw(st.sampled_from(choices(ModelConfig, "norm_placement"))),
-        activation=draw(st.sampled_from(choices(ModelConfig, "activation"))),
-        attention=tuple(pattern),
-        attention_projection=projects,
-        **switches,
-    )
 
 
 PARTS = ("embedding", "positions", "attention", "feed_forward", "head")

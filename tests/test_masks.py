@@ -4,15 +4,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import naive
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 
+from jaxdecoder.config import ModelConfig
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.masks import EMPTY, FULL, PARTIAL
+from jaxdecoder.layers.attention import MASKS
 
 IDS = np.array([7] * 5 + [3] * 9 + [8] * 3 + [3] * 2 + [0] * 60)
 
@@ -32,10 +35,14 @@ DEFINITIONS = [
     (masks.diagonal(), lambda q, k: k == q),
     (masks.future(), lambda q, k: k >= q),
     (masks.sliding_window(5), lambda q, k: q - k < 5),
+    (masks.causal() & masks.sliding_window(1), lambda q, k: k == q),
+    (masks.sliding_window(99), lambda q, k: True),
     (masks.causal() & masks.sliding_window(5), lambda q, k: k in range(q - 4, q + 1)),
     (masks.first(3), lambda q, k: k in (0, 1, 2)),
+    (masks.first(99), lambda q, k: True),
     (masks.prefix(6), lambda q, k: max(q, k) < 6),
     (masks.causal() | masks.prefix(6), lambda q, k: k <= q or (k < 6 and q < 6)),
+    (masks.strided(1), lambda q, k: True),
     (masks.strided(4), lambda q, k: (q - k) % 4 == 0),
     (masks.strided(5), lambda q, k: (q - k) % 5 == 0),
     (masks.dilated(3, 4), lambda q, k: q - k in (8, 4, 0) or (q < k and (k - q) % 4 == 0)),
@@ -43,10 +50,15 @@ DEFINITIONS = [
     (masks.fixed_blocks(8, 2), lambda q, k: q // 8 == k // 8 or k % 8 in (6, 7)),
     (masks.fixed_blocks(6, 1), lambda q, k: q // 6 == k // 6 or k % 6 == 5),
     (masks.fixed_blocks(6, 0), lambda q, k: q // 6 == k // 6),
+    (masks.fixed_blocks(6, 6), lambda q, k: True),
     (masks.documents(IDS), lambda q, k: IDS[q] == IDS[k]),
     (masks.from_function(near_or_even), lambda q, k: abs(q - k) < 3 or k % 2 == 0),
     (~masks.first(3), lambda q, k: k >= 3),
     (~masks.nothing(), lambda q, k: True),
+    (
+        ~(masks.causal() & masks.first(4)) | masks.diagonal(),
+        lambda q, k: k > q or k >= 4 or k == q,
+    ),
     (
         masks.causal() & (masks.sliding_window(4) | masks.first(2)),
         lambda q, k: k <= q and (q - k < 4 or k < 2),
@@ -56,6 +68,33 @@ DEFINITIONS = [
 
 def dense(mask, q_length, k_length, q_offset=0):
     return np.asarray(mask(np.arange(q_length)[:, None] + q_offset, np.arange(k_length)[None]))
+
+
+def rules(mask):
+    """The rules and operators of an expression."""
+    operands = [x for x in mask.arguments if isinstance(x, masks.Mask)]
+    return {mask.rule}.union(*map(rules, operands))
+
+
+def test_every_rule_and_operator_is_among_the_definitions():
+    named = set().union(*(rules(mask) for mask, _ in DEFINITIONS))
+    assert named == {*masks.RULES, *masks.OPERATORS, "~"}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_mask_of_every_attention_is_the_definition_of_the_naive_decoder(name):
+    for window, dilation, first, block in ((1, 1, 0, 1), (3, 2, 1, 4), (5, 3, 2, 2), (99, 1, 9, 9)):
+        config = ModelConfig(
+            attention=name,
+            attention_window=window,
+            attention_dilation=dilation,
+            attention_globals=first,
+            attention_block=block,
+        )
+        expected = [
+            [k <= q and naive.VISIBLE[name](config, q, k) for k in range(19)] for q in range(19)
+        ]
+        assert dense(MASKS[name](config), 19, 19).tolist() == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""Whatever a config combines, the decoder trains, is causal, decodes with its cache, and costs what
+is counted."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import any_config, quick_jit, random_params, random_tokens, shapes
+from test_analysis import products
+from test_decoder import assert_close, decode
+
+from jaxdecoder import Decoder, analysis
+
+BATCH = 2
+
+
+@settings(max_examples=8)
+@given(st.data())
+def test_any_config_does_what_every_config_should(data):
+    check(any_config(data.draw, turns=1))
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(st.data())
+def test_very_many_configs_do(data):
+    check(any_config(data.draw))
+
+
+def check(config):
+    decoder, params = Decoder(config), random_params(config)
+    tokens = random_tokens(config, BATCH, config.context_length)
+    loss, gradients, logits = train(decoder, params, tokens)
+    assert np.isfinite(loss)
+    assert np.isfinite(logits).all()
+    has_gradients(config, gradients, tokens)
+    is_causal(config, lambda tokens: train(decoder, params, tokens)[2], tokens, logits)
+    start = jnp.zeros(BATCH, jnp.int32)
+    assert_close(decode(decoder, params, tokens, start, (config.context_length // 2,)), logits)
+    costs_what_is_counted(config, decoder)
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def train(decoder, params, tokens):
+    """The loss of predicting each row's tokens backwards, its gradients, and the logits."""
+
+    def loss(params):
+        losses = decoder.apply({"params": params}, tokens, tokens[:, ::-1], method="losses")
+        return losses.mean(), decoder.apply({"params": params}, tokens)
+
+    (value, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, gradients, logits
+
+
+def has_gradients(config, gradients, tokens):
+    """Every array of every layer has one, and every token that is there."""
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        names = [entry.key for entry in path]
+        assert np.isfinite(gradient).all(), names
+        if names == ["embedding"] and not config.tie_embeddings:
+            assert (gradient[np.unique(tokens)] != 0).any(axis=1).all()
+        elif not cancels(config, names):
+            layers = gradient.shape[0] if "blocks" in names else 1
+            assert (gradient.reshape(layers, -1) != 0).any(axis=1).all(), names
+
+
+def cancels(config, names):
+    """Whether softmax cancels what a parameter adds: the same to the scores of all keys."""
+    turned = config.position == "rope" or config.qk_norm
+    return names[-2:] == ["key", "bias"] and not turned
+
+
+def is_causal(config, logits_of, tokens, before):
+    for t in range(config.context_length):
+        changed = tokens.copy()
+        changed[0, t] = (changed[0, t] + 1) % config.vocab_size
+        after = logits_of(changed)
+        assert after[0, :t].tobytes() == before[0, :t].tobytes()
+        assert after[1].tobytes() == before[1].tobytes()
+        assert (after[0, t] != before[0, t]).any()
+
+
+def costs_what_is_counted(config, decoder):
+    params = shapes(config)
+    assert analysis.parameters(config)["total"] == sum(
+        math.prod(leaf.shape) for leaf in jax.tree.leaves(params)
+    )
+    decoder = Decoder(dataclasses.replace(config, attention_implementation="reference"))
+    tokens = jax.ShapeDtypeStruct((BATCH, config.context_length), jnp.int32)
+
+    def total(params, tokens):
+        return jnp.sum(decoder.apply({"params": params}, tokens))
+
+    forward = BATCH * analysis.forward_flops(config, config.context_length, dense=True)["total"]
+    assert products(jax.make_jaxpr(total)(params, tokens).jaxpr) == forward
+    assert products(jax.make_jaxpr(jax.grad(total))(params, tokens).jaxpr) == 3 * forward
