@@ -27,7 +27,7 @@ def test_any_config_does_what_every_config_should(data):
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data())
 def test_very_many_configs_do(data):
     check(any_config(data.draw))
