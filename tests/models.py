@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdecoder import Decoder
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import ConfigError, ModelConfig
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
@@ -76,9 +76,17 @@ def logits_of(decoder, params, tokens):
     return decoder.apply({"params": params}, tokens)
 
 
+# Choices that exclude each other, and the key that the refusal names.
+REFUSED = {
+    ("alibi", "linear"): "model.position",
+    ("t5", "linear"): "model.position",
+}
+
+
 def covering_configs():
     """Configs in which every entry of every component's dict occurs, and every pair of position and
-    attention, and every pair of norm and placement. Both layers have their own attention."""
+    attention that is not refused, and every pair of norm and placement. Both layers have their own
+    attention."""
     wirings = itertools.product(NORMS, PLACEMENTS)
     sights = itertools.product(POSITIONS, zip_cycled(*halves(list(ATTENTIONS))))
     rows = zip_cycled(list(wirings), list(sights), list(ACTIVATIONS))
@@ -87,11 +95,26 @@ def covering_configs():
             norm=norm,
             norm_placement=placement,
             position=position,
-            attention=attention,
             activation=activation,
+            **seeing(*(name for name in attention if (position, name) not in REFUSED)),
         )
         for (norm, placement), (position, attention), activation in rows
     ]
+
+
+def seeing(*attention):
+    """The fields for these attentions; linformer's blocks must divide the context."""
+    blocks = {"attention_block": 4, "attention_rank": 2} if "linformer" in attention else {}
+    return {"attention": attention, **blocks}
+
+
+def allowed(config):
+    """Whether nothing in this config's fields, given as a dict, excludes each other."""
+    try:
+        ModelConfig(**config)
+    except ConfigError:
+        return False
+    return True
 
 
 def halves(items):

@@ -1,12 +1,13 @@
 """Attention mechanisms: how the heads of a layer mix values over time.
 
-Most are masks in the mask algebra, and `MaskedMixing` serves them all.
+Most are masks in the mask algebra, and `MaskedMixing` serves them all. Those that are not have files
+of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,12 +15,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
-from jaxdecoder.kernels import masks, scores
+from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.flash import flash_attention
 from jaxdecoder.kernels.reference import attention
 from jaxdecoder.layers.cache import Cursor, KeysAndValues, Slots, extend
 from jaxdecoder.layers.dropout import Dropout, dropout_seed
 from jaxdecoder.layers.linear import linear
+from jaxdecoder.layers.linear_attention import LINEAR
+from jaxdecoder.layers.linformer import LINFORMER
+from jaxdecoder.layers.mechanism import Heads, Mechanism
 from jaxdecoder.layers.positions import POSITIONS
 
 
@@ -109,32 +113,6 @@ SLOTS: dict[str, Callable[[ModelConfig], Slots]] = {
 """What decoding under each of `MASKS` keeps."""
 
 
-class Heads(NamedTuple):
-    """What a mechanism mixes: the heads of a layer and how positions reach them."""
-
-    q: Float[Array, "batch time heads width"]
-    k: Float[Array, "batch time kv_heads width"]
-    v: Float[Array, "batch time kv_heads width"]
-    positions: Int[Array, "#batch time"]
-    """Of these tokens; negative ones are padding."""
-    rotate: Callable[[jax.Array], jax.Array]
-    """Turns queries or keys by their positions; the identity where positions do not rotate."""
-    score: scores.Score | None
-
-
-class Mechanism(NamedTuple):
-    """One way to mix values over time.
-
-    mixing: (config, name) -> module from (heads, cache, cursor, deterministic) to the mixed values
-        (batch, time, heads, width) and the cache. Without a cache it mixes within the heads given;
-        with one, these tokens follow what the cache holds, and it comes back with them in it.
-    empty_cache: (config, batch, dtype) -> the cache of one layer that has seen nothing.
-    """
-
-    mixing: Callable[..., Any]
-    empty_cache: Callable[[ModelConfig, int, Any], Any]
-
-
 class MaskedMixing(nn.Module):
     """Softmax attention under a mask (arXiv 1706.03762).
 
@@ -198,6 +176,8 @@ def masked(name: str) -> Mechanism:
 
 ATTENTIONS: dict[str, Mechanism] = {
     **{name: masked(name) for name in MASKS},
+    "linformer": LINFORMER,
+    "linear": LINEAR,
 }
 
 
