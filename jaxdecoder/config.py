@@ -190,7 +190,7 @@ class ModelConfig:
             raise ConfigError(
                 "model.position",
                 self.position,
-                "changes the score of each pair of tokens, and attention = \"linear\" never has "
+                'changes the score of each pair of tokens, and attention = "linear" never has '
                 f"one; {', '.join(would_do)} would do",
             )
         head = self.d_head or self.d_model // self.n_heads
@@ -216,14 +216,15 @@ class ModelConfig:
 
     def _check_blocks(self) -> None:
         block, context = self.attention_block, self.context_length
-        if context % block:
-            divisors = [n for n in range(1, context + 1) if context % n == 0]
+        if context % block or block == context:
+            divisors = [n for n in range(1, context) if context % n == 0]
             nearest = sorted(sorted(divisors, key=lambda n: abs(n - block))[:2])
             raise ConfigError(
                 "model.attention_block",
                 block,
-                f"linformer's blocks must divide model.context_length = {context}; "
-                f"{' or '.join(map(str, nearest))} would do",
+                f"linformer's blocks must divide model.context_length = {context}, in two at least; "
+                + (" or ".join(map(str, nearest)) or "nothing")
+                + " would do",
             )
         if self.attention_rank > block:
             raise ConfigError(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdecoder import Decoder
-from jaxdecoder.config import ConfigError, ModelConfig
+from jaxdecoder.config import ModelConfig
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
@@ -106,15 +106,6 @@ def seeing(*attention):
     """The fields for these attentions; linformer's blocks must divide the context."""
     blocks = {"attention_block": 4, "attention_rank": 2} if "linformer" in attention else {}
     return {"attention": attention, **blocks}
-
-
-def allowed(config):
-    """Whether nothing in this config's fields, given as a dict, excludes each other."""
-    try:
-        ModelConfig(**config)
-    except ConfigError:
-        return False
-    return True
 
 
 def halves(items):

@@ -340,9 +340,7 @@ RULES = {
         blocks=_fixed_blocks,
     ),
     "summaries": Rule(
-        lambda q, k, block, rank, start: (
-            (k >= start) & (k < start + rank * _quotient(q, block))
-        ),
+        lambda q, k, block, rank, start: (k >= start) & (k < start + rank * _quotient(q, block)),
         blocks=_summary_blocks,
     ),
     "documents": Rule(_same_document, blocks=_document_blocks),

@@ -71,7 +71,7 @@ class Slots(NamedTuple):
         """Positions in the slots once the next `time` tokens are written; negative: none."""
         newest = cursor.length + time - 1
         number = newest - (newest - jnp.arange(self.ring)) % self.ring
-        ring = jnp.where(number >= 0, number - cursor.start[:, None], -1)
+        ring = number - cursor.start[:, None]
         if not self.pinned:
             return ring
         last = (newest - cursor.start)[:, None]
@@ -106,7 +106,9 @@ def extend(
     """
     time = k.shape[1]
     new = KeysAndValues(*(x.swapaxes(1, 2).astype(cache.k.dtype) for x in (k, v)))
-    written = KeysAndValues(*(_write(*pair, cursor, slots) for pair in zip(cache, new, strict=True)))
+    written = KeysAndValues(
+        *(_write(*pair, cursor, slots) for pair in zip(cache, new, strict=True))
+    )
     if time == 1:
         return written, slots.visible(cursor, 1), written
     seen = KeysAndValues(*(jnp.concatenate(pair, 2) for pair in zip(cache, new, strict=True)))

@@ -211,9 +211,7 @@ def _add(
     x: Float[Array, "batch time kv_heads width"],
     projection: Float[Array, "rank block"],
     span: Spans,
-) -> tuple[
-    Float[Array, "batch kv_heads seen width"], Float[Array, "batch kv_heads slots width"]
-]:
+) -> tuple[Float[Array, "batch kv_heads seen width"], Float[Array, "batch kv_heads slots width"]]:
     """The sums of the blocks `span.seen`, and the slots with new tokens added to their blocks'."""
     batch, kv_heads, _, width = old.shape
     rank = projection.shape[0]
@@ -232,9 +230,7 @@ def _add(
     begun = jnp.where(goes_on[:, None, :, None, None], at(old, first % places), 0.0)
     fresh = fresh.at[:, :, :1].add(begun)
     which = span.after - first
-    new = jnp.where(
-        (which >= 0)[:, None, :, None, None], at(fresh, jnp.maximum(which, 0)), old
-    )
+    new = jnp.where((which >= 0)[:, None, :, None, None], at(fresh, jnp.maximum(which, 0)), old)
     seen = jnp.concatenate([old, fresh], axis=2)
     return tuple(y.reshape(batch, kv_heads, -1, width) for y in (seen, new))  # type: ignore
 
