@@ -222,7 +222,7 @@ class ModelConfig:
             raise ConfigError(
                 "model.attention_block",
                 block,
-                f"linformer's blocks must divide model.context_length = {context}, in two at least; "
+                f"linformer's blocks must divide model.context_length = {context}, two at least; "
                 + (" or ".join(map(str, nearest)) or "nothing")
                 + " would do",
             )

@@ -565,12 +565,9 @@ class TestRefusals:
             small(**changes)
 
     def test_of_pairs_name_the_key_and_the_reason(self):
-        assert {refused_key for refused_key in REFUSED.values()} == {"model.position"}
         for (position, attention), key in REFUSED.items():
             for pattern in (attention, ("full", attention)):
-                with pytest.raises(
-                    ConfigError, match=rf"^{key} = .*\"linear\" never has one; none,"
-                ):
+                with pytest.raises(ConfigError, match=rf'^{key} = .*"linear" never has one; none'):
                     small(position=position, **seeing(*np.atleast_1d(pattern).tolist()))
 
     def test_of_a_decoder_name_the_key(self):

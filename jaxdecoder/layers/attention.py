@@ -1,7 +1,6 @@
 """Attention mechanisms: how the heads of a layer mix values over time.
 
-Most are masks in the mask algebra, and `MaskedMixing` serves them all. Those that are not have files
-of their own.
+Most are masks in the mask algebra, and `MaskedMixing` serves them all; others have their own files.
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ class LinearMixing(nn.Module):
     """Linear attention with the feature map elu(x) + 1 (arXiv 2006.16236).
 
     phi(q_i) (sum_j phi(k_j) v_j^T) / phi(q_i) (sum_j phi(k_j)) over j <= i. The sums are a state of
-    fixed size, so a token costs the same wherever it stands, and nothing is ever forgotten on
-    purpose. A pass over many tokens goes in chunks of attention_block: each is quadratic inside, and
-    what came before it is a state, so time and memory are linear in the length.
+    fixed size, so a token costs the same wherever it stands, and nothing is forgotten, not even
+    past the context. A pass over many tokens goes in chunks of attention_block: each is quadratic
+    inside, and what came before it is a state, so time and memory are linear in the length.
 
     Rotary positions turn phi(q) and phi(k) above the line only (RoFormer, arXiv 2104.09864, section
     3.3), which keeps the divisor positive. There are no attention weights, so none are dropped;

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
-from jaxdecoder.kernels import masks, scores
+from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.flash import flash_attention
 from jaxdecoder.kernels.reference import attention
 from jaxdecoder.layers.cache import Cursor, KeysAndValues, Slots, extend
@@ -51,12 +51,15 @@ def blocks(config: ModelConfig) -> int:
     return config.context_length // config.attention_block
 
 
+def own_block(config: ModelConfig) -> masks.Mask:
+    """The own block up to the query: what is seen exactly."""
+    return masks.causal() & masks.fixed_blocks(config.attention_block, 0)
+
+
 def mask(config: ModelConfig, time: int) -> masks.Mask:
-    """Of `time` exact keys and the compressed ones after them: the own block up to the query, and
-    what stands for the blocks before it."""
-    block = config.attention_block
-    exact = masks.causal() & masks.fixed_blocks(block, 0)
-    return exact | masks.summaries(block, config.attention_rank, time)
+    """Of `time` exact keys and the compressed ones after them, which stand for earlier blocks."""
+    earlier = masks.summaries(config.attention_block, config.attention_rank, time)
+    return own_block(config) | earlier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +156,7 @@ class LinformerMixing(nn.Module):
         block = jnp.repeat(span.seen, c.attention_rank, axis=1)[:, None]
         own = span.own[:, :, None]
         allowed = (block >= 0) & (block < own) & (block > own - blocks(c))
-        exact_mask = masks.causal() & masks.fixed_blocks(c.attention_block, 0)
-        exactly = exact_mask(positions[:, :, None], held[:, None]) & (held >= 0)[:, None]
+        exactly = own_block(c)(positions[:, :, None], held[:, None]) & (held >= 0)[:, None]
         ends = (block[:, 0] + 1) * c.attention_block - 1
         mixed = attention(
             heads.q,
