@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
@@ -31,14 +32,14 @@ Caches = tuple[Any, ...]
 class Cursor(NamedTuple):
     """Where in the stream a cache stands; shared by all layers."""
 
-    length: Int[Array, ""]
-    """Tokens seen so far, padding included."""
+    length: Int[Array | np.ndarray, ""]
+    """Tokens seen so far, padding included; a NumPy number where it is known before tracing."""
     start: Int[Array, "batch"]
     """Number of each row's first real token."""
 
     def query_positions(self, time: int) -> Int[Array, "batch time"]:
         """Positions of the next `time` tokens; negative ones are padding."""
-        return self.length + jnp.arange(time) - self.start[:, None]
+        return jnp.arange(time) + self.length - self.start[:, None]
 
 
 class Cache(NamedTuple):
@@ -69,7 +70,7 @@ class Slots(NamedTuple):
 
     def held(self, cursor: Cursor, time: int) -> Int[Array, "batch slots"]:
         """Positions in the slots once the next `time` tokens are written; negative: none."""
-        newest = cursor.length + time - 1
+        newest = jnp.asarray(cursor.length) + time - 1
         number = newest - (newest - jnp.arange(self.ring)) % self.ring
         ring = number - cursor.start[:, None]
         if not self.pinned:
@@ -102,7 +103,8 @@ def extend(
     """What `time` new tokens attend to, its positions (negative: nothing), and the new cache.
 
     One token is written first, and attends to the slots. Several may push out of the ring what the
-    first of them still see, so they attend to the slots as they were and to themselves.
+    first of them still see, so they attend to the slots as they were and to themselves; to
+    themselves alone where it is known that nothing came before.
     """
     time = k.shape[1]
     new = KeysAndValues(*(x.swapaxes(1, 2).astype(cache.k.dtype) for x in (k, v)))
@@ -111,6 +113,8 @@ def extend(
     )
     if time == 1:
         return written, slots.visible(cursor, 1), written
+    if isinstance(cursor.length, np.ndarray | np.generic) and cursor.length == 0:
+        return new, cursor.query_positions(time), written
     seen = KeysAndValues(*(jnp.concatenate(pair, 2) for pair in zip(cache, new, strict=True)))
     positions = [slots.visible(cursor, 0), cursor.query_positions(time)]
     return seen, jnp.concatenate(positions, axis=1), written
