@@ -7,8 +7,9 @@ new variant is a new row.
 
 FLOPs are those of the matrix products alone, two for each multiply-add; lookups, norms,
 activations, biases and the softmax are left out. Attention is counted over the (query, key) pairs
-that its mask allows, which is what a kernel that skips the others computes at best; the dense
-count, over all pairs, is what plain XLA computes. The backward pass is twice the forward, one
+that its mask allows, which is what a kernel that skips the others computes at best, and linear
+attention as its recurrence; the dense count is what plain XLA computes, over all pairs, all slots
+of a cache and all of a chunk. The backward pass is twice the forward, one
 product for the gradient of either operand; recomputation is not counted.
 """
 
@@ -26,8 +27,11 @@ from rich.table import Table
 from jaxdecoder.config import Config, ConfigError, ModelConfig, load
 from jaxdecoder.errors import UserError, friendly
 from jaxdecoder.kernels import masks
-from jaxdecoder.layers.attention import MASKS
+from jaxdecoder.layers.attention import MASKS, SLOTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
+from jaxdecoder.layers.linformer import mask as linformer_mask
+
+FLOAT32 = 4
 
 # --- Tables: a row for each entry of each component's dict ---------------------------------------
 
@@ -81,10 +85,12 @@ class AttentionCosts(NamedTuple):
     parameters: Callable[[ModelConfig], int]
     weights: Callable[[ModelConfig], int]
     """Multiply-adds that every token costs, wherever it stands."""
-    pairs: Callable[[ModelConfig, int, int], int]
-    """(config, queries, start) -> the (query, key) pairs of so many queries from `start` on."""
-    cache: Callable[[ModelConfig], int]
-    """Numbers that a sequence of context_length tokens leaves in the cache."""
+    mixing: Callable[[ModelConfig, int, int], int]
+    """(config, queries, start) -> multiply-adds of so many queries from `start` on, at best."""
+    dense: Callable[[ModelConfig, int, int], int]
+    """The same as plain XLA computes it: in one pass from 0 on, and later token by token."""
+    cache: Callable[[ModelConfig, int], int]
+    """(config, bytes a number) -> bytes that decoding keeps for a sequence."""
 
 
 def projection_weights(c: ModelConfig) -> int:
@@ -103,14 +109,84 @@ def projection_parameters(c: ModelConfig) -> int:
 def masked(mechanism: str) -> AttentionCosts:
     """Softmax attention under one of the masks of `MASKS`."""
 
-    def pairs(c: ModelConfig, queries: int, start: int) -> int:
-        return masks.allowed_entries(MASKS[mechanism](c), queries, start + queries, start)
+    def mixing(c: ModelConfig, queries: int, start: int) -> int:
+        pairs = masks.allowed_entries(MASKS[mechanism](c), queries, start + queries, start)
+        return _multiply_adds(c, pairs)
 
-    def cache(c: ModelConfig) -> int:
+    def dense(c: ModelConfig, queries: int, start: int) -> int:
+        return _multiply_adds(c, queries * (SLOTS[mechanism](c).size if start else queries))
+
+    def cache(c: ModelConfig, number: int) -> int:
         _, _, kv_width = _widths(c)
-        return 2 * kv_width * c.context_length
+        return number * 2 * kv_width * SLOTS[mechanism](c).size
 
-    return AttentionCosts(projection_parameters, projection_weights, pairs, cache)
+    return AttentionCosts(projection_parameters, projection_weights, mixing, dense, cache)
+
+
+def linformer() -> AttentionCosts:
+    """Softmax attention to the own block and to compressed ones (`layers/linformer.py`)."""
+
+    def compressing(c: ModelConfig, tokens: int) -> int:
+        _, _, kv_width = _widths(c)
+        return 2 * c.attention_rank * kv_width * tokens
+
+    def past(c: ModelConfig, tokens: int) -> int:
+        """Tokens in blocks before that of the last one: a block is of use when it is over."""
+        return (tokens - 1) // c.attention_block * c.attention_block if tokens else 0
+
+    def mixing(c: ModelConfig, queries: int, start: int) -> int:
+        end = start + queries
+        keys = end + c.attention_rank * (past(c, end) // c.attention_block)
+        pairs = masks.allowed_entries(linformer_mask(c, end), queries, keys, start)
+        return _multiply_adds(c, pairs) + compressing(c, past(c, end) - past(c, start))
+
+    def dense(c: ModelConfig, queries: int, start: int) -> int:
+        blocks = past(c, queries) // c.attention_block
+        if start == 0:
+            pairs = queries * (queries + c.attention_rank * blocks)
+            return _multiply_adds(c, pairs) + compressing(c, past(c, queries))
+        # All compressed slots, and those of the token's own block once more as they grow.
+        compressed = c.attention_rank * (c.context_length // c.attention_block + 1)
+        pairs = queries * (c.attention_block + compressed)
+        return _multiply_adds(c, pairs) + compressing(c, queries)
+
+    def cache(c: ModelConfig, number: int) -> int:
+        _, _, kv_width = _widths(c)
+        slots = c.attention_rank * (c.context_length // c.attention_block)
+        return 2 * kv_width * (number * c.attention_block + FLOAT32 * slots)
+
+    return AttentionCosts(
+        lambda c: projection_parameters(c) + 2 * c.attention_rank * c.attention_block,
+        projection_weights,
+        mixing,
+        dense,
+        cache,
+    )
+
+
+def linear() -> AttentionCosts:
+    """Linear attention: a state read and written (`layers/linear_attention.py`)."""
+
+    def mixing(c: ModelConfig, queries: int, start: int) -> int:
+        d_head, width, kv_width = _widths(c)
+        return queries * d_head * (width + kv_width)
+
+    def dense(c: ModelConfig, queries: int, start: int) -> int:
+        chunk = 1 if start else min(c.attention_block, queries)
+        padded = -(-queries // chunk) * chunk
+        return mixing(c, padded, start) + _multiply_adds(c, padded * chunk)
+
+    def cache(c: ModelConfig, number: int) -> int:
+        d_head, _, kv_width = _widths(c)
+        return FLOAT32 * kv_width * (d_head + 1)
+
+    return AttentionCosts(projection_parameters, projection_weights, mixing, dense, cache)
+
+
+def _multiply_adds(c: ModelConfig, pairs: int) -> int:
+    """A pair is one product for its score and one for its value, in every head."""
+    _, width, _ = _widths(c)
+    return 2 * width * pairs
 
 
 ATTENTION_COSTS: dict[str, AttentionCosts] = {
@@ -119,6 +195,8 @@ ATTENTION_COSTS: dict[str, AttentionCosts] = {
     "longformer": masked("longformer"),
     "fixed_sparse": masked("fixed_sparse"),
     "strided_sparse": masked("strided_sparse"),
+    "linformer": linformer(),
+    "linear": linear(),
 }
 
 
@@ -149,15 +227,13 @@ def forward_flops(
     `start` tokens before them are in the cache. The head is counted for every token.
     """
     c, vocab_size = config.resolve(), _vocab_size(config)
-    _, width, _ = _widths(c)
 
-    def pairs(costs: AttentionCosts) -> int:
-        return tokens * (start + tokens) if dense else costs.pairs(c, tokens, start)
+    def mixing(costs: AttentionCosts) -> int:
+        return (costs.dense if dense else costs.mixing)(c, tokens, start)
 
     flops = {
         "attention_projections": 2 * tokens * _over_layers(c, lambda costs: costs.weights(c)),
-        # A pair is one product for its score and one for its value.
-        "attention": 2 * 2 * width * _over_layers(c, pairs),
+        "attention": 2 * _over_layers(c, mixing),
         "feed_forward": 2 * tokens * c.n_layers * feed_forward_weights(c),
         "head": 2 * tokens * c.d_model * vocab_size,
     }
@@ -193,9 +269,9 @@ def weight_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
 
 
 def cache_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
-    """Bytes of keys and values that one sequence of context_length tokens keeps in the cache."""
+    """Bytes that one sequence keeps in the cache; sums over tokens are float32 in any case."""
     c = config.resolve()
-    return bytes_per_number * _over_layers(c, lambda costs: costs.cache(c))
+    return _over_layers(c, lambda costs: costs.cache(c, bytes_per_number))
 
 
 def _over_layers(c: ModelConfig, count: Callable[[AttentionCosts], int]) -> int:
@@ -279,8 +355,9 @@ def _bytes_table(config: ModelConfig) -> Table:
     weights = [weight_bytes(config, size) for size in sizes.values()]
     cache = [cache_bytes(config, size) for size in sizes.values()]
     _add(table, "weights", *(f"{n:,}" for n in weights))
-    _add(table, "cache, a token", *(f"{n / config.context_length:,.0f}" for n in cache))
-    _add(table, f"cache, {config.context_length} tokens", *(f"{n:,}" for n in cache))
+    _add(table, "cache, a sequence", *(f"{n:,}" for n in cache))
+    a_token = (f"{n / config.context_length:,.0f}" for n in cache)
+    _add(table, f"cache, a token of {config.context_length}", *a_token)
     return table
 
 

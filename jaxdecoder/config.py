@@ -34,11 +34,20 @@ Position = Literal["none", "learned", "sinusoidal", "rope", "alibi", "t5"]
 Norm = Literal["layernorm", "rmsnorm", "none"]
 NormPlacement = Literal["pre", "post", "sandwich", "parallel", "none"]
 Activation = Literal["relu", "gelu", "gelu_exact", "swish", "relu2", "swiglu", "geglu", "reglu"]
-AttentionName = Literal["full", "sliding_window", "longformer", "fixed_sparse", "strided_sparse"]
+AttentionName = Literal[
+    "full",
+    "sliding_window",
+    "longformer",
+    "fixed_sparse",
+    "strided_sparse",
+    "linformer",
+    "linear",
+]
 Layout = Literal["serial"]
 Initializer = Literal["normal", "uniform_fan_in", "scaled"]
 Implementation = Literal["auto", "reference", "chunked", "portable"]
 
+PAIRED: tuple[Position, ...] = ("alibi", "t5")
 GATED: tuple[Activation, ...] = ("swiglu", "geglu", "reglu")
 
 
@@ -106,7 +115,10 @@ class ModelConfig:
     """Tokens that all later ones see: the first ones of the context (longformer), or the last
     ones of every block (fixed_sparse); 0: none."""
     attention_block: Positive = 32
-    """For fixed_sparse: tokens in a block; for strided_sparse: the stride, and the window."""
+    """For fixed_sparse, linformer: tokens in a block; for strided_sparse: the stride, and the
+    window; for linear: tokens mixed at once, which changes nothing but the speed."""
+    attention_rank: Positive = 4
+    """For linformer: keys and values that a block of the past is compressed to."""
     attention_implementation: Implementation = "auto"
     """Which implementation of the attention operation runs."""
 
@@ -174,6 +186,16 @@ class ModelConfig:
                 "for fixed_sparse these are tokens of a block, and "
                 f"model.attention_block = {self.attention_block} has no more",
             )
+        if "linformer" in self.attention_pattern:
+            self._check_blocks()
+        if "linear" in self.attention_pattern and self.position in PAIRED:
+            would_do = [name for name in get_args(Position) if name not in PAIRED]
+            raise ConfigError(
+                "model.position",
+                self.position,
+                'changes the score of each pair of tokens, and attention = "linear" never has '
+                f"one; {', '.join(would_do)} would do",
+            )
         head = self.d_head or self.d_model // self.n_heads
         if self.position == "rope":
             self._check_rotary_width(head)
@@ -200,6 +222,26 @@ class ModelConfig:
                 self.d_ff,
                 "with model.feed_forward_projection = false the hidden units are the output, and "
                 f"must be model.d_model = {self.d_model} wide; that, or leaving it out, would do",
+            )
+
+    def _check_blocks(self) -> None:
+        block, context = self.attention_block, self.context_length
+        if context % block or block == context:
+            divisors = [n for n in range(1, context) if context % n == 0]
+            nearest = sorted(sorted(divisors, key=lambda n: abs(n - block))[:2])
+            raise ConfigError(
+                "model.attention_block",
+                block,
+                f"linformer's blocks must divide model.context_length = {context}, two at least; "
+                + (" or ".join(map(str, nearest)) or "nothing")
+                + " would do",
+            )
+        if self.attention_rank > block:
+            raise ConfigError(
+                "model.attention_rank",
+                self.attention_rank,
+                f"linformer compresses blocks, and those of model.attention_block = {block} have "
+                "no more tokens",
             )
 
     def _check_rotary_width(self, head: int) -> None:

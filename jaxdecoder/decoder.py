@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -153,5 +154,5 @@ def unroll_params(params: Any, config: ModelConfig) -> Any:
 
 def empty_cache(config: ModelConfig, batch: int, *, dtype: Any = jnp.float32) -> Cache:
     """A cache that has seen nothing."""
-    cursor = Cursor(jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
+    cursor = Cursor(np.zeros((), np.int32), jnp.zeros((batch,), jnp.int32))
     return Cache(cursor, LAYOUTS[config.layout].empty_caches(config, batch, dtype))

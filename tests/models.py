@@ -77,9 +77,17 @@ def logits_of(decoder, params, tokens):
     return decoder.apply({"params": params}, tokens)
 
 
+# Choices that exclude each other, and the key that the refusal names.
+REFUSED = {
+    ("alibi", "linear"): "model.position",
+    ("t5", "linear"): "model.position",
+}
+
+
 def covering_configs():
     """Configs in which every entry of every component's dict occurs, and every pair of position and
-    attention, and every pair of norm and placement. Both layers have their own attention."""
+    attention that is not refused, and every pair of norm and placement. Both layers have their own
+    attention."""
     wirings = itertools.product(NORMS, PLACEMENTS)
     sights = itertools.product(POSITIONS, zip_cycled(*halves(list(ATTENTIONS))))
     rows = zip_cycled(list(wirings), list(sights), list(ACTIVATIONS))
@@ -88,8 +96,8 @@ def covering_configs():
             norm=norm,
             norm_placement=placement,
             position=position,
-            attention=attention,
             activation=activation,
+            **seeing(*(name for name in attention if (position, name) not in REFUSED)),
         )
         for (norm, placement), (position, attention), activation in rows
     ]
@@ -119,19 +127,27 @@ def any_config(draw, turns=2):
     pattern = draw(st.lists(st.sampled_from(list(ATTENTIONS)), min_size=1, max_size=2))
     switches = {name: draw(st.booleans()) for name in SWITCHES}
     switches["head_bias"] &= not switches["tie_embeddings"]  # refused together
-    block = draw(st.integers(2, 5))
+    context = draw(st.sampled_from([6, 8, 9, 10, 12]))
+    dividing = [n for n in range(2, context) if context % n == 0]
+    linformer = "linformer" in pattern
+    block = draw(st.sampled_from(dividing) if linformer else st.integers(2, 5))
+    positions = [
+        position
+        for position in POSITIONS
+        if not any((position, attention) in REFUSED for attention in pattern)
+    ]
     norm = draw(st.sampled_from(list(NORMS)))
     d_ff = draw(st.none() | st.integers(6, 30))
     return ModelConfig(
         vocab_size=draw(st.integers(2, 20)),
-        context_length=draw(st.integers(6, 12)),
+        context_length=context,
         d_model=draw(st.integers(4, 20)) if projects else n_heads * width,
         n_layers=len(pattern) * draw(st.integers(1, turns)),
         n_heads=n_heads,
         n_kv_heads=draw(st.sampled_from([n for n in (1, 2, 4) if n_heads % n == 0])),
         d_head=width,
         d_ff=d_ff if switches["feed_forward_projection"] else None,
-        position=draw(st.sampled_from(list(POSITIONS))),
+        position=draw(st.sampled_from(positions)),
         rope_fraction=draw(st.sampled_from([1.0, 2 / width])),
         rope_scaling=draw(st.sampled_from([1.0, 4.0])),
         position_buckets=4,
@@ -144,10 +160,17 @@ def any_config(draw, turns=2):
         attention_dilation=draw(st.integers(1, 2)),
         attention_globals=draw(st.integers(0, block)),
         attention_block=block,
+        attention_rank=draw(st.integers(1, block)),
         attention_projection=projects,
         logit_softcap=None if norm == "none" else draw(st.sampled_from([None, 5.0])),
         **switches,
     )
+
+
+def seeing(*attention):
+    """The fields for these attentions; linformer's blocks must divide the context."""
+    blocks = {"attention_block": 4, "attention_rank": 2} if "linformer" in attention else {}
+    return {"attention": attention, **blocks}
 
 
 def halves(items):

@@ -4,6 +4,7 @@ It shares no code with the package; of the config it reads what the decoder is t
 the parameters the names. Slow, and meant to be read.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -65,7 +66,7 @@ def defines(config):
     return (
         config.position in POSITIONS
         and config.activation in {*ACTIVATIONS, *GATES}
-        and set(config.attention_pattern) <= set(VISIBLE)
+        and set(config.attention_pattern) <= {*VISIBLE, "linformer", "linear"}
     )
 
 
@@ -125,7 +126,7 @@ def one_block(c, p, mechanism, x, window):
 
 
 def attention(c, p, mechanism, x, window):
-    """Softmax over visible keys, for each head and each query by itself."""
+    """Each head and each query by itself."""
     time, d = len(x), c.d_head
     q, k, v = (linear(p[name], x) for name in ("query", "key", "value"))
     out = np.zeros((time, c.n_heads * d))
@@ -137,25 +138,76 @@ def attention(c, p, mechanism, x, window):
         if c.qk_norm:
             queries = root_mean_square(c, queries) * p["query_norm"]["scale"]
             keys = root_mean_square(c, keys) * p["key_norm"]["scale"]
-        if c.position == "rope":
-            queries = np.stack([turned(c, row, t) for t, row in enumerate(queries)])
-            keys = np.stack([turned(c, row, t) for t, row in enumerate(keys)])
-        for query in range(time):
-            seen = [
-                key
-                for key in range(query + 1)
-                if VISIBLE[mechanism](c, query, key) and (window is None or query - key < window)
+        if mechanism == "linear":
+            mixed = linear_attention(c, queries, keys, values)
+        else:
+            turned_queries, turned_keys = turned(c, queries), turned(c, keys)
+            if mechanism == "linformer":
+                seen = functools.partial(block_sums_and_own_block, c, p["mixing"])
+            else:
+                seen = functools.partial(masked_keys, c, mechanism, window)
+            mixed = [
+                softmax_attention(c, p, head, query, at, seen(at, turned_keys, values))
+                for at, query in enumerate(turned_queries)
             ]
-            scores = np.array([queries[query] @ keys[key] / math.sqrt(d) for key in seen])
-            scores += [position_bias(c, p, head, query - key) for key in seen]
-            weights = np.exp(scores - scores.max())
-            weights /= weights.sum()
-            mixed = sum(weight * values[key] for weight, key in zip(weights, seen, strict=True))
-            out[query, head * d : (head + 1) * d] = mixed
+        out[:, head * d : (head + 1) * d] = mixed
     return linear(p["out"], out) if c.attention_projection else out
 
 
-def turned(c, row, t):
+def softmax_attention(c, p, head, query, at, seen):
+    """The mean of the values of (place, key, value) triples, weighted by a softmax of scores."""
+    scores = np.array([query @ key / math.sqrt(c.d_head) for _, key, _ in seen])
+    scores += [position_bias(c, p, head, at - place) for place, _, _ in seen]
+    weights = np.exp(scores - scores.max())
+    weights /= weights.sum()
+    return sum(weight * value for weight, (_, _, value) in zip(weights, seen, strict=True))
+
+
+def masked_keys(c, mechanism, window, at, keys, values):
+    """What the query at `at` sees."""
+    return [
+        (place, keys[place], values[place])
+        for place in range(at + 1)
+        if VISIBLE[mechanism](c, at, place) and (window is None or at - place < window)
+    ]
+
+
+def block_sums_and_own_block(c, p, at, keys, values):
+    """Linformer: sums of earlier blocks, as many blocks in all as a context has."""
+    size, seen = c.attention_block, []
+    own = at // size
+    for block in range(max(0, own + 1 - c.context_length // size), own):
+        inside = range(block * size, (block + 1) * size)
+        for slot in range(c.attention_rank):
+            key = sum(p["keys"][slot, place % size] * keys[place] for place in inside)
+            value = sum(p["values"][slot, place % size] * values[place] for place in inside)
+            seen.append((inside[-1], key, value))
+    return seen + [(place, keys[place], values[place]) for place in range(own * size, at + 1)]
+
+
+def linear_attention(c, queries, keys, values):
+    """Weights are products of features, over sums of unturned ones; nothing is forgotten."""
+    queries, keys = features(queries), features(keys)
+    turned_queries, turned_keys = turned(c, queries), turned(c, keys)
+    return [
+        sum(turned_queries[at] @ turned_keys[place] * values[place] for place in range(at + 1))
+        / sum(queries[at] @ keys[place] for place in range(at + 1))
+        for at in range(len(queries))
+    ]
+
+
+def features(x):
+    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+
+def turned(c, rows):
+    """Each row turned by its place, where positions are rotary."""
+    if c.position != "rope":
+        return rows
+    return np.stack([turned_by(c, row, t) for t, row in enumerate(rows)])
+
+
+def turned_by(c, row, t):
     """Each pair (i, i + half) as a complex number, turned by its own frequency."""
     width = round(c.rope_fraction * len(row))
     half = width // 2

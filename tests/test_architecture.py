@@ -123,6 +123,10 @@ def test_gated_activations_are_those_the_config_calls_so():
     assert set(config.GATED) == {name for name, entry in ACTIVATIONS.items() if entry.gated}
 
 
+def test_paired_positions_are_those_with_a_score():
+    assert set(config.PAIRED) == {name for name, entry in POSITIONS.items() if entry.score}
+
+
 def test_every_field_says_what_it_means():
     """`--help` is made of these."""
     tree = ast.parse((PACKAGE / "config.py").read_text(encoding="utf-8"))

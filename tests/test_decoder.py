@@ -9,6 +9,7 @@ import naive
 import numpy as np
 import pytest
 from models import (
+    REFUSED,
     SMALL,
     covering_configs,
     logits_of,
@@ -16,6 +17,7 @@ from models import (
     quick_jit,
     random_params,
     random_tokens,
+    seeing,
     shapes,
     small,
 )
@@ -78,6 +80,17 @@ SWITCHED = [
         attention_window=5,
         attention_globals=0,
     ),
+    small(
+        position="rope",
+        rope_fraction=0.5,
+        n_kv_heads=2,
+        d_head=8,
+        qk_norm=True,
+        attention=("linformer", "linear"),
+        attention_block=2,
+        attention_rank=1,
+    ),
+    small(position="t5", attention="linformer", attention_block=4, attention_rank=3),
 ]
 CONFIGS = [*covering_configs(), *SWITCHED]
 TIME = SMALL.context_length
@@ -147,9 +160,9 @@ def test_every_entry_and_pair_is_among_the_configs():
         for norm in ("layernorm", "rmsnorm", "none")
         for placement in ("pre", "post", "sandwich", "parallel", "none")
     }
-    assert {(c.position, attention) for c in configs for attention in c.attention_pattern} >= {
+    assert {(c.position, attention) for c in configs for attention in c.attention_pattern} == {
         (position, attention) for position in POSITIONS for attention in ATTENTIONS
-    }
+    } - REFUSED.keys()
 
 
 class TestEveryDecoder:
@@ -239,15 +252,53 @@ def streams(tokens):
 
 
 class TestCache:
-    CONFIG = small(position="rope", attention=("full", "sliding_window"), attention_window=3)
+    # Every mechanism in one model.
+    CONFIG = small(
+        position="rope",
+        attention=tuple(ATTENTIONS),
+        n_layers=len(ATTENTIONS),
+        attention_dilation=2,
+        attention_globals=2,
+        attention_window=2,
+        attention_block=4,
+        norm="rmsnorm",
+    )
 
-    def test_takes_chunks_of_any_length(self):
+    @pytest.mark.parametrize("chunks", [(3, 1, 7, 5), (2, 16)], ids=str)
+    def test_takes_chunks_of_any_length_wherever_it_stands(self, chunks):
+        """Chunks longer than the rings, than blocks and than the context, in rows that differ."""
         decoder, params = model(self.CONFIG)
         tokens, start = streams(two_rows(self.CONFIG))
-        whole = decode(decoder, params, tokens[:, :TIME], start, (TIME,))
-        chunks = decode(decoder, params, tokens[:, :TIME], start, (3, 1, 2))
+        decoded = decode(decoder, params, tokens, start, chunks)
         for row, first in enumerate(start):
-            assert_close(chunks[row, first:], whole[row, first:])
+            expected = naive.decode(self.CONFIG, params, tokens[row, first:], window=TIME)
+            assert_close(decoded[row, first:], expected)
+
+    def test_does_not_grow_past_what_the_mechanism_sees(self):
+        held = {  # numbers a row; a token's keys and values are 32, a state 4 x (16 + 4)
+            "full": 8 * 32,
+            "sliding_window": 2 * 32,
+            "longformer": (3 + 2) * 32,  # a window of 2 spans 3, and the first 2
+            "fixed_sparse": 8 * 32,  # a block of 4, and 2 of either block: no fewer than all
+            "strided_sparse": 8 * 32,
+            "linformer": (4 + 2 * 2) * 32,  # a block of 4, and 2 slots for either block
+            "linear": 4 * (16 + 4),
+        }
+        for attention, count in held.items():
+            config = dataclasses.replace(self.CONFIG, attention=attention, attention_rank=2)
+            cache = jax.eval_shape(lambda c=config: empty_cache(c, 3))
+            for layer in cache.layers:
+                assert sum(leaf.size for leaf in jax.tree.leaves(layer)) == 3 * count, attention
+        one = dataclasses.replace(self.CONFIG, attention="fixed_sparse", attention_globals=1)
+        assert one.attention_block + 2 == empty_cache(one, 1).layers[0].k.shape[2]
+
+    @pytest.mark.parametrize("attention", ["linformer", "linear"])
+    def test_adds_up_in_float32_whatever_the_dtype(self, attention):
+        cache = empty_cache(small(**seeing(attention)), 1, dtype=jnp.bfloat16).layers[0]
+        sums = cache.compressed if attention == "linformer" else cache
+        assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {jnp.dtype("float32")}
+        if attention == "linformer":
+            assert {leaf.dtype for leaf in cache.exact} == {jnp.dtype("bfloat16")}
 
     def test_holds_the_context_in_the_dtype_asked_for(self):
         cache = empty_cache(small(n_kv_heads=2), 5, dtype=jnp.bfloat16)
@@ -502,6 +553,12 @@ class TestRefusals:
             ({"position": "t5", "position_buckets": 1}, "model.position_buckets"),
             ({"position": "t5", "position_max_distance": 2}, "model.position_max_distance"),
             ({"attention": "fixed_sparse", "attention_globals": 4}, "model.attention_globals"),
+            ({"attention": "linformer"}, r"model.attention_block = 3: .* = 8.*; 2 or 4 would"),
+            ({"attention": "linformer", "attention_block": 8}, r"two at least; 2 or 4 would do"),
+            (
+                {"attention": "linformer", "attention_block": 2, "attention_rank": 3},
+                r"model.attention_rank = 3: .* = 2 have no more",
+            ),
             ({"attention_projection": False, "d_head": 5}, "model.attention_projection"),
             ({"feed_forward_projection": False, "d_ff": 24}, "model.d_ff"),
         ],
@@ -509,6 +566,12 @@ class TestRefusals:
     def test_of_a_config_name_its_key(self, changes, key):
         with pytest.raises(ConfigError, match=key):
             small(**changes)
+
+    def test_of_pairs_name_the_key_and_the_reason(self):
+        for (position, attention), key in REFUSED.items():
+            for pattern in (attention, ("full", attention)):
+                with pytest.raises(ConfigError, match=rf'^{key} = .*"linear" never has one; none'):
+                    small(position=position, **seeing(*np.atleast_1d(pattern).tolist()))
 
     def test_of_a_decoder_name_the_key(self):
         with pytest.raises(ConfigError, match=r"model\.vocab_size"):

@@ -51,6 +51,8 @@ DEFINITIONS = [
     (masks.fixed_blocks(6, 1), lambda q, k: q // 6 == k // 6 or k % 6 == 5),
     (masks.fixed_blocks(6, 0), lambda q, k: q // 6 == k // 6),
     (masks.fixed_blocks(6, 6), lambda q, k: True),
+    (masks.summaries(4, 2, 9), lambda q, k: k >= 9 and (k - 9) // 2 < q // 4),
+    (masks.summaries(3, 1, 12), lambda q, k: k >= 12 and k - 12 < q // 3),
     (masks.documents(IDS), lambda q, k: IDS[q] == IDS[k]),
     (masks.from_function(near_or_even), lambda q, k: abs(q - k) < 3 or k % 2 == 0),
     (~masks.first(3), lambda q, k: k >= 3),
@@ -139,6 +141,7 @@ leaves = st.one_of(
     *(st.builds(make, small) for make in (masks.sliding_window, masks.first, masks.strided)),
     st.builds(masks.prefix, small),
     st.builds(masks.dilated, small, small),
+    st.builds(masks.summaries, small, small, small),
     small.flatmap(lambda n: st.builds(masks.fixed_blocks, st.just(n), st.integers(0, n))),
 )
 expressions = st.recursive(
@@ -206,6 +209,7 @@ def test_an_expression_reads_as_it_was_built(mask):
         masks.causal() & masks.dilated(4, 3),
         masks.causal() & masks.fixed_blocks(8, 2),
         masks.fixed_blocks(6, 2),
+        (masks.causal() & masks.fixed_blocks(6, 0)) | masks.summaries(6, 2, 42),
         masks.causal() & masks.documents(IDS[:64]),
         masks.causal() | masks.prefix(13),
         masks.causal() & masks.from_function(near_or_even),
@@ -252,6 +256,7 @@ def entries(monkeypatch):
         masks.causal() & (masks.sliding_window(1000) | masks.first(5)),
         masks.causal() & (masks.sliding_window(362) | masks.strided(362)),
         masks.causal() & masks.fixed_blocks(128, 8),
+        masks.causal() & (masks.fixed_blocks(128, 0) | masks.summaries(128, 4, 2**16)),
         masks.causal() & masks.documents(np.arange(2**17) // 1000),
         masks.causal() | masks.prefix(300),
     ],

@@ -184,6 +184,15 @@ def fixed_blocks(block: SupportsIndex, summary: SupportsIndex = 1) -> Mask:
     return Mask("fixed_blocks", (size, last))
 
 
+def summaries(block: SupportsIndex, rank: SupportsIndex, start: SupportsIndex) -> Mask:
+    """Keys from `start` on that stand for blocks of positions, `rank` keys for each block in turn.
+
+    A query sees those of the blocks before its own: 0 <= k - start < rank * (q // block).
+    """
+    sizes = _positive("summaries", "block", block), _positive("summaries", "rank", rank)
+    return Mask("summaries", (*sizes, _positive("summaries", "start", start)))
+
+
 def documents(segment_ids: Any) -> Mask:
     """Positions of the same document see one another: segment_ids[q] = segment_ids[k].
 
@@ -283,6 +292,13 @@ def _fixed_blocks(bounds: Bounds, block: int, summary: int) -> np.ndarray:
     return some.astype(np.int8) + every
 
 
+def _summary_blocks(bounds: Bounds, block: int, rank: int, start: int) -> np.ndarray:
+    q_lo, q_hi, k_lo, k_hi = bounds
+    some = np.maximum(k_lo, start) < np.minimum(k_hi, start + rank * ((q_hi - 1) // block))
+    every = (k_lo >= start) & (k_hi <= start + rank * (q_lo // block))
+    return some.astype(np.int8) + every
+
+
 def _document_blocks(bounds: Bounds, data: bytes) -> np.ndarray:
     labels = np.append(_labels(data), 0)
 
@@ -322,6 +338,10 @@ RULES = {
             (_quotient(q, block) == _quotient(k, block)) | (_modulo(k, block) >= block - summary)
         ),
         blocks=_fixed_blocks,
+    ),
+    "summaries": Rule(
+        lambda q, k, block, rank, start: (k >= start) & (k < start + rank * _quotient(q, block)),
+        blocks=_summary_blocks,
     ),
     "documents": Rule(_same_document, blocks=_document_blocks),
     "from_function": Rule(lambda q, k, function: function(q, k)),

@@ -1,12 +1,12 @@
 """Attention mechanisms: how the heads of a layer mix values over time.
 
-Most are masks in the mask algebra, and `MaskedMixing` serves them all.
+Most are masks in the mask algebra, and `MaskedMixing` serves them all; others have their own files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,12 +14,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
-from jaxdecoder.kernels import masks, scores
+from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.flash import flash_attention
 from jaxdecoder.kernels.reference import attention
-from jaxdecoder.layers.cache import Cursor, KeysAndValues, empty_ring, write
+from jaxdecoder.layers.cache import Cursor, KeysAndValues, Slots, extend
 from jaxdecoder.layers.dropout import Dropout, dropout_seed
 from jaxdecoder.layers.linear import linear
+from jaxdecoder.layers.linear_attention import LINEAR
+from jaxdecoder.layers.linformer import LINFORMER
+from jaxdecoder.layers.mechanism import Heads, Mechanism
 from jaxdecoder.layers.positions import POSITIONS
 
 
@@ -72,37 +75,52 @@ MASKS: dict[str, Callable[[ModelConfig], masks.Mask]] = {
 }
 
 
-class Heads(NamedTuple):
-    """What a mechanism mixes: the heads of a layer and how positions reach them."""
-
-    q: Float[Array, "batch time heads width"]
-    k: Float[Array, "batch time kv_heads width"]
-    v: Float[Array, "batch time kv_heads width"]
-    positions: Int[Array, "#batch time"]
-    """Of these tokens; negative ones are padding."""
-    rotate: Callable[[jax.Array], jax.Array]
-    """Turns queries or keys by their positions; the identity where positions do not rotate."""
-    score: scores.Score | None
+def context(config: ModelConfig) -> Slots:
+    """All that a query may see of the last context_length tokens."""
+    return Slots(config.context_length)
 
 
-class Mechanism(NamedTuple):
-    """One way to mix values over time.
+def window(config: ModelConfig) -> Slots:
+    return Slots(min(config.attention_window, config.context_length))
 
-    mixing: (config, name) -> module from (heads, cache, cursor, deterministic) to the mixed values
-        (batch, time, heads, width) and the cache. Without a cache it mixes within the heads given;
-        with one, these tokens follow what the cache holds, and it comes back with them in it.
-    empty_cache: (config, batch, dtype) -> the cache of one layer that has seen nothing.
-    """
 
-    mixing: Callable[..., Any]
-    empty_cache: Callable[[ModelConfig, int, Any], Any]
+def window_and_first(config: ModelConfig) -> Slots:
+    """Every token of a dilated window's span: the next token's window stands between them."""
+    span = (config.attention_window - 1) * config.attention_dilation + 1
+    return _within_context(config, Slots(span, tuple(range(config.attention_globals))))
+
+
+def block_and_summaries(config: ModelConfig) -> Slots:
+    """As many tokens as a block has, and the last ones of all blocks of a context."""
+    block, count = config.attention_block, config.attention_globals
+    period = -(-config.context_length // block) * block
+    last = (p for p in range(period) if p % block >= block - count)
+    return _within_context(config, Slots(block, tuple(last), period))
+
+
+def _within_context(config: ModelConfig, slots: Slots) -> Slots:
+    return slots if slots.size < config.context_length else context(config)
+
+
+SLOTS: dict[str, Callable[[ModelConfig], Slots]] = {
+    "full": context,
+    "sliding_window": window,
+    "longformer": window_and_first,
+    "fixed_sparse": block_and_summaries,
+    "strided_sparse": context,
+}
+"""What decoding under each of `MASKS` keeps."""
 
 
 class MaskedMixing(nn.Module):
-    """Softmax attention under a mask (arXiv 1706.03762)."""
+    """Softmax attention under a mask (arXiv 1706.03762).
+
+    Decoding past the context, it sees what the mask allows of the last context_length tokens.
+    """
 
     config: ModelConfig
     mask: masks.Mask
+    slots: Slots
 
     @nn.compact
     def __call__(
@@ -115,7 +133,7 @@ class MaskedMixing(nn.Module):
         """See `Mechanism`."""
         c = self.config
         q, k, v = heads.rotate(heads.q), heads.rotate(heads.k), heads.v
-        time, scale = q.shape[1], q.shape[-1] ** -0.5
+        scale = q.shape[-1] ** -0.5
         if cache is None or cursor is None:
             dropped = c.dropout > 0 and not deterministic
             mixed = flash_attention(
@@ -130,13 +148,13 @@ class MaskedMixing(nn.Module):
                 implementation=c.attention_implementation,
             )
             return mixed, None
-        cache = write(cache, k, v, cursor)
-        held = cursor.slot_positions(time, cache.slots)
-        allowed = self.mask(heads.positions[:, :, None], held[:, None, :])
+        (k, v), held, cache = extend(cache, k, v, cursor, self.slots)
+        mask = self.mask & masks.sliding_window(c.context_length)
+        allowed = mask(heads.positions[:, :, None], held[:, None, :])
         mixed = attention(
             q,
-            cache.k.swapaxes(1, 2),
-            cache.v.swapaxes(1, 2),
+            k.swapaxes(1, 2),
+            v.swapaxes(1, 2),
             (allowed & (held >= 0)[:, None, :])[:, None],
             scale=scale,
             score=heads.score,
@@ -146,12 +164,20 @@ class MaskedMixing(nn.Module):
         return mixed, cache
 
 
-def masked(mask: Callable[[ModelConfig], masks.Mask]) -> Mechanism:
+def masked(name: str) -> Mechanism:
     """The mechanism of a mask."""
-    return Mechanism(lambda c, name=None: MaskedMixing(c, mask(c), name=name), empty_ring)
+    mask, slots = MASKS[name], SLOTS[name]
+    return Mechanism(
+        lambda c, name=None: MaskedMixing(c, mask(c), slots(c), name=name),
+        lambda c, batch, dtype: slots(c).empty(c, batch, dtype),
+    )
 
 
-ATTENTIONS: dict[str, Mechanism] = {name: masked(mask) for name, mask in MASKS.items()}
+ATTENTIONS: dict[str, Mechanism] = {
+    **{name: masked(name) for name in MASKS},
+    "linformer": LINFORMER,
+    "linear": LINEAR,
+}
 
 
 class Attention(nn.Module):

@@ -1,8 +1,9 @@
-"""What decoding remembers: mostly keys and values in a ring of slots.
+"""What decoding remembers: mostly keys and values in slots.
 
 A batch of prompts of different lengths is padded on the left, so that all rows write the same slot
-at the same time. Token number i of the stream (padding included) goes to slot i mod slots; row b's
-first real token is number `start[b]`, and a token's position is its number minus that.
+at the same time. Token number i of the stream (padding included) goes to slot i mod ring; row b's
+first real token is number `start[b]`, and a token's position is its number minus that. A few slots
+after the ring may be pinned to positions, which differ in number from row to row.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
@@ -22,11 +24,6 @@ class KeysAndValues(NamedTuple):
     k: Float[Array, "batch kv_heads slots width"]
     v: Float[Array, "batch kv_heads slots width"]
 
-    @property
-    def slots(self) -> int:
-        """Tokens there is room for."""
-        return self.k.shape[2]
-
 
 Caches = tuple[Any, ...]
 """One a layer, in their order; each as its mechanism has it."""
@@ -35,20 +32,14 @@ Caches = tuple[Any, ...]
 class Cursor(NamedTuple):
     """Where in the stream a cache stands; shared by all layers."""
 
-    length: Int[Array, ""]
-    """Tokens seen so far, padding included."""
+    length: Int[Array | np.ndarray, ""]
+    """Tokens seen so far, padding included; a NumPy number where it is known before tracing."""
     start: Int[Array, "batch"]
     """Number of each row's first real token."""
 
     def query_positions(self, time: int) -> Int[Array, "batch time"]:
         """Positions of the next `time` tokens; negative ones are padding."""
-        return self.length + jnp.arange(time) - self.start[:, None]
-
-    def slot_positions(self, time: int, slots: int) -> Int[Array, "batch slots"]:
-        """Positions held by the slots once the next `time` tokens are written; negative: none."""
-        newest = self.length + time - 1
-        number = newest - (newest - jnp.arange(slots)) % slots
-        return jnp.where(number >= 0, number - self.start[:, None], -1)
+        return jnp.arange(time) + self.length - self.start[:, None]
 
 
 class Cache(NamedTuple):
@@ -58,22 +49,92 @@ class Cache(NamedTuple):
     layers: Caches
 
 
-def write(
+NEVER = 2**30
+
+
+class Slots(NamedTuple):
+    """Which tokens a layer keeps: the last `ring` ones, and those at pinned positions.
+
+    Pinned slot i keeps the newest token whose position is `pinned[i]`, or that and a multiple of
+    `period`.
+    """
+
+    ring: int
+    pinned: tuple[int, ...] = ()
+    period: int = NEVER
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return self.ring + len(self.pinned)
+
+    def held(self, cursor: Cursor, time: int) -> Int[Array, "batch slots"]:
+        """Positions in the slots once the next `time` tokens are written; negative: none."""
+        newest = jnp.asarray(cursor.length) + time - 1
+        number = newest - (newest - jnp.arange(self.ring)) % self.ring
+        ring = number - cursor.start[:, None]
+        if not self.pinned:
+            return ring
+        last = (newest - cursor.start)[:, None]
+        pinned = last - (last - jnp.asarray(self.pinned)) % self.period
+        return jnp.concatenate([ring, pinned], axis=1)
+
+    def visible(self, cursor: Cursor, time: int) -> Int[Array, "batch slots"]:
+        """The same, less what the pinned slots hold of the ring's tokens."""
+        held = self.held(cursor, time)
+        oldest = (cursor.length + time - self.ring - cursor.start)[:, None]
+        twice = (jnp.arange(self.size) >= self.ring) & (held >= oldest)
+        return jnp.where(twice, -1, held)
+
+    def empty(self, config: ModelConfig, batch: int, dtype: Any) -> KeysAndValues:
+        """A cache that has seen nothing."""
+        c = config.resolve()
+        shape = (batch, c.n_kv_heads, self.size, c.d_head)
+        return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def extend(
     cache: KeysAndValues,
     k: Float[Array, "batch time kv_heads width"],
     v: Float[Array, "batch time kv_heads width"],
     cursor: Cursor,
-) -> KeysAndValues:
-    """Puts `time` new tokens into their slots. More than one at once must not wrap around."""
-    at = (0, 0, cursor.length % cache.slots, 0)
-    k, v = (x.swapaxes(1, 2).astype(cache.k.dtype) for x in (k, v))
-    return KeysAndValues(
-        jax.lax.dynamic_update_slice(cache.k, k, at), jax.lax.dynamic_update_slice(cache.v, v, at)
+    slots: Slots,
+) -> tuple[KeysAndValues, Int[Array, "batch keys"], KeysAndValues]:
+    """What `time` new tokens attend to, its positions (negative: nothing), and the new cache.
+
+    One token is written first, and attends to the slots. Several may push out of the ring what the
+    first of them still see, so they attend to the slots as they were and to themselves; to
+    themselves alone where it is known that nothing came before.
+    """
+    time = k.shape[1]
+    new = KeysAndValues(*(x.swapaxes(1, 2).astype(cache.k.dtype) for x in (k, v)))
+    written = KeysAndValues(
+        *(_write(*pair, cursor, slots) for pair in zip(cache, new, strict=True))
     )
+    if time == 1:
+        return written, slots.visible(cursor, 1), written
+    if isinstance(cursor.length, np.ndarray | np.generic) and cursor.length == 0:
+        return new, cursor.query_positions(time), written
+    seen = KeysAndValues(*(jnp.concatenate(pair, 2) for pair in zip(cache, new, strict=True)))
+    positions = [slots.visible(cursor, 0), cursor.query_positions(time)]
+    return seen, jnp.concatenate(positions, axis=1), written
 
 
-def empty_ring(config: ModelConfig, batch: int, dtype: Any) -> KeysAndValues:
-    """The cache of one layer, with room for the keys and values of context_length tokens."""
-    c = config.resolve()
-    shape = (batch, c.n_kv_heads, c.context_length, c.d_head)
-    return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+def _write(
+    old: Float[Array, "batch kv_heads slots width"],
+    new: Float[Array, "batch kv_heads time width"],
+    cursor: Cursor,
+    slots: Slots,
+) -> Float[Array, "batch kv_heads slots width"]:
+    """Puts new tokens into their slots."""
+    time, first = new.shape[2], 0
+    if time == 1:
+        # In place; only pinned slots have to ask whether the token is theirs.
+        old = jax.lax.dynamic_update_slice(old, new, (0, 0, cursor.length % slots.ring, 0))
+        if not slots.pinned:
+            return old
+        first = slots.ring
+    which = slots.held(cursor, time)[:, first:] - cursor.query_positions(time)[:, :1]
+    which = which[:, None, :, None]
+    taken = jnp.take_along_axis(new, jnp.clip(which, 0), axis=2)
+    return old.at[:, :, first:].set(jnp.where(which >= 0, taken, old[:, :, first:]))

@@ -1,0 +1,253 @@
+"""Linformer made causal: the past in a few keys a block, the present exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxdecoder.config import ModelConfig
+from jaxdecoder.kernels import masks
+from jaxdecoder.kernels.flash import flash_attention
+from jaxdecoder.kernels.reference import attention
+from jaxdecoder.layers.cache import Cursor, KeysAndValues, Slots, extend
+from jaxdecoder.layers.dropout import dropout_seed
+from jaxdecoder.layers.mechanism import Heads, Mechanism
+
+
+class Memory(NamedTuple):
+    """What decoding remembers of a layer: its size is fixed by the config, whatever the length."""
+
+    exact: KeysAndValues
+    """The last attention_block tokens."""
+    compressed: KeysAndValues
+    """attention_rank slots for each block of a context, block i in the place of i mod blocks.
+
+    Each token of a block is added to its slots as it comes; float32, because of all those sums.
+    """
+
+
+def exact_slots(config: ModelConfig) -> Slots:
+    """A block of tokens is all that is seen exactly."""
+    return Slots(config.attention_block)
+
+
+def empty_memory(config: ModelConfig, batch: int, dtype: Any) -> Memory:
+    """The cache of one layer that has seen nothing; its sums are float32 whatever the dtype."""
+    compressed = Slots(config.attention_rank * blocks(config))
+    return Memory(
+        exact_slots(config).empty(config, batch, dtype),
+        compressed.empty(config, batch, jnp.float32),
+    )
+
+
+def blocks(config: ModelConfig) -> int:
+    """Blocks that a context has."""
+    return config.context_length // config.attention_block
+
+
+def own_block(config: ModelConfig) -> masks.Mask:
+    """The own block up to the query: what is seen exactly."""
+    return masks.causal() & masks.fixed_blocks(config.attention_block, 0)
+
+
+def mask(config: ModelConfig, time: int) -> masks.Mask:
+    """Of `time` exact keys and the compressed ones after them, which stand for earlier blocks."""
+    earlier = masks.summaries(config.attention_block, config.attention_rank, time)
+    return own_block(config) | earlier
+
+
+@dataclasses.dataclass(frozen=True)
+class _AtBlockEnds:
+    """A score function whose keys from `time` on stand where the blocks end that they stand for."""
+
+    function: Callable[..., Any]
+    block: int
+    rank: int
+    time: int
+
+    def __call__(self, score: Any, batch: Any, head: Any, q: Any, k: Any, *parameters: Any) -> Any:
+        end = ((k - self.time) // self.rank + 1) * self.block - 1
+        place = jnp.where(k < self.time, k, end)
+        return self.function(score, batch, head, q, place, *parameters)
+
+
+class LinformerMixing(nn.Module):
+    """Attention to the own block exactly, and to learned sums of every block before it.
+
+    Linformer (arXiv 2006.04768) projects the n keys and values of a sequence to k << n by learned
+    matrices over positions, E and F, so that every query sees k sums over the whole sequence. That
+    leaks the future: each sum holds tokens after the query, and no mask over sums can take them out
+    again. Here the projections work within blocks of attention_block tokens, each of which becomes
+    attention_rank keys and values once it lies wholly in the past; the own block, which does not
+    yet, is seen exactly. The projections are learned per layer and shared by its heads, one for
+    keys and one for values (the paper's headwise sharing), and by all blocks.
+
+    A query of a context of T tokens, blocks of b and rank r sees up to b exact keys and r T / b
+    compressed ones, where the paper has a fixed k; so the cost of a sequence is b T / 2 + r T^2 /
+    2b pairs. It grows linearly while the exact ones are most of them, for T up to b^2 / r, and with
+    the square beyond, r / b times that of full attention. With b = sqrt(r T) it is T^1.5.
+
+    Rotary positions turn keys before they are summed. For scores that depend on positions, a
+    compressed key stands at the last position of its block. Decoding past the context, whole blocks
+    are forgotten: a query sees its own block and the context_length / attention_block - 1 before.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, heads: Heads, cache: Memory | None, cursor: Cursor | None, deterministic: bool
+    ) -> tuple[Float[Array, "batch time heads width"], Memory | None]:
+        """See `Mechanism`."""
+        c = self.config
+        # A sum is then about as large as what it sums.
+        init = nn.initializers.normal(c.attention_block**-0.5)
+        shape = (c.attention_rank, c.attention_block)
+        projections = [self.param(name, init, shape) for name in ("keys", "values")]
+        heads = heads._replace(q=heads.rotate(heads.q), k=heads.rotate(heads.k))
+        if cache is not None and cursor is not None:
+            return self._extend(heads, cache, cursor, projections)
+        time = heads.q.shape[1]
+        score = heads.score
+        if score is not None:
+            placed = _AtBlockEnds(score.function, c.attention_block, c.attention_rank, time)
+            score = dataclasses.replace(score, function=placed)
+        k, v = (
+            jnp.concatenate([x, _compressed(x, projection)], axis=1)
+            for x, projection in zip((heads.k, heads.v), projections, strict=True)
+        )
+        dropped = c.dropout > 0 and not deterministic
+        mixed = flash_attention(
+            heads.q,
+            k,
+            v,
+            mask=mask(c, time),
+            score=score,
+            dropout_rate=c.dropout if dropped else 0.0,
+            dropout_seed=dropout_seed(self) if dropped else None,
+            implementation=c.attention_implementation,
+        )
+        return mixed, None
+
+    def _extend(
+        self, heads: Heads, cache: Memory, cursor: Cursor, projections: list[jax.Array]
+    ) -> tuple[Float[Array, "batch time heads width"], Memory]:
+        """Tokens that follow what the cache holds."""
+        c, positions = self.config, heads.positions
+        span = spans(positions, blocks(c), c.attention_block)
+        (k, v), held, exact = extend(cache.exact, heads.k, heads.v, cursor, exact_slots(c))
+        parts = [
+            _add(old, x, projection, span)
+            for old, x, projection in zip(
+                cache.compressed, (heads.k, heads.v), projections, strict=True
+            )
+        ]
+        seen, compressed = zip(*parts, strict=True)
+        k, v = (
+            jnp.concatenate([sums.astype(x.dtype), x], axis=2)
+            for sums, x in zip(seen, (k, v), strict=True)
+        )
+        block = jnp.repeat(span.seen, c.attention_rank, axis=1)[:, None]
+        own = span.own[:, :, None]
+        allowed = (block >= 0) & (block < own) & (block > own - blocks(c))
+        exactly = own_block(c)(positions[:, :, None], held[:, None]) & (held >= 0)[:, None]
+        ends = (block[:, 0] + 1) * c.attention_block - 1
+        mixed = attention(
+            heads.q,
+            k.swapaxes(1, 2),
+            v.swapaxes(1, 2),
+            jnp.concatenate([allowed, exactly], axis=2)[:, None],
+            scale=heads.q.shape[-1] ** -0.5,
+            score=heads.score,
+            q_index=positions,
+            k_index=jnp.concatenate([ends, held], axis=1),
+        )
+        return mixed, Memory(exact, KeysAndValues(*compressed))
+
+
+class Spans(NamedTuple):
+    """The blocks of new tokens and those of the cache, by row, counted from the row's first."""
+
+    own: Int[Array, "batch time"]
+    """Of each token; negative: padding."""
+    phase: Int[Array, "batch time"]
+    """Each token's place in it."""
+    fresh: Int[Array, "batch blocks"]
+    """Blocks that new tokens belong to. The cache may have the beginning of the first."""
+    before: Int[Array, "batch places"]
+    """In each place of the cache before the new tokens; negative: none."""
+    after: Int[Array, "batch places"]
+    """The same after them."""
+
+    @property
+    def seen(self) -> Int[Array, "batch blocks"]:
+        """What there is to see: what the cache has of earlier blocks, and the fresh ones."""
+        whole = jnp.where(self.before < self.fresh[:, :1], self.before, -1)
+        return jnp.concatenate([whole, self.fresh], axis=1)
+
+
+def spans(positions: Int[Array, "batch time"], places: int, block: int) -> Spans:
+    """See `Spans`."""
+    own, time = positions // block, positions.shape[1]
+
+    def newest(last: Int[Array, "batch 1"]) -> Int[Array, "batch places"]:
+        return last - (last - jnp.arange(places)) % places
+
+    return Spans(
+        own,
+        positions % block,
+        jnp.maximum(own[:, :1], 0) + jnp.arange(1 + (time + block - 2) // block),
+        newest((positions[:, :1] - 1) // block),
+        newest(own[:, -1:]),
+    )
+
+
+def _add(
+    old: Float[Array, "batch kv_heads slots width"],
+    x: Float[Array, "batch time kv_heads width"],
+    projection: Float[Array, "rank block"],
+    span: Spans,
+) -> tuple[Float[Array, "batch kv_heads seen width"], Float[Array, "batch kv_heads slots width"]]:
+    """The sums of the blocks `span.seen`, and the slots with new tokens added to their blocks'."""
+    batch, kv_heads, _, width = old.shape
+    rank = projection.shape[0]
+    old = old.reshape(batch, kv_heads, -1, rank, width)
+    places = old.shape[2]
+
+    def at(x: jax.Array, index: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, index[:, None, :, None, None], axis=2)
+
+    own = span.own[:, :, None] == span.fresh[:, None]
+    weights = projection.T[span.phase][:, :, None]
+    weights = jnp.where(own[..., None], weights, 0.0)
+    fresh = jnp.einsum("btnr,bthw->bhnrw", weights, x.astype(old.dtype))
+    first = span.fresh[:, :1]
+    goes_on = jnp.take_along_axis(span.before, first % places, axis=1) == first
+    begun = jnp.where(goes_on[:, None, :, None, None], at(old, first % places), 0.0)
+    fresh = fresh.at[:, :, :1].add(begun)
+    which = span.after - first
+    new = jnp.where((which >= 0)[:, None, :, None, None], at(fresh, jnp.maximum(which, 0)), old)
+    seen = jnp.concatenate([old, fresh], axis=2)
+    return tuple(y.reshape(batch, kv_heads, -1, width) for y in (seen, new))  # type: ignore
+
+
+def _compressed(
+    x: Float[Array, "batch time kv_heads width"], projection: Float[Array, "rank block"]
+) -> Float[Array, "batch slots kv_heads width"]:
+    """The sums of all blocks but the last, which no query sees."""
+    batch, time, kv_heads, width = x.shape
+    rank, block = projection.shape
+    n = (time - 1) // block
+    x = x[:, : n * block].reshape(batch, n, block, kv_heads, width)
+    return jnp.einsum("rj,bnjhw->bnrhw", projection.astype(x.dtype), x).reshape(
+        batch, n * rank, kv_heads, width
+    )
+
+
+LINFORMER = Mechanism(LinformerMixing, empty_memory)
