@@ -35,7 +35,7 @@ Norm = Literal["layernorm", "rmsnorm", "none"]
 NormPlacement = Literal["pre", "post", "sandwich", "parallel", "none"]
 Activation = Literal["relu", "gelu", "gelu_exact", "swish", "relu2", "swiglu", "geglu", "reglu"]
 AttentionName = Literal["full", "sliding_window", "longformer", "fixed_sparse", "strided_sparse"]
-Layout = Literal["serial"]
+Layout = Literal["serial", "parallel_stacks"]
 Initializer = Literal["normal", "uniform_fan_in", "scaled"]
 Implementation = Literal["auto", "reference", "chunked", "portable"]
 
@@ -59,11 +59,16 @@ class ModelConfig:
     context_length: Positive = 256
     """Tokens the model sees at once (T)."""
     layout: Layout = "serial"
-    """How the layers are wired: serial, one block after another."""
+    """How the layers are wired: serial, one block after another; parallel_stacks, n_stacks one
+    after another, in each of which layers_per_stack stand side by side."""
     d_model: Positive = 384
     """Width of the residual stream (D)."""
     n_layers: Positive = 6
-    """Decoder blocks (L)."""
+    """Decoder blocks (L). For parallel_stacks leave it out, or layers_per_stack."""
+    n_stacks: Positive = 2
+    """For parallel_stacks: how many."""
+    layers_per_stack: Positive | None = None
+    """For parallel_stacks: layers in each. Left out: n_layers / n_stacks."""
     n_heads: Positive = 6
     """Query heads (H)."""
     n_kv_heads: Positive | None = None
@@ -127,6 +132,8 @@ class ModelConfig:
     """Project the concatenated heads back to d_model."""
     feed_forward: bool = True
     """Have a feed-forward branch at all."""
+    remat: bool = False
+    """Compute each block's activations again in the backward pass rather than keep them."""
 
     initializer: Initializer = "scaled"
     """normal: N(0, init_std); scaled: GPT-2's, residual outputs divided by sqrt(2 n_layers);
@@ -154,13 +161,18 @@ class ModelConfig:
             raise ConfigError(
                 "model.head_bias", True, "a head tied to the embedding has no bias of its own"
             )
+        if self.layout == "parallel_stacks":
+            self._check_stacks()
+        count, layers = "n_layers", self.n_layers
+        if self.layout == "parallel_stacks":
+            count, layers = "layers_per_stack", self._layers_in_stack
         if isinstance(self.attention, tuple) and (
-            not self.attention or self.n_layers % len(self.attention)
+            not self.attention or layers % len(self.attention)
         ):
             raise ConfigError(
                 "model.attention",
                 list(self.attention),
-                f"a pattern's length must divide model.n_layers = {self.n_layers}",
+                f"a pattern's length must divide model.{count} = {layers}",
             )
         if "fixed_sparse" in self.attention_pattern and (
             self.attention_globals > self.attention_block
@@ -192,6 +204,40 @@ class ModelConfig:
                 f"must be model.d_model = {self.d_model} wide together",
             )
 
+    def _check_stacks(self) -> None:
+        layers = self._layers_in_stack
+        total = self.n_stacks * layers
+        if self.layers_per_stack is None and total != self.n_layers:
+            near = _nearest_multiples(self.n_layers, self.n_stacks)
+            raise ConfigError(
+                "model.n_layers",
+                self.n_layers,
+                f"not divisible by model.n_stacks = {self.n_stacks}; {near} would do, "
+                "or give model.layers_per_stack instead",
+            )
+        if self.n_layers not in (total, ModelConfig.n_layers):
+            raise ConfigError(
+                "model.n_layers",
+                self.n_layers,
+                f"model.n_stacks = {self.n_stacks} of model.layers_per_stack = {layers} are "
+                f"{total}; leave out one of them",
+            )
+        if self.d_model % layers:
+            near = _nearest_multiples(self.d_model, layers)
+            raise ConfigError(
+                "model.d_model",
+                self.d_model,
+                f"each of model.layers_per_stack = {layers} layers gives an equal slice of it; "
+                f"{near} would do",
+            )
+        if self.tie_embeddings:
+            raise ConfigError(
+                "model.tie_embeddings",
+                True,
+                'the head of model.layout = "parallel_stacks" reads features 4 times as wide as '
+                f"the embedding, whose width is model.d_model = {self.d_model}",
+            )
+
     def _check_rotary_width(self, head: int) -> None:
         exact = head * self.rope_fraction
         if self.rope_width and self.rope_width % 2 == 0 and abs(self.rope_width - exact) < 0.01:
@@ -210,6 +256,10 @@ class ModelConfig:
         )
 
     @property
+    def _layers_in_stack(self) -> int:
+        return self.layers_per_stack or self.n_layers // self.n_stacks
+
+    @property
     def rope_width(self) -> int:
         """How much of a head's width rotary positions turn."""
         return round((self.d_head or self.d_model // self.n_heads) * self.rope_fraction)
@@ -219,8 +269,13 @@ class ModelConfig:
         gated = self.activation in GATED
         # Gated units have three matrices; 8/3 keeps their parameters those of a 4x plain one.
         d_ff = 8 * self.d_model // 3 if gated else 4 * self.d_model
+        stacks = {}
+        if self.layout == "parallel_stacks":
+            layers = self._layers_in_stack
+            stacks = {"layers_per_stack": layers, "n_layers": self.n_stacks * layers}
         return dataclasses.replace(
             self,
+            **stacks,
             n_kv_heads=self.n_kv_heads or self.n_heads,
             d_head=self.d_head or self.d_model // self.n_heads,
             d_ff=self.d_ff or d_ff,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ConfigError, ModelConfig
 from jaxdecoder.kernels.cross_entropy import cross_entropy, head_logits
-from jaxdecoder.layers import serial
+from jaxdecoder.layers import serial, stacks
 from jaxdecoder.layers.cache import Cache, Caches, Cursor
 from jaxdecoder.layers.linear import Weights, embedding_initializer
 from jaxdecoder.layers.positions import POSITIONS
@@ -35,6 +35,9 @@ class Layout(NamedTuple):
 
 LAYOUTS: dict[str, Layout] = {
     "serial": Layout(serial.Serial, serial.unroll, serial.empty_caches, lambda c: c.d_model),
+    "parallel_stacks": Layout(
+        stacks.ParallelStacks, stacks.unroll, stacks.empty_caches, stacks.width
+    ),
 }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxdecoder import Decoder
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
@@ -78,10 +79,12 @@ def logits_of(decoder, params, tokens):
 
 def covering_configs():
     """Configs in which every entry of every component's dict occurs, and every pair of position and
-    attention, and every pair of norm and placement. Both layers have their own attention."""
+    attention, of norm and placement, and of activation and layout. Both layers have their own
+    attention; stacks have both side by side, twice."""
     wirings = itertools.product(NORMS, PLACEMENTS)
     sights = itertools.product(POSITIONS, zip_cycled(*halves(list(ATTENTIONS))))
-    rows = zip_cycled(list(wirings), list(sights), list(ACTIVATIONS))
+    shapes = itertools.product(ACTIVATIONS, LAYOUTS)
+    rows = zip_cycled(list(wirings), list(sights), list(shapes))
     return [
         small(
             norm=norm,
@@ -89,8 +92,10 @@ def covering_configs():
             position=position,
             attention=attention,
             activation=activation,
+            layout=layout,
+            n_layers=4 if layout == "parallel_stacks" else 2,
         )
-        for (norm, placement), (position, attention), activation in rows
+        for (norm, placement), (position, attention), (activation, layout) in rows
     ]
 
 

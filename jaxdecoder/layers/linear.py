@@ -40,7 +40,7 @@ def linear(
 
 
 class Weights(nn.Module):
-    """Kernel and bias of a linear layer d_in -> d_out, for those who have a product of their own."""
+    """Kernel and bias of a linear layer d_in -> d_out, for a product of another kind."""
 
     config: ModelConfig
     d_in: int

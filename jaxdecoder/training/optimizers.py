@@ -164,9 +164,9 @@ def matrices(params: Any) -> Any:
 
 
 def block_matrices(params: Any) -> Any:
-    """True for the weights of the blocks' linear layers, which carry leading layer axes."""
+    """True for the weights of linear layers but the head."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: path[-1].key == "kernel" and leaf.ndim > 2, params
+        lambda path, _: path[-1].key == "kernel" and path[-2].key != "head", params
     )
 
 
