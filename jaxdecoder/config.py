@@ -357,6 +357,8 @@ class OptimizerConfig:
     """Decoupled weight decay, on matrices only."""
     gradient_clip: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the moments; bfloat16 halves them, rounding at random so that small changes count."""
     ema_decay: Fraction = 0.0
     """Exponential moving average of the weights, used for evaluation; 0 turns it off."""
 

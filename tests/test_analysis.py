@@ -15,7 +15,7 @@ from models import shapes, small
 
 from jaxdecoder import Decoder, analysis
 from jaxdecoder.config import ConfigError, ModelConfig, choices, load
-from jaxdecoder.decoder import empty_cache
+from jaxdecoder.decoder import LAYOUTS, empty_cache
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
@@ -31,6 +31,7 @@ SEEDS = {
     "shakespeare_baby_gpt": (10_788_929, 65),
     "tinygpt": (21_416_593, 145),
     "tinystories_77m": (76_852_305, 50_257),
+    "parallel_stacks": (521_695_152, 110_000),
 }
 
 
@@ -72,8 +73,9 @@ class TestTables:
             (analysis.PLACEMENT_NORMS, PLACEMENTS),
             (analysis.HIDDEN_MATRICES, ACTIVATIONS),
             (analysis.ATTENTION_COSTS, ATTENTIONS),
+            (analysis.LAYOUT_COSTS, LAYOUTS),
         ],
-        ids=["positions", "norms", "placements", "activations", "attentions"],
+        ids=["positions", "norms", "placements", "activations", "attentions", "layouts"],
     )
     def test_have_a_row_for_every_entry(self, table, components):
         assert table.keys() == components.keys()
@@ -109,10 +111,43 @@ class TestParameters:
             "total": 209_729,
         }
 
+    def test_of_parallel_stacks_are_the_published_ones_less_what_never_reached_the_output(self):
+        """Published: 557,365,680, with both kinds of feed-forward and of norms in both stacks."""
+        d, n, vocab_size = 512, 32, 110_000
+        counts = analysis.parameters(load(CONFIGS / "parallel_stacks.toml").model)
+
+        def linear(d_in, d_out):
+            return (d_in + 1) * d_out
+
+        def feed_forward(width):
+            return linear(width, 4 * width) + linear(4 * width, width)
+
+        def layer(share):
+            return 4 * linear(d, d) + 2 * d + feed_forward(d) + 2 * linear(d, share)
+
+        def norm(width):
+            return 2 * width
+
+        extras = feed_forward(d) + feed_forward(4 * d) + 2 * norm(d) + norm(4 * d)
+        assert (layer(d // n), layer(4 * d // n), extras) == (3_167_776, 3_217_024, 35_670_528)
+        layers = n * (layer(d // n) + layer(4 * d // n))
+        ends = vocab_size * d + norm(d) + linear(4 * d, vocab_size)
+        published = ends + layers + 2 * extras
+        dead = [
+            feed_forward(4 * d) + norm(4 * d) + norm(d),  # in stack one: the wide ones, input norm
+            feed_forward(d) + norm(d),  # in stack two: the narrow ones
+        ]
+        assert published == 557_365_680
+        assert dead == [33_569_792, 2_100_736]
+        assert counts["total"] == published - sum(dead) == 521_695_152
+        # The published code drops the input norm of stack two, which its figure shows.
+        assert sum(dead) + norm(d) == 35_671_552
+
     def test_are_those_of_the_arrays_for_every_norm_and_placement(self):
         for norm, placement in itertools.product(NORMS, PLACEMENTS):
-            config = small(norm=norm, norm_placement=placement)
-            assert analysis.parameters(config)["total"] == held(config), config
+            for layout in LAYOUTS:
+                config = small(norm=norm, norm_placement=placement, layout=layout)
+                assert analysis.parameters(config)["total"] == held(config), config
 
     def test_are_those_of_the_arrays_for_every_position_and_attention(self):
         for position, attention in itertools.product(POSITIONS, ATTENTIONS):
@@ -136,7 +171,7 @@ class TestParameters:
         counts = analysis.parameters(config)
         arrays = shapes(config)
         assert counts["total"] == sum(leaf.size for leaf in jax.tree.leaves(arrays))
-        for part in PARTS:
+        for part in counts.keys() - {"norms", "total"}:
             assert counts[part] == size_under(arrays, part), (part, config)
 
     def test_need_a_vocabulary(self):
@@ -166,9 +201,26 @@ class TestFlops:
             norm="rmsnorm",
             n_layers=1,
         ),
+        small(
+            attention_implementation="reference",
+            layout="parallel_stacks",
+            layers_per_stack=4,
+            n_layers=8,
+            attention=("sliding_window", "full"),
+            activation="geglu",
+        ),
+        small(
+            attention_implementation="reference",
+            layout="parallel_stacks",
+            n_stacks=3,
+            n_layers=6,
+            residual=False,
+        ),
     )
 
-    @pytest.mark.parametrize("config", CASES, ids=["plain", "modern", "bare"])
+    @pytest.mark.parametrize(
+        "config", CASES, ids=["plain", "modern", "bare", "stacks", "three_stacks"]
+    )
     def test_are_those_of_the_traced_programs(self, config):
         decoder, batch, length = Decoder(config), 3, config.context_length
         params = shapes(config)
@@ -186,7 +238,7 @@ class TestFlops:
         assert per_token.prefill["total"] == forward / length
         assert per_token.train["total"] == 3 * forward / length
 
-    @pytest.mark.parametrize("config", CASES[:2], ids=["plain", "modern"])
+    @pytest.mark.parametrize("config", [*CASES[:2], CASES[3]], ids=["plain", "modern", "stacks"])
     def test_of_decoding_are_those_of_the_traced_step(self, config):
         decoder = Decoder(config)
         step = jax.make_jaxpr(lambda *x: decoder.apply(x[0], *x[1:], method="extend"))(
@@ -236,6 +288,7 @@ class TestBytes:
         for config in (
             small(),
             small(n_kv_heads=2, d_head=6, attention=("full", "sliding_window")),
+            small(layout="parallel_stacks", n_layers=8, n_kv_heads=2, attention=("full",) * 2),
         ):
             for dtype in (jnp.float32, jnp.bfloat16):
                 cache = jax.eval_shape(lambda c=config, d=dtype: empty_cache(c, 1, dtype=d))
@@ -299,12 +352,23 @@ def any_config(draw):
             "feed_forward",
         )
     }
+    layout = draw(st.sampled_from(list(LAYOUTS)))
+    layers = len(pattern) * draw(st.integers(1, 2))
+    n_stacks = 1 if layout == "serial" else draw(st.integers(1, 3))
+    d_model = draw(st.integers(2, 20)) if projects else n_heads * width
+    if layout == "parallel_stacks":
+        d_model = -(-d_model // layers) * layers if projects else d_model
+        layers = layers if d_model % layers == 0 else len(pattern)
+        layout = layout if d_model % layers == 0 else "serial"
+        switches["tie_embeddings"] = False
     switches["head_bias"] &= not switches["tie_embeddings"]  # refused together
     return ModelConfig(
         vocab_size=draw(st.integers(1, 20)),
         context_length=draw(st.integers(2, 12)),
-        d_model=draw(st.integers(2, 20)) if projects else n_heads * width,
-        n_layers=len(pattern) * draw(st.integers(1, 2)),
+        d_model=d_model,
+        layout=layout,
+        n_stacks=n_stacks,
+        n_layers=n_stacks * layers,
         n_heads=n_heads,
         n_kv_heads=draw(st.sampled_from([n for n in (1, 2, 4) if n_heads % n == 0])),
         d_head=width,
@@ -319,7 +383,9 @@ def any_config(draw):
     )
 
 
-PARTS = ("embedding", "positions", "attention", "feed_forward", "head")
+# Module -> the part that its parameters count for.
+MODULES = {name: name for name in ("embedding", "positions", "attention", "feed_forward", "head")}
+MODULES |= {"skip": "slices", "narrow": "slices"}
 
 
 def size_under(arrays, name):
@@ -327,7 +393,8 @@ def size_under(arrays, name):
     return sum(
         leaf.size
         for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
-        if name == next((e.key for e in reversed(module_of(path)) if e.key in PARTS), None)
+        if name
+        == next((MODULES[e.key] for e in reversed(module_of(path)) if e.key in MODULES), None)
     )
 
 
