@@ -37,8 +37,13 @@ def _installed(name: str) -> bool:
         return False
 
 
+def has_cuda_packages() -> bool:
+    """Whether jax's CUDA compiler is here."""
+    return any(map(_installed, PLUGINS))
+
+
 needs_cuda_packages = pytest.mark.skipif(
-    not any(map(_installed, PLUGINS)),
+    not has_cuda_packages(),
     reason="jax has no CUDA compiler here: `make test-cuda` installs it and runs these tests",
 )
 
@@ -110,7 +115,11 @@ def _mesh(n_devices: int) -> Mesh:
 
 
 def compile_for_h200(
-    function: Callable[..., Any], *shapes: Any, n_devices: int = 1, spec: P | None = None
+    function: Callable[..., Any],
+    *shapes: Any,
+    n_devices: int = 1,
+    spec: P | None = None,
+    donate_argnums: int | tuple[int, ...] = (),
 ) -> Record:
     """Compiles `function` of pytrees of arrays, or of what has a shape and a dtype.
 
@@ -126,7 +135,7 @@ def compile_for_h200(
     # Triton's lowering asks the mesh which device it is for, and so does `implementation="auto"`.
     abstract = H200.update(axis_sizes=(n_devices,))
     with jax.sharding.use_abstract_mesh(abstract), _printed() as log:
-        compiled = jax.jit(function).lower(*arguments).compile()
+        compiled = jax.jit(function, donate_argnums=donate_argnums).lower(*arguments).compile()
     text = log[0]
     return Record(compiled.memory_analysis(), compiled.as_text(), _kernels(text), text)
 
