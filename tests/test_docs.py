@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
@@ -19,6 +20,7 @@ FAMILIES = {
     "Placements": ("norm_placement", PLACEMENTS),
     "Activations": ("activation", ACTIVATIONS),
     "Attentions": ("attention", ATTENTIONS),
+    "Layouts": ("layout", LAYOUTS),
 }
 
 

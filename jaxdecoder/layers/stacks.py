@@ -49,23 +49,30 @@ class Layer(nn.Module):
         """The slice and, if one came in, the extended cache."""
         c = self.config
 
-        def attend(h: jax.Array) -> jax.Array:
-            nonlocal cache
-            module = Attention(c, self.mechanism, self.dtype, name="attention")
-            out, cache = module(h, positions, cache, cursor, deterministic=deterministic)
-            return out
+        def stream(layer: Layer, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+            def attend(h: jax.Array) -> jax.Array:
+                nonlocal cache
+                module = Attention(c, self.mechanism, self.dtype, name="attention")
+                out, cache = module(h, positions, cache, cursor, deterministic=deterministic)
+                return out
 
-        norm = partial(NORMS[c.norm], c, self.dtype)
-        add = (lambda x, y: x + y) if c.residual else (lambda x, y: y)
-        h = PLACEMENTS[c.norm_placement](x, [("attention", attend)], norm, add)
-        project = partial(
-            linear, c, c.d_model, self.width, bias=c.bias, dtype=self.dtype, residual_output=True
-        )
-        if not c.feed_forward:
-            return project(name="skip")(h), cache
-        out = project(name="narrow")(FeedForward(c, self.dtype, name="feed_forward")(h))
-        out = Dropout(c.dropout)(out, deterministic=deterministic)
-        return (project(name="skip")(h) + out if c.residual else out), cache
+            norm = partial(NORMS[c.norm], c, self.dtype)
+            add = (lambda x, y: x + y) if c.residual else (lambda x, y: y)
+            h = PLACEMENTS[c.norm_placement](x, [("attention", attend)], norm, add)
+            return h, cache
+
+        def narrow(layer: Layer, h: jax.Array) -> jax.Array:
+            project = partial(linear, c, c.d_model, self.width, bias=c.bias, dtype=self.dtype)
+            if not c.feed_forward:
+                return project(name="skip")(h)
+            out = project(name="narrow")(FeedForward(c, self.dtype, name="feed_forward")(h))
+            out = Dropout(c.dropout)(out, deterministic=deterministic)
+            return project(name="skip")(h) + out if c.residual else out
+
+        # Apart, so that only one of the two has its activations there in the backward pass.
+        maybe_remat = nn.remat if c.remat else lambda f: f
+        h, cache = maybe_remat(stream)(self, x, cache)
+        return maybe_remat(narrow)(self, h), cache
 
 
 class Period(nn.Module):
@@ -116,7 +123,7 @@ class Stack(nn.Module):
         assert c.layers_per_stack is not None
         assert c.d_ff is not None
         blocks = nn.vmap(
-            nn.remat(Period, static_argnums=5) if c.remat else Period,
+            Period,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(None, None, 0, None, None),
