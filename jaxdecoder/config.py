@@ -269,7 +269,7 @@ class ModelConfig:
         gated = self.activation in GATED
         # Gated units have three matrices; 8/3 keeps their parameters those of a 4x plain one.
         d_ff = 8 * self.d_model // 3 if gated else 4 * self.d_model
-        stacks = {}
+        stacks: dict[str, Any] = {}
         if self.layout == "parallel_stacks":
             layers = self._layers_in_stack
             stacks = {"layers_per_stack": layers, "n_layers": self.n_stacks * layers}

@@ -163,7 +163,7 @@ def make_optimizer(c: OptimizerConfig, numbers: Numbers) -> optax.GradientTransf
 class Halved(NamedTuple):
     """The state of a rule `in_bfloat16`."""
 
-    count: Int[Array, ""]
+    step: Int[Array, ""]
     rule: Any
 
 
@@ -174,14 +174,14 @@ def in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTransformat
     still; so it is rounded at random (arXiv 1502.02551).
     """
 
-    def store(state: Any, count: Any) -> Any:
+    def store(state: Any, step: Any) -> Any:
         leaves, tree = jax.tree.flatten(state)
-        seeds = word(count.astype(jnp.uint32), jnp.arange(len(leaves)))
+        seeds = word(step.astype(jnp.uint32), jnp.arange(len(leaves)))
         stored = [
             round_at_random(leaf, seed) if leaf.dtype == jnp.float32 else leaf
             for leaf, seed in zip(leaves, seeds, strict=True)
         ]
-        return Halved(count, jax.tree.unflatten(tree, stored))
+        return Halved(step, jax.tree.unflatten(tree, stored))
 
     def restore(leaf: jax.Array) -> jax.Array:
         return leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf
@@ -191,7 +191,7 @@ def in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTransformat
 
     def update(updates: Any, state: Halved, params: Any = None) -> tuple[Any, Halved]:
         updates, new = rule.update(updates, jax.tree.map(restore, state.rule), params)
-        return updates, store(new, state.count + 1)
+        return updates, store(new, state.step + 1)
 
     return optax.GradientTransformation(init, update)
 
