@@ -27,6 +27,7 @@ from rich.table import Table
 from jaxdecoder.config import Config, ConfigError, ModelConfig, load
 from jaxdecoder.errors import UserError, friendly
 from jaxdecoder.kernels import masks
+from jaxdecoder.layers import stacks
 from jaxdecoder.layers.attention import MASKS, SLOTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.linformer import mask as linformer_mask
@@ -65,18 +66,6 @@ HIDDEN_MATRICES: dict[str, int] = {
     name: 2 if activation.gated else 1 for name, activation in ACTIVATIONS.items()
 }
 """Matrices from d_model to d_ff; one leads back, with `feed_forward_projection`."""
-
-
-def feed_forward_weights(c: ModelConfig) -> int:
-    """The matrices of one feed-forward branch, if there is one."""
-    matrices = HIDDEN_MATRICES[c.activation] + c.feed_forward_projection
-    return c.feed_forward * matrices * c.d_model * _d_ff(c)
-
-
-def feed_forward_parameters(c: ModelConfig) -> int:
-    """Those matrices and their biases."""
-    biases = HIDDEN_MATRICES[c.activation] * _d_ff(c) + c.feed_forward_projection * c.d_model
-    return feed_forward_weights(c) + c.feed_forward * c.bias * biases
 
 
 class AttentionCosts(NamedTuple):
@@ -200,21 +189,71 @@ ATTENTION_COSTS: dict[str, AttentionCosts] = {
 }
 
 
+class LayoutCosts(NamedTuple):
+    """What a layout puts around the attention of its layers."""
+
+    parameters: Callable[[ModelConfig], dict[str, int]]
+    weights: Callable[[ModelConfig], dict[str, int]]
+    """Multiply-adds a token, by part."""
+    width: Callable[[ModelConfig], int]
+    """Of what the head sees."""
+
+
+def serial_parameters(c: ModelConfig) -> dict[str, int]:
+    """A feed-forward and norms a block, and a norm before the head."""
+    norms = c.n_layers * PLACEMENT_NORMS[c.norm_placement](2 if c.feed_forward else 1) + 1
+    return {
+        "feed_forward": c.n_layers * _feed_forward(c).parameters,
+        "norms": norms * NORM_PARAMETERS[c.norm](c),
+    }
+
+
+def serial_weights(c: ModelConfig) -> dict[str, int]:
+    """A feed-forward a block."""
+    return {"feed_forward": c.n_layers * _feed_forward(c).weights}
+
+
+def stacks_parameters(c: ModelConfig) -> dict[str, int]:
+    """A feed-forward, norms and a slice a layer; a feed-forward and two norms a stack."""
+    widths = _stack_widths(c)
+    layer_norms = c.n_layers * PLACEMENT_NORMS[c.norm_placement](1)
+    return {
+        "feed_forward": c.n_layers * _feed_forward(c).parameters
+        + sum(_feed_forward(c, factor).parameters for factor in widths),
+        "slices": _projections_to_slices(c) * (c.d_model + c.bias) * c.d_model * sum(widths),
+        "norms": (layer_norms + c.n_stacks + sum(widths)) * NORM_PARAMETERS[c.norm](c),
+    }
+
+
+def stacks_weights(c: ModelConfig) -> dict[str, int]:
+    """A feed-forward a layer and a stack, and the slices."""
+    widths = _stack_widths(c)
+    return {
+        "feed_forward": c.n_layers * _feed_forward(c).weights
+        + sum(_feed_forward(c, factor).weights for factor in widths),
+        "slices": _projections_to_slices(c) * c.d_model * c.d_model * sum(widths),
+    }
+
+
+LAYOUT_COSTS: dict[str, LayoutCosts] = {
+    "serial": LayoutCosts(serial_parameters, serial_weights, lambda c: c.d_model),
+    "parallel_stacks": LayoutCosts(stacks_parameters, stacks_weights, stacks.width),
+}
+
+
 # --- Counts --------------------------------------------------------------------------------------
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
     """The exact parameter count by part, and the total."""
     c, vocab_size = config.resolve(), _vocab_size(config)
-    branches = 2 if c.feed_forward else 1
-    block_norms = c.n_layers * PLACEMENT_NORMS[c.norm_placement](branches)
+    layout = LAYOUT_COSTS[c.layout]
     counts = {
         "embedding": vocab_size * c.d_model,
         "positions": POSITION_PARAMETERS[c.position](c),
         "attention": _over_layers(c, lambda costs: costs.parameters(c)),
-        "feed_forward": c.n_layers * feed_forward_parameters(c),
-        "norms": (block_norms + 1) * NORM_PARAMETERS[c.norm](c),
-        "head": 0 if c.tie_embeddings else (c.d_model + c.head_bias) * vocab_size,
+        **layout.parameters(c),
+        "head": 0 if c.tie_embeddings else (layout.width(c) + c.head_bias) * vocab_size,
     }
     return {**counts, "total": sum(counts.values())}
 
@@ -227,6 +266,7 @@ def forward_flops(
     `start` tokens before them are in the cache. The head is counted for every token.
     """
     c, vocab_size = config.resolve(), _vocab_size(config)
+    layout = LAYOUT_COSTS[c.layout]
 
     def mixing(costs: AttentionCosts) -> int:
         return (costs.dense if dense else costs.mixing)(c, tokens, start)
@@ -234,8 +274,8 @@ def forward_flops(
     flops = {
         "attention_projections": 2 * tokens * _over_layers(c, lambda costs: costs.weights(c)),
         "attention": 2 * _over_layers(c, mixing),
-        "feed_forward": 2 * tokens * c.n_layers * feed_forward_weights(c),
-        "head": 2 * tokens * c.d_model * vocab_size,
+        **{part: 2 * tokens * weights for part, weights in layout.weights(c).items()},
+        "head": 2 * tokens * layout.width(c) * vocab_size,
     }
     return {**flops, "total": sum(flops.values())}
 
@@ -288,10 +328,29 @@ def _widths(c: ModelConfig) -> tuple[int, int, int]:
     return c.d_head, c.n_heads * c.d_head, c.n_kv_heads * c.d_head
 
 
-def _d_ff(c: ModelConfig) -> int:
+class _FeedForward(NamedTuple):
+    weights: int
+    parameters: int
+
+
+def _feed_forward(c: ModelConfig, factor: int = 1) -> _FeedForward:
+    """A feed-forward `factor` times as wide as the config's, which may have none."""
     d_ff = c.resolve().d_ff
     assert d_ff is not None
-    return d_ff
+    width, d_ff = factor * c.d_model, factor * d_ff
+    hidden, down = HIDDEN_MATRICES[c.activation], c.feed_forward_projection
+    weights = (hidden + down) * width * d_ff
+    biases = c.bias * (hidden * d_ff + width)
+    return _FeedForward(c.feed_forward * weights, c.feed_forward * (weights + biases))
+
+
+def _stack_widths(c: ModelConfig) -> list[int]:
+    """The widths of the stacks, in multiples of d_model."""
+    return [1] * (c.n_stacks - 1) + [stacks.WIDENING]
+
+
+def _projections_to_slices(c: ModelConfig) -> int:
+    return 2 if c.feed_forward and c.residual else 1
 
 
 def _vocab_size(config: ModelConfig) -> int:

@@ -43,7 +43,7 @@ AttentionName = Literal[
     "linformer",
     "linear",
 ]
-Layout = Literal["serial"]
+Layout = Literal["serial", "parallel_stacks"]
 Initializer = Literal["normal", "uniform_fan_in", "scaled"]
 Implementation = Literal["auto", "reference", "chunked", "portable"]
 
@@ -68,11 +68,16 @@ class ModelConfig:
     context_length: Positive = 256
     """Tokens the model sees at once (T)."""
     layout: Layout = "serial"
-    """How the layers are wired: serial, one block after another."""
+    """How the layers are wired: serial, one block after another; parallel_stacks, n_stacks one
+    after another, in each of which layers_per_stack stand side by side."""
     d_model: Positive = 384
     """Width of the residual stream (D)."""
     n_layers: Positive = 6
-    """Decoder blocks (L)."""
+    """Decoder blocks (L). For parallel_stacks leave it out, or layers_per_stack."""
+    n_stacks: Positive = 2
+    """For parallel_stacks: how many."""
+    layers_per_stack: Positive | None = None
+    """For parallel_stacks: layers in each. Left out: n_layers / n_stacks."""
     n_heads: Positive = 6
     """Query heads (H)."""
     n_kv_heads: Positive | None = None
@@ -142,6 +147,8 @@ class ModelConfig:
     """Have a feed-forward branch at all."""
     feed_forward_projection: bool = True
     """Project the feed-forward's hidden units back to d_model; without, they are d_model wide."""
+    remat: bool = False
+    """Compute each block's activations again in the backward pass rather than keep them."""
 
     initializer: Initializer = "scaled"
     """normal: N(0, init_std); scaled: GPT-2's, residual outputs divided by sqrt(2 n_layers);
@@ -169,13 +176,18 @@ class ModelConfig:
             raise ConfigError(
                 "model.head_bias", True, "a head tied to the embedding has no bias of its own"
             )
+        if self.layout == "parallel_stacks":
+            self._check_stacks()
+        count, layers = "n_layers", self.n_layers
+        if self.layout == "parallel_stacks":
+            count, layers = "layers_per_stack", self._layers_in_stack
         if isinstance(self.attention, tuple) and (
-            not self.attention or self.n_layers % len(self.attention)
+            not self.attention or layers % len(self.attention)
         ):
             raise ConfigError(
                 "model.attention",
                 list(self.attention),
-                f"a pattern's length must divide model.n_layers = {self.n_layers}",
+                f"a pattern's length must divide model.{count} = {layers}",
             )
         if "fixed_sparse" in self.attention_pattern and (
             self.attention_globals > self.attention_block
@@ -244,6 +256,40 @@ class ModelConfig:
                 "no more tokens",
             )
 
+    def _check_stacks(self) -> None:
+        layers = self._layers_in_stack
+        total = self.n_stacks * layers
+        if self.layers_per_stack is None and total != self.n_layers:
+            near = _nearest_multiples(self.n_layers, self.n_stacks)
+            raise ConfigError(
+                "model.n_layers",
+                self.n_layers,
+                f"not divisible by model.n_stacks = {self.n_stacks}; {near} would do, "
+                "or give model.layers_per_stack instead",
+            )
+        if self.n_layers not in (total, ModelConfig.n_layers):
+            raise ConfigError(
+                "model.n_layers",
+                self.n_layers,
+                f"model.n_stacks = {self.n_stacks} of model.layers_per_stack = {layers} are "
+                f"{total}; leave out one of them",
+            )
+        if self.d_model % layers:
+            near = _nearest_multiples(self.d_model, layers)
+            raise ConfigError(
+                "model.d_model",
+                self.d_model,
+                f"each of model.layers_per_stack = {layers} layers gives an equal slice of it; "
+                f"{near} would do",
+            )
+        if self.tie_embeddings:
+            raise ConfigError(
+                "model.tie_embeddings",
+                True,
+                'the head of model.layout = "parallel_stacks" reads features 4 times as wide as '
+                f"the embedding, whose width is model.d_model = {self.d_model}",
+            )
+
     def _check_rotary_width(self, head: int) -> None:
         exact = head * self.rope_fraction
         if self.rope_width and self.rope_width % 2 == 0 and abs(self.rope_width - exact) < 0.01:
@@ -262,6 +308,10 @@ class ModelConfig:
         )
 
     @property
+    def _layers_in_stack(self) -> int:
+        return self.layers_per_stack or self.n_layers // self.n_stacks
+
+    @property
     def rope_width(self) -> int:
         """How much of a head's width rotary positions turn."""
         return round((self.d_head or self.d_model // self.n_heads) * self.rope_fraction)
@@ -275,8 +325,13 @@ class ModelConfig:
             d_ff = 8 * self.d_model // 3
         else:
             d_ff = 4 * self.d_model
+        stacks: dict[str, Any] = {}
+        if self.layout == "parallel_stacks":
+            layers = self._layers_in_stack
+            stacks = {"layers_per_stack": layers, "n_layers": self.n_stacks * layers}
         return dataclasses.replace(
             self,
+            **stacks,
             n_kv_heads=self.n_kv_heads or self.n_heads,
             d_head=self.d_head or self.d_model // self.n_heads,
             d_ff=self.d_ff or d_ff,
@@ -358,6 +413,8 @@ class OptimizerConfig:
     """Decoupled weight decay, on matrices only."""
     gradient_clip: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the moments; bfloat16 halves them, rounding at random so that small changes count."""
     ema_decay: Fraction = 0.0
     """Exponential moving average of the weights, used for evaluation; 0 turns it off."""
 

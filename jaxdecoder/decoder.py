@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ConfigError, ModelConfig
-from jaxdecoder.layers import serial
+from jaxdecoder.kernels.cross_entropy import cross_entropy, head_logits
+from jaxdecoder.layers import serial, stacks
 from jaxdecoder.layers.cache import Cache, Caches, Cursor
-from jaxdecoder.layers.linear import embedding_initializer, linear, product
+from jaxdecoder.layers.linear import Weights, embedding_initializer
 from jaxdecoder.layers.positions import POSITIONS
 
 
@@ -36,6 +36,9 @@ class Layout(NamedTuple):
 
 LAYOUTS: dict[str, Layout] = {
     "serial": Layout(serial.Serial, serial.unroll, serial.empty_caches, lambda c: c.d_model),
+    "parallel_stacks": Layout(
+        stacks.ParallelStacks, stacks.unroll, stacks.empty_caches, stacks.width
+    ),
 }
 
 
@@ -61,15 +64,8 @@ class Decoder(nn.Module):
         self.positions = embed(c, name="positions") if embed else None
         self.body = LAYOUTS[c.layout].body(c, self.dtype, self.unrolled)
         if not c.tie_embeddings:
-            self.head = linear(
-                c,
-                LAYOUTS[c.layout].width(c),
-                c.vocab_size,
-                bias=c.head_bias,
-                dtype=self.dtype,
-                out_dtype=jnp.float32,
-                name="head",
-            )
+            width = LAYOUTS[c.layout].width(c)
+            self.head = Weights(c, width, c.vocab_size, c.head_bias, name="head")
 
     def __call__(
         self, tokens: Int[Array, "batch time"], *, deterministic: bool = True
@@ -85,8 +81,9 @@ class Decoder(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "batch time"]:
         """What training minimises at each of `tokens`, in nats: that of the next token."""
-        logits = self(tokens, deterministic=deterministic)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        features = self.features(tokens, deterministic=deterministic)
+        softcap = self.config.logit_softcap
+        return cross_entropy(features, *self._head(), targets, logit_softcap=softcap)
 
     def features(
         self, tokens: Int[Array, "batch time"], *, deterministic: bool = True
@@ -128,15 +125,10 @@ class Decoder(nn.Module):
         self, features: Float[Array, "batch time width"]
     ) -> Float[Array, "batch time vocab"]:
         """The head, in float32 from its products on."""
-        c = self.config
-        if c.tie_embeddings:
-            kernel = self.embedding.T.astype(self.dtype)
-            logits = product(features, kernel, preferred_element_type=jnp.float32)
-        else:
-            logits = self.head(features)
-        if c.logit_softcap is not None:
-            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
-        return logits
+        return head_logits(features, *self._head(), logit_softcap=self.config.logit_softcap)
+
+    def _head(self) -> tuple[Float[Array, "width vocab"], Float[Array, " vocab"] | None]:
+        return (self.embedding.T, None) if self.config.tie_embeddings else self.head()
 
     def _embed(
         self, tokens: Int[Array, "batch time"], positions: Int[Array, "#batch time"]

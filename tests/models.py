@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jaxdecoder import Decoder
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
@@ -86,20 +87,23 @@ REFUSED = {
 
 def covering_configs():
     """Configs in which every entry of every component's dict occurs, and every pair of position and
-    attention that is not refused, and every pair of norm and placement. Both layers have their own
-    attention."""
+    attention that is not refused, of norm and placement, and of activation and layout. Both layers
+    have their own attention; stacks have both side by side, twice."""
     wirings = itertools.product(NORMS, PLACEMENTS)
     sights = itertools.product(POSITIONS, zip_cycled(*halves(list(ATTENTIONS))))
-    rows = zip_cycled(list(wirings), list(sights), list(ACTIVATIONS))
+    shapes = itertools.product(ACTIVATIONS, LAYOUTS)
+    rows = zip_cycled(list(wirings), list(sights), list(shapes))
     return [
         small(
             norm=norm,
             norm_placement=placement,
             position=position,
             activation=activation,
+            layout=layout,
+            n_layers=4 if layout == "parallel_stacks" else 2,
             **seeing(*(name for name in attention if (position, name) not in REFUSED)),
         )
-        for (norm, placement), (position, attention), activation in rows
+        for (norm, placement), (position, attention), (activation, layout) in rows
     ]
 
 
@@ -138,11 +142,24 @@ def any_config(draw, turns=2):
     ]
     norm = draw(st.sampled_from(list(NORMS)))
     d_ff = draw(st.none() | st.integers(6, 30))
+    layout = draw(st.sampled_from(list(LAYOUTS)))
+    stacked = layout == "parallel_stacks"
+    layers = len(pattern) * draw(st.integers(1, turns))
+    n_stacks = draw(st.integers(1, 2)) if stacked else 1
+    d_model = draw(st.integers(4, 20)) if projects else n_heads * width
+    if stacked:
+        # Every layer of a stack gives an equal slice.
+        d_model = -(-d_model // layers) * layers if projects else d_model
+        layers = layers if d_model % layers == 0 else 1
+        pattern = pattern if layers % len(pattern) == 0 else pattern[:1]
+        switches |= {"tie_embeddings": False}
     return ModelConfig(
         vocab_size=draw(st.integers(2, 20)),
         context_length=context,
-        d_model=draw(st.integers(4, 20)) if projects else n_heads * width,
-        n_layers=len(pattern) * draw(st.integers(1, turns)),
+        d_model=d_model,
+        layout=layout,
+        n_stacks=n_stacks,
+        n_layers=n_stacks * layers,
         n_heads=n_heads,
         n_kv_heads=draw(st.sampled_from([n for n in (1, 2, 4) if n_heads % n == 0])),
         d_head=width,

@@ -64,7 +64,8 @@ POSITIONS = {"none", "learned", "sinusoidal", "rope", "alibi", "t5"}
 def defines(config):
     """Whether this file knows all of a config's components."""
     return (
-        config.position in POSITIONS
+        config.layout in LAYOUTS
+        and config.position in POSITIONS
         and config.activation in {*ACTIVATIONS, *GATES}
         and set(config.attention_pattern) <= {*VISIBLE, "linformer", "linear"}
     )
@@ -76,16 +77,63 @@ def decode(config, params, tokens, window=None):
     params = to_float64(params)
     x = [params["embedding"][token] for token in tokens]
     x = np.stack([row + added_position(c, params, t) for t, row in enumerate(x)])
-    pattern = c.attention_pattern
-    for layer in range(c.n_layers):
-        period, place = divmod(layer, len(pattern))
-        block = slice_of(params["body"]["blocks"][f"block_{place}"], period)
-        x = one_block(c, block, pattern[place], x, window)
-    x = norm(c, params["body"].get("final_norm"), x)
+    x = LAYOUTS[c.layout](c, params["body"], x, window)
     logits = x @ params["embedding"].T if c.tie_embeddings else linear(params["head"], x)
     if c.logit_softcap is not None:
         logits = np.tanh(logits / c.logit_softcap) * c.logit_softcap
     return logits
+
+
+def serial(c, p, x, window):
+    """Blocks one after another, and a norm."""
+    pattern = c.attention_pattern
+    for layer in range(c.n_layers):
+        period, place = divmod(layer, len(pattern))
+        block = slice_of(p["blocks"][f"block_{place}"], period)
+        x = one_block(c, block, pattern[place], x, window)
+    return norm(c, p.get("final_norm"), x)
+
+
+def parallel_stacks(c, p, x, window):
+    """Stacks one after another, each a row of slices."""
+    pattern = c.attention_pattern
+    for i in range(c.n_stacks):
+        x = norm(c, p.get(f"norm_{i}"), x)
+        stack, slices = p[f"stack_{i}"], []
+        for layer in range(c.layers_per_stack):
+            period, place = divmod(layer, len(pattern))
+            part = slice_of(stack["blocks"][f"block_{place}"], period)
+            slices.append(one_slice(c, part, pattern[place], x, window))
+        x = np.concatenate(slices, axis=-1)
+        assert x.shape[-1] == c.d_model * (4 if i == c.n_stacks - 1 else 1)
+        if c.feed_forward:
+            x = feed_forward(c, stack["feed_forward"], x)
+        x = norm(c, stack.get("norm"), x)
+    return x
+
+
+LAYOUTS = {"serial": serial, "parallel_stacks": parallel_stacks}
+
+
+def one_slice(c, p, mechanism, x, window):
+    """What one layer of a stack adds to the features."""
+    out = attention(c, p["attention"], mechanism, first_norm(c, p, x), window)
+    if c.norm_placement == "sandwich":
+        out = norm(c, p.get("attention_out_norm"), out)
+    h = x + out if c.residual else out
+    if c.norm_placement == "post":
+        h = norm(c, p.get("attention_norm"), h)
+    if not c.feed_forward:
+        return linear(p["skip"], h)
+    fed = linear(p["narrow"], feed_forward(c, p["feed_forward"], h))
+    return linear(p["skip"], h) + fed if c.residual else fed
+
+
+def first_norm(c, p, x):
+    """The norm before attention, where the placement has one."""
+    if c.norm_placement in ("pre", "sandwich"):
+        return norm(c, p.get("attention_norm"), x)
+    return norm(c, p.get("norm"), x) if c.norm_placement == "parallel" else x
 
 
 def one_block(c, p, mechanism, x, window):

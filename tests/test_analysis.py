@@ -15,7 +15,7 @@ from models import REFUSED, any_config, seeing, shapes, small
 
 from jaxdecoder import Decoder, analysis
 from jaxdecoder.config import ConfigError, ModelConfig, load
-from jaxdecoder.decoder import empty_cache
+from jaxdecoder.decoder import LAYOUTS, empty_cache
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
@@ -31,6 +31,7 @@ SEEDS = {
     "shakespeare_baby_gpt": (10_788_929, 65),
     "tinygpt": (21_416_593, 145),
     "tinystories_77m": (76_852_305, 50_257),
+    "parallel_stacks": (521_695_152, 110_000),
 }
 
 
@@ -72,8 +73,9 @@ class TestTables:
             (analysis.PLACEMENT_NORMS, PLACEMENTS),
             (analysis.HIDDEN_MATRICES, ACTIVATIONS),
             (analysis.ATTENTION_COSTS, ATTENTIONS),
+            (analysis.LAYOUT_COSTS, LAYOUTS),
         ],
-        ids=["positions", "norms", "placements", "activations", "attentions"],
+        ids=["positions", "norms", "placements", "activations", "attentions", "layouts"],
     )
     def test_have_a_row_for_every_entry(self, table, components):
         assert table.keys() == components.keys()
@@ -109,10 +111,43 @@ class TestParameters:
             "total": 209_729,
         }
 
+    def test_of_parallel_stacks_are_the_published_ones_less_what_never_reached_the_output(self):
+        """Published: 557,365,680, with both kinds of feed-forward and of norms in both stacks."""
+        d, n, vocab_size = 512, 32, 110_000
+        counts = analysis.parameters(load(CONFIGS / "parallel_stacks.toml").model)
+
+        def linear(d_in, d_out):
+            return (d_in + 1) * d_out
+
+        def feed_forward(width):
+            return linear(width, 4 * width) + linear(4 * width, width)
+
+        def layer(share):
+            return 4 * linear(d, d) + 2 * d + feed_forward(d) + 2 * linear(d, share)
+
+        def norm(width):
+            return 2 * width
+
+        extras = feed_forward(d) + feed_forward(4 * d) + 2 * norm(d) + norm(4 * d)
+        assert (layer(d // n), layer(4 * d // n), extras) == (3_167_776, 3_217_024, 35_670_528)
+        layers = n * (layer(d // n) + layer(4 * d // n))
+        ends = vocab_size * d + norm(d) + linear(4 * d, vocab_size)
+        published = ends + layers + 2 * extras
+        dead = [
+            feed_forward(4 * d) + norm(4 * d) + norm(d),  # in stack one: the wide ones, input norm
+            feed_forward(d) + norm(d),  # in stack two: the narrow ones
+        ]
+        assert published == 557_365_680
+        assert dead == [33_569_792, 2_100_736]
+        assert counts["total"] == published - sum(dead) == 521_695_152
+        # The published code drops the input norm of stack two, which its figure shows.
+        assert sum(dead) + norm(d) == 35_671_552
+
     def test_are_those_of_the_arrays_for_every_norm_and_placement(self):
         for norm, placement in itertools.product(NORMS, PLACEMENTS):
-            config = small(norm=norm, norm_placement=placement)
-            assert analysis.parameters(config)["total"] == held(config), config
+            for layout in LAYOUTS:
+                config = small(norm=norm, norm_placement=placement, layout=layout)
+                assert analysis.parameters(config)["total"] == held(config), config
 
     def test_are_those_of_the_arrays_for_every_position_and_attention(self):
         pairs = itertools.product(POSITIONS, ATTENTIONS)
@@ -141,7 +176,7 @@ class TestParameters:
         counts = analysis.parameters(config)
         arrays = shapes(config)
         assert counts["total"] == sum(leaf.size for leaf in jax.tree.leaves(arrays))
-        for part in PARTS:
+        for part in counts.keys() - {"norms", "total"}:
             assert counts[part] == size_under(arrays, part), (part, config)
 
     def test_need_a_vocabulary(self):
@@ -186,12 +221,30 @@ class TestFlops:
         ),
         small(n_kv_heads=2, d_head=6, attention="linear"),  # chunks of 3, the last one padded
         small(n_kv_heads=2, d_head=6, attention="linear", attention_block=32),
+        small(
+            attention_implementation="reference",
+            layout="parallel_stacks",
+            layers_per_stack=4,
+            n_layers=8,
+            attention=("sliding_window", "full"),
+            activation="geglu",
+        ),
+        small(
+            attention_implementation="reference",
+            layout="parallel_stacks",
+            n_stacks=3,
+            n_layers=6,
+            residual=False,
+        ),
     )
 
     @pytest.mark.parametrize(
         "config",
         CASES,
-        ids=["plain", "modern", "bare", "unprojected", "linformer", "linear", "one chunk"],
+        ids=[
+            *("plain", "modern", "bare", "unprojected", "linformer", "linear", "one chunk"),
+            *("stacks", "three stacks"),
+        ],
     )
     def test_are_those_of_the_traced_programs(self, config):
         decoder, batch, length = Decoder(config), 3, config.context_length
@@ -285,8 +338,16 @@ class TestFlops:
 
 class TestBytes:
     def test_of_the_cache_are_those_of_its_arrays(self):
-        for attention in ATTENTIONS:
-            config = small(n_kv_heads=2, d_head=6, attention_globals=2, **seeing("full", attention))
+        layouts = ("serial", "parallel_stacks")
+        for attention, layout in itertools.product(ATTENTIONS, layouts):
+            config = small(
+                layout=layout,
+                n_layers=8,
+                n_kv_heads=2,
+                d_head=6,
+                attention_globals=2,
+                **seeing("full", attention),
+            )
             for dtype in (jnp.float32, jnp.bfloat16):
                 cache = jax.eval_shape(lambda c=config, d=dtype: empty_cache(c, 1, dtype=d))
                 size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.layers))
@@ -329,7 +390,9 @@ class TestCommand:
         assert "usage" in capsys.readouterr().err
 
 
-PARTS = ("embedding", "positions", "attention", "feed_forward", "head")
+# Module -> the part that its parameters count for.
+MODULES = {name: name for name in ("embedding", "positions", "attention", "feed_forward", "head")}
+MODULES |= {"skip": "slices", "narrow": "slices"}
 
 
 def size_under(arrays, name):
@@ -337,7 +400,8 @@ def size_under(arrays, name):
     return sum(
         leaf.size
         for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
-        if name == next((e.key for e in reversed(module_of(path)) if e.key in PARTS), None)
+        if name
+        == next((MODULES[e.key] for e in reversed(module_of(path)) if e.key in MODULES), None)
     )
 
 

@@ -16,6 +16,7 @@ from test_analysis import products
 from test_decoder import assert_close, decode
 
 from jaxdecoder import Decoder, analysis
+from jaxdecoder.layers.attention import MASKS
 
 BATCH = 2
 
@@ -72,8 +73,10 @@ def has_gradients(config, gradients, tokens):
 
 def cancels(config, names):
     """Whether softmax cancels what a parameter adds: the same to the scores of all keys."""
-    turned = config.position == "rope" or config.qk_norm
-    return names[-2:] == ["key", "bias"] and not turned
+    if names[-2:] != ["key", "bias"] or config.position == "rope" or config.qk_norm:
+        return False
+    block = next(name for name in names if name.startswith("block_"))
+    return config.attention_pattern[int(block.removeprefix("block_"))] in MASKS
 
 
 def is_causal(config, logits_of, tokens, before):

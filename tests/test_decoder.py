@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,10 @@ from models import (
 
 from jaxdecoder import Decoder
 from jaxdecoder.config import ConfigError, ModelConfig
-from jaxdecoder.decoder import empty_cache
+from jaxdecoder.decoder import LAYOUTS, empty_cache
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.cache import Cursor
+from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.positions import POSITIONS
 
 SWITCHED = [
@@ -92,7 +94,35 @@ SWITCHED = [
     ),
     small(position="t5", attention="linformer", attention_block=4, attention_rank=3),
 ]
-CONFIGS = [*covering_configs(), *SWITCHED]
+STACKED = [
+    small(
+        layout="parallel_stacks",
+        n_stacks=1,
+        layers_per_stack=2,
+        residual=False,
+        norm_placement="none",
+        attention_projection=False,
+        head_bias=True,
+        logit_softcap=2.0,
+        n_layers=2,
+    ),
+    small(
+        layout="parallel_stacks",
+        n_stacks=3,
+        n_layers=12,
+        attention=("full", "strided_sparse"),
+        position="rope",
+        qkv_bias=True,
+        qk_norm=True,
+        feed_forward=False,
+        bias=False,
+        n_kv_heads=2,
+        norm="rmsnorm",
+        norm_placement="sandwich",
+        remat=True,
+    ),
+]
+CONFIGS = [*covering_configs(), *SWITCHED, *STACKED]
 TIME = SMALL.context_length
 PREFILLED = TIME - 2
 
@@ -163,6 +193,7 @@ def test_every_entry_and_pair_is_among_the_configs():
     assert {(c.position, attention) for c in configs for attention in c.attention_pattern} == {
         (position, attention) for position in POSITIONS for attention in ATTENTIONS
     } - REFUSED.keys()
+    assert {(c.activation, c.layout) for c in configs} >= set(product(ACTIVATIONS, LAYOUTS))
 
 
 class TestEveryDecoder:
@@ -538,6 +569,9 @@ class TestInitializers:
         assert np.abs(correlation).max() < 0.1
 
 
+STACKS = {"layout": "parallel_stacks"}
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "key"),
@@ -561,6 +595,11 @@ class TestRefusals:
             ),
             ({"attention_projection": False, "d_head": 5}, "model.attention_projection"),
             ({"feed_forward_projection": False, "d_ff": 24}, "model.d_ff"),
+            ({**STACKS, "n_layers": 3}, "model.n_layers = 3.*2 or 4 would do"),
+            ({**STACKS, "layers_per_stack": 2}, "model.n_layers = 2.*are 4"),
+            ({**STACKS, "n_layers": 12}, "model.d_model = 16.*12 or 18 would do"),
+            ({**STACKS, "tie_embeddings": True}, "model.tie_embeddings = true.*4 times as wide"),
+            ({**STACKS, "n_layers": 4, "attention": ("full",) * 4}, "model.layers_per_stack = 2"),
         ],
     )
     def test_of_a_config_name_its_key(self, changes, key):

@@ -30,7 +30,10 @@ its own name there or `naive`, the decoder of `naive.py` that `test_decoder.py` 
     attention       longformer      naive
     attention       fixed_sparse    naive
     attention       strided_sparse  naive
+    attention       linformer       naive
+    attention       linear          naive
     layout          serial          gpt2 llama
+    layout          parallel_stacks naive
 
 What is `naive` there has torch's functions for its parts: the activations one by one, attention
 under the mask of every pattern, and Longformer's own code. The switches: `bias` in all and not
@@ -48,7 +51,7 @@ import jax.numpy as jnp
 import naive
 import numpy as np
 import pytest
-from models import logits_of, quick_jit, shapes, small
+from models import logits_of, quick_jit, seeing, shapes, small
 
 from jaxdecoder import Decoder
 from jaxdecoder.config import ModelConfig
@@ -122,7 +125,8 @@ class TestOracles:
             assert oracles
             for oracle in oracles:
                 if oracle == "naive":
-                    assert naive.defines(small(**{family: entry}))
+                    fields = seeing(entry) if family == "attention" else {family: entry}
+                    assert naive.defines(small(**fields))
                 else:
                     value = getattr(config_of(oracle), family)
                     assert entry in (value if isinstance(value, tuple) else (value,)), oracle

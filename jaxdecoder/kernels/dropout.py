@@ -21,18 +21,27 @@ def mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     return x ^ (x >> 16)
 
 
+def word(seed: UInt32[Array, ""], *indices: jax.Array) -> UInt32[Array, "*shape"]:
+    """32 bits that look random, a hash of the seed and the (broadcast) indices."""
+    bits = seed
+    for index in indices:
+        bits = mix(bits ^ (index.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)))
+    return bits
+
+
 def keep(
     seed: UInt32[Array, ""], rate: float | jax.Array, *indices: jax.Array
 ) -> Bool[Array, "*shape"]:
     """True with probability 1 - rate, decided by the seed and the (broadcast) indices."""
-    word = seed
-    for index in indices:
-        word = mix(word ^ (index.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)))
     threshold = jnp.asarray(rate * 2.0**32, jnp.float32).astype(jnp.uint32)
-    return word >= threshold
+    return word(seed, *indices) >= threshold
 
 
 def dropout(x: jax.Array, seed: UInt32[Array, ""], rate: float) -> jax.Array:
     """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate) (arXiv 1207.0580)."""
-    indices = [jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) for axis in range(x.ndim)]
-    return jnp.where(keep(seed, rate, *indices), x / (1.0 - rate), 0.0).astype(x.dtype)
+    return jnp.where(keep(seed, rate, *places(x)), x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def places(x: jax.Array) -> list[UInt32[Array, "*shape"]]:
+    """The index of every entry of x, axis by axis."""
+    return [jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) for axis in range(x.ndim)]

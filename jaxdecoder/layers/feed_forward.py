@@ -45,18 +45,21 @@ ACTIVATIONS: dict[str, ActivationFunction] = {
 class FeedForward(nn.Module):
     """down(activation(up(x))), or down(activation(gate(x)) * up(x)) for gated units.
 
-    `feed_forward_projection = false` leaves out down.
+    It is as wide as its input; `d_ff` is the hidden width, the config's own when left out.
+    `feed_forward_projection = false` leaves out down, so that the hidden units are the output.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    d_ff: int | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch time d_model"]) -> Float[Array, "batch time d_model"]:
-        c = self.config.resolve()
+    def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
+        c, width = self.config.resolve(), x.shape[-1]
         activation = ACTIVATIONS[c.activation]
-        assert c.d_ff is not None
-        inner = partial(linear, c, c.d_model, c.d_ff, bias=c.bias, dtype=self.dtype)
+        d_ff = self.d_ff or c.d_ff
+        assert d_ff is not None
+        inner = partial(linear, c, width, d_ff, bias=c.bias, dtype=self.dtype)
         if activation.gated:
             hidden = activation.function(inner(name="gate")(x)) * inner(name="up")(x)
         else:
@@ -64,6 +67,6 @@ class FeedForward(nn.Module):
         if not c.feed_forward_projection:
             return hidden
         down = linear(
-            c, c.d_ff, c.d_model, bias=c.bias, dtype=self.dtype, residual_output=True, name="down"
+            c, d_ff, width, bias=c.bias, dtype=self.dtype, residual_output=True, name="down"
         )
         return down(hidden)

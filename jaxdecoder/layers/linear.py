@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.kernels.product import product
 
 
 def linear(
@@ -20,13 +21,11 @@ def linear(
     bias: bool,
     dtype: Any,
     residual_output: bool = False,
-    out_dtype: Any = None,
     name: str | None = None,
 ) -> nn.Dense:
     """A dense layer d_in -> d_out. `residual_output`: its result is added to the residual stream.
 
-    `out_dtype` is that of the result where it is wider than `dtype`, that of the factors. The
-    fan-in is asked for because PyTorch's default draws the bias from it as well.
+    The fan-in is asked for because PyTorch's default draws the bias from it as well.
     """
     kernel, bias_init = initializers(config, d_in, residual_output=residual_output)
     return nn.Dense(
@@ -35,35 +34,27 @@ def linear(
         dtype=dtype,
         kernel_init=kernel,
         bias_init=bias_init,
-        dot_general=partial(product, preferred_element_type=out_dtype),
+        dot_general=product,
         name=name,
     )
 
 
-def product(
-    x: jax.Array, kernel: jax.Array, *_: Any, preferred_element_type: Any = None, **__: Any
-) -> jax.Array:
-    """x @ kernel, in the one of several equal forms whose gradient is the quickest on CPUs.
+class Weights(nn.Module):
+    """Kernel and bias of a linear layer d_in -> d_out, for a product of another kind."""
 
-    All leading axes as one: with two, XLA copies transposed activations for the gradient of the
-    kernel, recomputing what they came from. A kernel with more rows than columns goes in
-    transposed, because its gradient is then a product that gathers the narrower of its operands
-    by columns; the barrier keeps XLA from swapping them back. Few rows, as in decoding, are not
-    worth a transposition.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    d_in, d_out = kernel.shape
-    if rows.shape[0] >= d_in > d_out and jax.default_backend() == "cpu":
-        transposed = jax.lax.optimization_barrier(kernel.T)
-        out = jax.lax.dot_general(
-            rows,
-            transposed,
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=preferred_element_type,
+    config: ModelConfig
+    d_in: int
+    d_out: int
+    bias: bool
+
+    @nn.compact
+    def __call__(self) -> tuple[Float[Array, "d_in d_out"], Float[Array, " d_out"] | None]:
+        kernel, bias = initializers(self.config, self.d_in, residual_output=False)
+        shape = (self.d_in, self.d_out)
+        return (
+            self.param("kernel", kernel, shape, jnp.float32),
+            self.param("bias", bias, shape[1:], jnp.float32) if self.bias else None,
         )
-    else:
-        out = jnp.matmul(rows, kernel, preferred_element_type=preferred_element_type)
-    return out.reshape(*x.shape[:-1], d_out)
 
 
 def initializers(config: ModelConfig, fan_in: int, *, residual_output: bool) -> tuple[Any, Any]:

@@ -76,7 +76,7 @@ class Serial(nn.Module):
         else:
             assert caches is None
             blocks = nn.scan(
-                Period,
+                nn.remat(Period, prevent_cse=False, static_argnums=5) if c.remat else Period,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,

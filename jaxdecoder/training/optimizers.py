@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, BFloat16, Float, Int, UInt32
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxdecoder.config import Config, OptimizerConfig
+from jaxdecoder.kernels.dropout import places, word
 
 
 class Numbers(NamedTuple):
@@ -152,8 +154,59 @@ def make_optimizer(c: OptimizerConfig, numbers: Numbers) -> optax.GradientTransf
     """Clipping by global norm, then the named update rule under its schedule."""
     rate = make_schedule(c, numbers.steps, numbers.learning_rate)
     rule = OPTIMIZERS[c.name](c, numbers, rate)
+    if c.state_dtype == "bfloat16":
+        rule = in_bfloat16(rule)
     clip = optax.clip_by_global_norm(c.gradient_clip) if c.gradient_clip else optax.identity()
     return optax.chain(clip, rule)
+
+
+class Halved(NamedTuple):
+    """The state of a rule `in_bfloat16`."""
+
+    step: Int[Array, ""]
+    rule: Any
+
+
+def in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same rule, which remembers its float32 arrays in bfloat16 from step to step.
+
+    Rounded to the nearest, a moving average that changes by less than a part in 256 would stand
+    still; so it is rounded at random (arXiv 1502.02551).
+    """
+
+    def store(state: Any, step: Any) -> Any:
+        leaves, tree = jax.tree.flatten(state)
+        seeds = word(step.astype(jnp.uint32), jnp.arange(len(leaves)))
+        stored = [
+            round_at_random(leaf, seed) if leaf.dtype == jnp.float32 else leaf
+            for leaf, seed in zip(leaves, seeds, strict=True)
+        ]
+        return Halved(step, jax.tree.unflatten(tree, stored))
+
+    def restore(leaf: jax.Array) -> jax.Array:
+        return leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf
+
+    def init(params: Any) -> Halved:
+        return store(rule.init(params), jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Halved, params: Any = None) -> tuple[Any, Halved]:
+        updates, new = rule.update(updates, jax.tree.map(restore, state.rule), params)
+        return updates, store(new, state.step + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def round_at_random(
+    x: Float[Array, "*shape"], seed: UInt32[Array, ""]
+) -> BFloat16[Array, "*shape"]:
+    """float32 to bfloat16: to one of the two neighbours, the nearer the likelier.
+
+    The expected value is x itself.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = bits + (word(seed, *places(x)) & 0xFFFF)
+    cut = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return cut.astype(jnp.bfloat16)
 
 
 def matrices(params: Any) -> Any:
@@ -164,9 +217,9 @@ def matrices(params: Any) -> Any:
 
 
 def block_matrices(params: Any) -> Any:
-    """True for the weights of the blocks' linear layers, which carry leading layer axes."""
+    """True for the weights of linear layers but the head."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: path[-1].key == "kernel" and leaf.ndim > 2, params
+        lambda path, _: path[-1].key == "kernel" and path[-2].key != "head", params
     )
 
 

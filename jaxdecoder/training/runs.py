@@ -116,7 +116,7 @@ def check_same_corpus(run: Path, key: str) -> None:
 
 def check_same_model(config: Config, theirs: Config) -> None:
     """Refuses to start from the weights of a model that computes something else."""
-    free = ["dropout", "attention_implementation", "initializer", "init_std"]
+    free = ["dropout", "attention_implementation", "initializer", "init_std", "remat"]
     if config.model.position != "learned":
         free.append("context_length")
     adopted = {name: getattr(config.model, name) for name in free}

@@ -26,6 +26,8 @@ AXES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("up", "kernel"): ("model", "hidden"),
     ("gate", "kernel"): ("model", "hidden"),
     ("down", "kernel"): ("hidden", "model"),
+    ("skip", "kernel"): ("model", "slice"),
+    ("narrow", "kernel"): ("model", "slice"),
     ("head", "kernel"): ("model", "vocab"),
 }
 

@@ -1,0 +1,202 @@
+"""The parallel layout: stacks of decoder layers that stand side by side.
+
+The layers of a stack read the same input and run as one computation, batched over their
+parameters; each gives a narrow slice of the features, and the stack goes on with all slices in a
+row. Depth is the number of stacks, not of layers. The idea and its shapes are a public system's,
+which has no paper; docs/variants.md relates its parameter count to this one's.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxdecoder.config import ModelConfig
+from jaxdecoder.layers.attention import ATTENTIONS, Attention
+from jaxdecoder.layers.block import PLACEMENTS
+from jaxdecoder.layers.cache import Caches, Cursor
+from jaxdecoder.layers.dropout import Dropout
+from jaxdecoder.layers.feed_forward import FeedForward
+from jaxdecoder.layers.linear import linear
+from jaxdecoder.layers.norms import NORMS
+
+WIDENING = 4
+"""The last stack, and so what the head sees, is this many times d_model wide."""
+
+
+class Layer(nn.Module):
+    """Attention on the stream, then a slice of features: skip(h) + narrow(feed_forward(h))."""
+
+    config: ModelConfig
+    mechanism: str
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch time d_model"],
+        positions: Int[Array, "#batch time"],
+        cache: Any,
+        cursor: Cursor | None,
+        deterministic: bool,
+    ) -> tuple[Float[Array, "batch time slice"], Any]:
+        """The slice and, if one came in, the extended cache."""
+        c = self.config
+
+        def stream(layer: Layer, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+            def attend(h: jax.Array) -> jax.Array:
+                nonlocal cache
+                module = Attention(c, self.mechanism, self.dtype, name="attention")
+                out, cache = module(h, positions, cache, cursor, deterministic=deterministic)
+                return out
+
+            norm = partial(NORMS[c.norm], c, self.dtype)
+            add = (lambda x, y: x + y) if c.residual else (lambda x, y: y)
+            h = PLACEMENTS[c.norm_placement](x, [("attention", attend)], norm, add)
+            return h, cache
+
+        def narrow(layer: Layer, h: jax.Array) -> jax.Array:
+            project = partial(linear, c, c.d_model, self.width, bias=c.bias, dtype=self.dtype)
+            if not c.feed_forward:
+                return project(name="skip")(h)
+            out = project(name="narrow")(FeedForward(c, self.dtype, name="feed_forward")(h))
+            out = Dropout(c.dropout)(out, deterministic=deterministic)
+            return project(name="skip")(h) + out if c.residual else out
+
+        # Apart, so that only one of the two has its activations there in the backward pass.
+        maybe_remat = nn.remat if c.remat else lambda f: f
+        h, cache = maybe_remat(stream)(self, x, cache)
+        return maybe_remat(narrow)(self, h), cache
+
+
+class Period(nn.Module):
+    """One turn of the attention pattern: as many layers side by side as it has mechanisms."""
+
+    config: ModelConfig
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch time d_model"],
+        positions: Int[Array, "#batch time"],
+        caches: Caches | None,
+        cursor: Cursor | None,
+        deterministic: bool,
+    ) -> tuple[Float[Array, "batch time slices"], Caches | None]:
+        """The slices in a row, and the layers' caches."""
+        slices, extended = [], []
+        for i, mechanism in enumerate(self.config.attention_pattern):
+            layer = Layer(self.config, mechanism, self.width, self.dtype, name=f"block_{i}")
+            held = None if caches is None else caches[i]
+            out, held = layer(x, positions, held, cursor, deterministic)
+            slices.append(out)
+            extended.append(held)
+        return jnp.concatenate(slices, axis=-1), None if caches is None else tuple(extended)
+
+
+class Stack(nn.Module):
+    """Layers side by side, their slices in a row, a feed-forward over all of them, and a norm."""
+
+    config: ModelConfig
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch time d_model"],
+        positions: Int[Array, "#batch time"],
+        caches: Caches | None,
+        cursor: Cursor | None,
+        deterministic: bool,
+    ) -> tuple[Float[Array, "batch time width"], Caches | None]:
+        """The features, and the caches, each with a leading axis over the turns of the pattern."""
+        c = self.config
+        assert c.layers_per_stack is not None
+        assert c.d_ff is not None
+        blocks = nn.vmap(
+            Period,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(None, None, 0, None, None),
+            axis_size=periods(c),
+        )(c, self.width // c.layers_per_stack, self.dtype, name="blocks")
+        slices, caches = blocks(x, positions, caches, cursor, deterministic)
+        x = jnp.moveaxis(slices, 0, -2).reshape(*x.shape[:-1], self.width)
+        if c.feed_forward:
+            d_ff = c.d_ff * (self.width // c.d_model)
+            x = FeedForward(c, self.dtype, d_ff, name="feed_forward")(x)
+        return NORMS[c.norm](c, self.dtype, name="norm")(x), caches
+
+
+class ParallelStacks(nn.Module):
+    """A norm, then stacks one after another; all but the first have a norm of their own before.
+
+    A batched product reads the weights where they lie, so `unrolled` changes nothing here.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    unrolled: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch time d_model"],
+        positions: Int[Array, "#batch time"],
+        caches: Caches | None,
+        cursor: Cursor | None,
+        deterministic: bool,
+    ) -> tuple[Float[Array, "batch time width"], Caches | None]:
+        """What the head sees, and the extended caches, one tuple a stack."""
+        c = self.config.resolve()
+        extended = []
+        for i in range(c.n_stacks):
+            last = i == c.n_stacks - 1
+            x = NORMS[c.norm](c, self.dtype, name=f"norm_{i}")(x)
+            stack = Stack(c, width(c) if last else c.d_model, self.dtype, name=f"stack_{i}")
+            held = None if caches is None else caches[i]
+            x, held = stack(x, positions, held, cursor, deterministic)
+            self.sow("intermediates", f"after_stack_{i}", x)
+            extended.append(held)
+        return x, None if caches is None else tuple(extended)
+
+
+def width(config: ModelConfig) -> int:
+    """How wide the features are that the head sees."""
+    return WIDENING * config.d_model
+
+
+def periods(config: ModelConfig) -> int:
+    """How often the attention pattern repeats within a stack."""
+    layers = config.resolve().layers_per_stack
+    assert layers is not None
+    return layers // len(config.attention_pattern)
+
+
+def unroll(params: Any, config: ModelConfig) -> Any:
+    """The parameters as they are."""
+    return params
+
+
+def empty_caches(config: ModelConfig, batch: int, dtype: Any) -> Caches:
+    """The caches of all stacks, with nothing in them."""
+
+    def of_stack() -> Caches:
+        return tuple(
+            jax.tree.map(
+                lambda x: jnp.broadcast_to(x, (periods(config), *x.shape)),
+                ATTENTIONS[name].empty_cache(config, batch, dtype),
+            )
+            for name in config.attention_pattern
+        )
+
+    return tuple(of_stack() for _ in range(config.n_stacks))

@@ -1,0 +1,175 @@
+"""The loss of the head against float64 NumPy, in one piece and in chunks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from models import quick_jit
+
+from jaxdecoder.kernels.cross_entropy import ACCELERATOR, CPU, cross_entropy
+
+
+def inputs(batch, time, width, vocab, *, bias=True, seed=0):
+    """Features, kernel, bias and targets, and the weights of the losses in a sum."""
+    draw = np.random.default_rng(seed)
+    return (
+        draw.normal(size=(batch, time, width)).astype(np.float32),
+        draw.normal(size=(width, vocab)).astype(np.float32),
+        draw.normal(size=vocab).astype(np.float32) if bias else None,
+        draw.integers(vocab, size=(batch, time), dtype=np.int32),
+        draw.normal(size=(batch, time)).astype(np.float32),
+    )
+
+
+def reference(features, kernel, bias, targets, weights, softcap=None):
+    """Losses, and the gradients of their weighted sum, by the textbook in float64."""
+    x, k = features.astype(np.float64), kernel.astype(np.float64)
+    raw = x @ k + (0 if bias is None else bias.astype(np.float64))
+    logits = raw if softcap is None else softcap * np.tanh(raw / softcap)
+    odds = np.exp(logits - logits.max(-1, keepdims=True))
+    p = odds / odds.sum(-1, keepdims=True)
+    onehot = np.eye(k.shape[1])[targets]
+    losses = -np.log((p * onehot).sum(-1))
+    slope = (p - onehot) * weights[..., None]
+    if softcap is not None:
+        slope = slope / np.cosh(raw / softcap) ** 2
+    gradients = slope @ k.T, np.einsum("btw,btv->wv", x, slope), slope.sum((0, 1))
+    return losses, gradients if bias is not None else (*gradients[:2], None)
+
+
+def differentiated(
+    features, kernel, bias, targets, weights, softcap=None, chunk=None, wrapped_by=lambda f: f
+):
+    """The same of the operation."""
+
+    def weighed(features, kernel, bias):
+        losses = cross_entropy(features, kernel, bias, targets, logit_softcap=softcap, chunk=chunk)
+        return jnp.sum(losses * weights), losses
+
+    gradients, losses = jax.grad(wrapped_by(weighed), (0, 1, 2), has_aux=True)(
+        features, kernel, bias
+    )
+    return losses, gradients
+
+
+ours = quick_jit(differentiated, static_argnums=(5, 6))
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        size = max(1.0, np.abs(b).max())
+        np.testing.assert_allclose(np.asarray(a, np.float64) / size, b / size, atol=tolerance)
+
+
+@settings(max_examples=12)
+@given(
+    shape=st.tuples(*(st.integers(1, n) for n in (3, 5, 9, 40))),
+    chunk=st.integers(1, 41),
+    bias=st.booleans(),
+    softcap=st.sampled_from([None, 2.0]),
+)
+def test_is_the_textbooks_for_any_shape_and_chunk(shape, chunk, bias, softcap):
+    arrays = inputs(*shape, bias=bias, seed=chunk)
+    assert_close(ours(*arrays, softcap, chunk), reference(*arrays, softcap))
+
+
+def test_is_right_where_the_exponentials_would_overflow():
+    features, *rest = inputs(2, 3, 4, 10)
+    arrays = (100 * features, *rest)
+    losses, gradients = ours(*arrays, None, 3)
+    assert np.isfinite(losses).all()
+    with np.errstate(divide="ignore"):
+        assert_close((gradients,), (reference(*arrays)[1],), 1e-4)
+
+
+@pytest.mark.parametrize("chunk", [3, None])
+def test_of_bfloat16_features_is_summed_in_float32(chunk):
+    features, *rest = inputs(2, 16, 64, 10)
+    rounded = [None if x is None else x.astype(jnp.bfloat16) for x in (features, *rest[:2])]
+    losses, gradients = ours(jnp.asarray(rounded[0]), *rest, None, chunk)
+    assert losses.dtype == jnp.float32
+    assert gradients[0].dtype == jnp.bfloat16
+    assert gradients[1].dtype == gradients[2].dtype == jnp.float32
+    exact = reference(*(x.astype(np.float32) for x in rounded), *rest[2:])
+    # Sums in bfloat16 would be off by 1e-2; its factors, once rounded, are the reference's own.
+    assert_close(losses, exact[0], 1e-5)
+    assert_close(gradients, exact[1], 1e-2)
+
+
+def test_of_a_tied_head_has_the_gradient_of_the_embedding():
+    features, kernel, _, targets, weights = inputs(2, 3, 4, 10, bias=False)
+
+    @quick_jit
+    def gradient(embedding, features, targets, weights):
+        def tied(embedding):
+            losses = cross_entropy(features, embedding.T, None, targets, chunk=4)
+            return jnp.sum(losses * weights)
+
+        return jax.grad(tied)(embedding)
+
+    expected = reference(features, kernel, None, targets, weights)[1][1].T
+    assert_close(gradient(kernel.T, features, targets, weights), expected)
+
+
+def test_works_under_vmap_and_remat():
+    members = [inputs(2, 3, 4, 10, seed=seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *members)
+    rematted = functools.partial(differentiated, softcap=2.0, chunk=4, wrapped_by=jax.checkpoint)
+    losses, gradients = quick_jit(jax.vmap(rematted))(*stacked)
+    for i, member in enumerate(members):
+        assert_close(
+            jax.tree.map(lambda x, i=i: x[i], (losses, gradients)), reference(*member, 2.0)
+        )
+
+
+def test_leaves_a_sharded_batch_where_it_is():
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    arrays = inputs(2 * mesh.size, 3, 4, 10)
+    where = [NamedSharding(mesh, P(*names)) for names in (["data"], [], [], ["data"], ["data"])]
+    placed = jax.device_put(arrays, tuple(where))
+    assert_close(ours(*placed, None, 4), reference(*arrays))
+
+
+def memory(tokens, width, vocab, chunk=None):
+    """Temporary bytes of losses and gradients, as XLA plans them."""
+    shapes = [
+        ((1, tokens, width), jnp.float32),
+        ((width, vocab), jnp.float32),
+        ((vocab,), jnp.float32),
+    ]
+    shapes += [((1, tokens), jnp.int32), ((1, tokens), jnp.float32)]
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    compiled = ours.lower(*arguments, None, chunk).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_needs_memory_for_one_chunk_of_logits_whatever_the_vocabulary():
+    tokens, width, vocab = 256, 8, 2**17
+    whole, chunk = 4 * tokens * vocab, 4 * CPU.chunk
+    assert memory(tokens, width, vocab, chunk=vocab) > whole
+    used = memory(tokens, width, vocab)
+    assert used < 6 * chunk < whole / 4
+    # Twice the vocabulary costs a part of the kernel's size more, if anything, and no logits.
+    assert memory(tokens, width, 2 * vocab) < used + 4 * width * vocab
+    per_column = (memory(tokens, width, vocab, 2048) - memory(tokens, width, vocab, 1024)) / 1024
+    assert 4 * tokens <= per_column <= 6 * 4 * tokens
+
+
+def test_takes_few_logits_in_one_piece():
+    """Those of the character models, say: then it is what optax makes of the logits."""
+    vocab = CPU.whole // 256
+    assert "scan" not in str(jaxpr(256, vocab))
+    assert "scan" in str(jaxpr(256, 2 * vocab))
+    assert CPU.chunk < CPU.whole < ACCELERATOR.whole
+
+
+def jaxpr(tokens, vocab):
+    zeros = jnp.zeros
+    arguments = zeros((1, tokens, 2)), zeros((2, vocab)), None, zeros((1, tokens), jnp.int32)
+    return jax.make_jaxpr(cross_entropy)(*arguments)
