@@ -340,7 +340,7 @@ def _feed_forward(c: ModelConfig, factor: int = 1) -> _FeedForward:
     width, d_ff = factor * c.d_model, factor * d_ff
     hidden, down = HIDDEN_MATRICES[c.activation], c.feed_forward_projection
     weights = (hidden + down) * width * d_ff
-    biases = c.bias * (hidden * d_ff + width)
+    biases = c.bias * (hidden * d_ff + down * width)
     return _FeedForward(c.feed_forward * weights, c.feed_forward * (weights + biases))
 
 
