@@ -8,11 +8,11 @@ Measures one attention layer (projections included) of a fixed width, by itself:
 - decoding one token at the end of a full context: its time, and the bytes of the cache.
 
 Time is processor time, summed over the threads of this process, which other processes disturb less
-than the clock on the wall; mechanisms take turns, and medians count. Growth is the slope of a line through the logarithms: 1 is linear, 2 is the square. Windows, blocks and ranks stay
-as they are while the context grows; linformer's rank r and block b are such that its compressed
-pairs, which grow with the square, reach the number of its exact ones at T = b^2 / r = 8192, the end
-of what is measured. Writes benchmarks/results/attention_cost.json and docs/pictures/
-attention_cost.png.
+than the clock on the wall; mechanisms take turns, and medians count. Growth is the slope of a line
+through the logarithms: 1 is linear, 2 is the square. Windows, blocks and ranks stay as they are
+while the context grows; linformer's rank r and block b are such that its compressed pairs, which
+grow with the square, reach the number of its exact ones at T = b^2 / r = 8192, the end of what is
+measured. Writes benchmarks/results/attention_cost.json and docs/pictures/attention_cost.png.
 """
 
 from __future__ import annotations
