@@ -117,9 +117,9 @@ def test_fsdp_splits_every_matrix_of_the_stacks():
         assert share == (2 if path[-1].key in ("kernel", "embedding") else 1), path
 
 
-def test_a_run_goes_on_on_eight_devices_and_can_be_sampled(tmp_path):
+def test_a_run_goes_on_on_two_devices_and_can_be_sampled(tmp_path):
     path = write_config(tmp_path)
-    stacks = ["--model.layout", "parallel_stacks", "--train.steps", "8", "--optimizer.name", "muon"]
+    stacks = ["--model.layout", "parallel_stacks", "--train.steps", "8"]
     stacks += ["--optimizer.state-dtype", "bfloat16", "--train.fsdp"]
     whole, halted = tmp_path / "run", tmp_path / "halted"
     train(load(path, stacks))
@@ -127,14 +127,14 @@ def test_a_run_goes_on_on_eight_devices_and_can_be_sampled(tmp_path):
     shutil.rmtree(halted / "checkpoints" / "8")
     process = script(
         *("train.py", path, *stacks, "--train.out", halted),
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
     )
     assert process.returncode == 0, process.output
     assert "going on at step 4" in " ".join(process.output.split())
-    one, eight = losses(whole), losses(halted)
-    assert one.keys() == eight.keys()
+    one, two = losses(whole), losses(halted)
+    assert one.keys() == two.keys()
     for key, value in one.items():
-        assert eight[key] == pytest.approx(value, rel=1e-2), key
+        assert two[key] == pytest.approx(value, rel=1e-2), key
 
     model = load_model(str(halted))
     # Past the context of 16 tokens: learned positions start over.
