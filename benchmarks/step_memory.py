@@ -1,6 +1,6 @@
 """The memory of a training step, by XLA's own count, with no array made.
 
-    python -m benchmarks.step_memory configs/parallel_stacks.toml [--model.remat false ...]
+    python -m benchmarks.step_memory configs/parallel_stacks.toml [--model.no-remat ...]
 
 The config's true train step, its state donated, is compiled for this machine's CPU and, where jax's
 CUDA packages are installed (a GPU is not needed), for an H200, there in bfloat16. The rows leave
@@ -23,7 +23,7 @@ from benchmarks.turns import HERE, machine, write
 
 # What saves memory -> the overrides that leave it out.
 SAVINGS = {
-    "recomputed activations": ["--model.remat", "False"],
+    "recomputed activations": ["--model.no-remat"],
     "bfloat16 moments": ["--optimizer.state-dtype", "float32"],
 }
 
