@@ -8,40 +8,56 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxdecoder.kernels.hopper import backward as backward_kernels
 from jaxdecoder.kernels.hopper import forward as forward_kernel
-from jaxdecoder.kernels.hopper.launch import Launch, Sizes, padded
-from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS, Arrays
-from jaxdecoder.kernels.problem import LogSumExp, Operands, Problem, result
+from jaxdecoder.kernels.hopper.launch import Launch, Sizes
+from jaxdecoder.kernels.problem import Gradients, LogSumExp, Operands, Problem, result
+
 
 def forward(
     problem: Problem, operands: Operands, interpret: Any = None
 ) -> tuple[jax.Array, LogSumExp]:
     """See `problem.Implementation`."""
-    launch = Launch(problem, operands, Sizes(128, 2), interpret)
-    rows, columns = CONSUMERS * ROWS, launch.sizes.columns
-    q_blocks = launch.whole(launch.q_time, rows)
-    k_blocks = launch.whole(launch.k_time, columns)
-    seed = operands.dropout_seed
-    arrays = Arrays(
-        padded(operands.q, 1, launch.aligned_q),
-        padded(operands.k, 1, launch.aligned_k),
-        padded(operands.v, 1, launch.aligned_k),
-        q_segments=padded(operands.q_segments, 1, q_blocks),
-        k_segments=padded(operands.k_segments, 1, k_blocks),
-        score=operands.score,
-        seed=None if seed is None else seed.reshape(1),
-    )
-    out, logsumexp = launch.call(
-        "attention_forward",
-        problem.states(launch.q_time, launch.k_time, rows, columns),
-        launch.heads,
-        arrays,
-        forward_kernel.memory(launch),
-        forward_kernel.load,
-        forward_kernel.attend,
-        [
-            result(arrays.q.shape, launch.dtype, operands.q),
-            result((launch.batch, launch.heads, q_blocks), jnp.float32, operands.q),
-        ],
+    launch = Launch(forward_kernel.KERNEL, problem, operands, Sizes(128, 2), interpret)
+    arrays = launch.arrays(operands)
+    sums = (launch.batch, launch.heads, launch.q_whole)
+    out, logsumexp = launch(
+        arrays, [launch.like(arrays.q), result(sums, jnp.float32, operands.q)]
     )
     return out[:, : launch.q_time], logsumexp[:, :, : launch.q_time] * math.log(2)
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    out: jax.Array,
+    logsumexp: jax.Array,
+    dout: jax.Array,
+    interpret: Any = None,
+) -> Gradients:
+    """See `problem.Implementation`."""
+    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+    # Without keys every weight is 2^(-inf - inf) = 0.
+    logsumexp = jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp / math.log(2))
+    of_queries = jnp.stack([logsumexp, delta], axis=2)
+
+    launch = Launch(backward_kernels.QUERIES, problem, operands, Sizes(64, 2), interpret)
+    arrays = launch.arrays(operands, dout, of_queries)
+    results = [launch.like(arrays.q)]
+    n = backward_kernels.learned_numbers(launch, arrays)
+    if n:
+        shape = (launch.batch, launch.heads, n, launch.q_whole)
+        results.append(result(shape, jnp.float32, operands.q))
+    dq, *dscore = launch(arrays, results)
+    sums = jnp.sum(dscore[0], axis=(0, 3)) if n else None
+    score, start = [], 0
+    for x, learned in zip(operands.score, problem.learned, strict=True):
+        end = start + (x.size // launch.heads if learned else 0)
+        score.append(sums[:, start:end].reshape(x.shape) if learned else None)
+        start = end
+
+    launch = Launch(backward_kernels.KEYS, problem, operands, Sizes(64, 2), interpret)
+    arrays = launch.arrays(operands, dout, of_queries)
+    dk, dv = launch(arrays, [launch.like(arrays.k), launch.like(arrays.v)])
+    times = launch.q_time, launch.k_time
+    return Gradients(dq[:, : times[0]], dk[:, : times[1]], dv[:, : times[1]], tuple(score))

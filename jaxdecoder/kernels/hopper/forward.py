@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecoder.kernels.hopper import tiles
-from jaxdecoder.kernels.hopper.launch import Launch, walk
+from jaxdecoder.kernels.hopper.launch import Kernel, Launch, walk
 from jaxdecoder.kernels.hopper.tiles import ALONG_COLUMNS, ALONG_ROWS, CONSUMERS, ROWS, Arrays, Ring
 
 
@@ -32,7 +31,7 @@ class Memory(NamedTuple):
     turn: Any
 
 
-def memory(launch: Launch) -> Memory:
+def _memory(launch: Launch, arrays: Arrays) -> Memory:
     depth, columns = launch.sizes.depth, launch.sizes.columns
     streamed = tiles.matrix(depth, columns, launch.width, dtype=launch.dtype)
     segments = plgpu.SMEM((depth, columns), jnp.int32)
@@ -44,12 +43,12 @@ def memory(launch: Launch) -> Memory:
         k=Ring.of(depth, streamed),
         v=Ring.of(depth, streamed),
         k_segments=Ring.of(depth, segments) if launch.segmented else None,
-        stage=launch.stage(columns),
+        stage=launch.stage(),
         turn=plgpu.Barrier(num_arrivals=CONSUMERS),
     )
 
 
-def load(launch: Launch, arrays: Arrays, work: Any, at: Any, memory: Memory) -> None:
+def _load(launch: Launch, arrays: Arrays, work: Any, at: Any, memory: Memory) -> None:
     """What the memory warpgroup does."""
     kv_head = lax.div(at.head, jnp.int32(launch.group))
     for w in range(CONSUMERS):
@@ -76,7 +75,7 @@ def load(launch: Launch, arrays: Arrays, work: Any, at: Any, memory: Memory) -> 
             ring.drain(steps)
 
 
-def attend(
+def attention_forward(
     launch: Launch, arrays: Arrays, work: Any, at: Any, memory: Memory, warpgroup: Any, results: Any
 ) -> None:
     """What a compute warpgroup does."""
@@ -101,7 +100,7 @@ def attend(
         k_start = jnp.int32(0)
         if check or head.needs_index:
             k_start = work.indices[at.row, n] * launch.sizes.columns
-        products = tiles.product(q, tiles.transposed(memory.k.take(n)))
+        [products] = tiles.multiply((q, tiles.transposed(memory.k.take(n))))
         memory.k.release(n)
         take_turn()
 
@@ -144,3 +143,6 @@ def attend(
     plgpu.copy_smem_to_gmem(q, out.at[at.batch, queries, at.head])
     plgpu.copy_smem_to_gmem(sums, logsumexp.at[at.batch, at.head, queries])
     plgpu.wait_smem_to_gmem(0)
+
+
+KERNEL = Kernel(_memory, _load, attention_forward)

@@ -13,25 +13,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxdecoder.kernels import masks
+from jaxdecoder.kernels import masks, scores
 from jaxdecoder.kernels.hopper import tiles
 from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS, Arrays, Head, Work
-from jaxdecoder.kernels.problem import Operands, Problem, alike
+from jaxdecoder.kernels.problem import Operands, Problem, alike, result
 
-# Of 65536 registers, 168 for each of 384 threads at the start; a warpgroup hands over eights.
-MEMORY_REGISTERS, COMPUTE_REGISTERS = 40, 232
-# Heads whose keys and values fit into this share of the 50 MB or more of second-level cache are
-# attended to together.
+# The registers of 384 threads that start with 168 each, handed from one warpgroup to the others.
+MEMORY_REGISTERS, COMPUTE_REGISTERS = 24, 240
+# Heads are attended to together while what streams past them fits into this much of the
+# second-level cache, of which Hopper cards have 50 MB.
 CACHE_BYTES = 32 * 2**20
 
 
 class Sizes(NamedTuple):
-    """How a kernel is cut. Its compute warpgroups own `tiles.ROWS` rows each."""
+    """How a kernel is cut. Each of its two compute warpgroups owns `tiles.ROWS` rows."""
 
     columns: int
     """Streamed past the rows in one step."""
     depth: int
-    """Steps that are copied ahead, at most."""
+    """Steps that are copied ahead."""
 
 
 class At(NamedTuple):
@@ -42,54 +42,78 @@ class At(NamedTuple):
     row: Any
 
 
-class Launch:
-    """One problem cut into blocks, for one kernel: sizes, padded arrays, and the launch."""
+class Kernel(NamedTuple):
+    """What the warpgroups of a block do, and share."""
 
-    def __init__(self, problem: Problem, operands: Operands, sizes: Sizes, interpret: Any = None):
-        self.problem, self.sizes, self.interpret = problem, sizes, interpret
+    memory: Callable[..., Any]
+    """(launch, arrays) -> types of shared memory"""
+    load: Callable[..., None]
+    """(launch, arrays, work, at, memory), the warpgroup that copies"""
+    compute: Callable[..., None]
+    """(launch, arrays, work, at, memory, warpgroup, results), those that compute"""
+    rows_are_keys: bool = False
+
+
+class Launch:
+    """One problem cut into blocks for one kernel, with padded arrays."""
+
+    def __init__(
+        self, kernel: Kernel, problem: Problem, operands: Operands, sizes: Sizes, interpret: Any
+    ):
+        self.kernel, self.problem, self.sizes, self.interpret = kernel, problem, sizes, interpret
         self.batch, self.q_time, self.heads, self.width = operands.q.shape
         self.k_time, self.kv_heads = operands.k.shape[1:3]
         self.dtype = operands.q.dtype
         self.group = self.heads // self.kv_heads
         self.segmented = operands.q_segments is not None
         self.segments_shared = self.segmented and operands.q_segments.shape[0] == 1
-        # The copy engine moves whole groups of 8 rows.
-        self.aligned_q, self.aligned_k = _up(self.q_time, 8), _up(self.k_time, 8)
+        rows, columns = CONSUMERS * ROWS, sizes.columns
+        self.q_block, self.k_block = (columns, rows) if kernel.rows_are_keys else (rows, columns)
+        self.q_whole, self.k_whole = _up(self.q_time, self.q_block), _up(self.k_time, self.k_block)
 
-    def whole(self, time: int, block: int) -> int:
-        return _up(time, block)
+    def arrays(self, operands: Operands, dout: Any = None, of_queries: Any = None) -> Arrays:
+        # The copy engine reads zeros past the end of an array, but moves whole groups of 8 rows.
+        q_time, k_time = _up(self.q_time, 8), _up(self.k_time, 8)
+        seed = operands.dropout_seed
+        return Arrays(
+            _padded(operands.q, 1, q_time),
+            _padded(operands.k, 1, k_time),
+            _padded(operands.v, 1, k_time),
+            _padded(dout, 1, q_time),
+            _padded(of_queries, 3, self.q_whole),
+            _padded(operands.q_segments, 1, self.q_whole),
+            _padded(operands.k_segments, 1, self.k_whole),
+            operands.score,
+            None if seed is None else seed.reshape(1),
+        )
+
+    def like(self, x: jax.Array) -> jax.ShapeDtypeStruct:
+        return result(x.shape, x.dtype, x)
 
     def segment_row(self, batch: Any) -> Any:
         return 0 if self.segments_shared else batch
 
-    def stage(self, columns: int) -> Any:
-        """The interpreter has no `wgmma` of registers."""
+    def stage(self) -> Any:
+        """Where factors go that the tensor cores would take from registers, if not interpreted."""
         if self.interpret is None:
             return None
-        return tiles.matrix(CONSUMERS, ROWS, columns, dtype=self.dtype)
+        return tiles.matrix(CONSUMERS, ROWS, self.sizes.columns, dtype=self.dtype)
 
     def head(self, arrays: Arrays, batch: Any, head: Any) -> Head:
-        ragged = self.k_time % self.sizes.columns != 0 
-        return Head(self.problem, arrays, batch, head, self.k_time if ragged else None)
+        parameters = scores.Score(self.problem.score).parameters(arrays.score, head)
+        seed = None if arrays.seed is None else arrays.seed[0]
+        k_time = self.k_time if self.k_time % self.k_block else None
+        return Head(self.problem, batch, head, parameters, seed, k_time)
 
-    def call(
-        self,
-        name: str,
-        states: np.ndarray,
-        heads: int,
-        arrays: Arrays,
-        memory: Any,
-        load: Callable[..., None],
-        compute: Callable[..., None],
-        results: list[jax.ShapeDtypeStruct],
-    ) -> list[jax.Array]:
-        """Runs a block for every row of `states`, head and batch entry, heavy rows first."""
-        lists = masks.block_lists(states)
+    def __call__(self, arrays: Arrays, results: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+        """Runs a block for every row of blocks, head and batch entry, heavy rows first."""
+        states = self.problem.states(self.q_time, self.k_time, self.q_block, self.k_block)
+        lists = masks.block_lists(states.T if self.kernel.rows_are_keys else states)
         order = np.argsort(-lists.counts, kind="stable").astype(np.int32)
         work = jax.tree.map(jnp.asarray, Work(order, *lists))
-        work, arrays = alike((work, arrays))
-        operands, tree = jax.tree.flatten((work, arrays))
-        together = self._heads_together(heads)
+        operands, tree = jax.tree.flatten(alike((work, arrays)))
+        heads = self.kv_heads if self.kernel.rows_are_keys else self.heads
+        together = self._heads_together()
 
         def body(*refs: Any, memory: Any) -> None:
             work, arrays = tree.unflatten(refs[: len(operands)])
@@ -101,32 +125,36 @@ class Launch:
             @pl.when(warpgroup < CONSUMERS)
             def _compute() -> None:
                 plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-                compute(self, arrays, work, at, memory, warpgroup, refs[len(operands) :])
+                results = refs[len(operands) :]
+                self.kernel.compute(self, arrays, work, at, memory, warpgroup, results)
 
             @pl.when(warpgroup == CONSUMERS)
             def _load() -> None:
                 plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-                load(self, arrays, work, at, memory)
+                self.kernel.load(self, arrays, work, at, memory)
 
-        body.__name__ = name
+        body.__name__ = self.kernel.compute.__name__
         return plgpu.kernel(
             body,
             out_type=results,
-            scratch_types={"memory": memory},
+            scratch_types={"memory": self.kernel.memory(self, arrays)},
             grid=(self.batch * heads // together, len(order), together),
             grid_names=("section", "row", "head"),
             num_threads=CONSUMERS + 1,
             thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            ),
             interpret=self.interpret,
         )(*operands)
 
-    def _heads_together(self, heads: int) -> int:
-        """Neighbouring blocks are of heads that fit into the cache, and differ in rows last."""
+    def _heads_together(self) -> int:
+        """How many heads' blocks of the same row run side by side: a divisor of all of them."""
         pairs = self.batch * self.kv_heads
-        streamed = max(self.k_time, self.q_time * self.heads // heads) * self.width * 4
+        time = self.q_time * self.group if self.kernel.rows_are_keys else self.k_time
+        streamed = 2 * time * self.width * jnp.dtype(self.dtype).itemsize
         fitting = [n for n in range(1, pairs + 1) if pairs % n == 0 and n * streamed <= CACHE_BYTES]
-        return max(fitting, default=1) * (heads // self.kv_heads)
+        return max(fitting, default=1) * (1 if self.kernel.rows_are_keys else self.group)
 
 
 def walk(work: Work, row: Any, step: Callable[..., Any], carry: Any) -> Any:
@@ -136,11 +164,10 @@ def walk(work: Work, row: Any, step: Callable[..., Any], carry: Any) -> Any:
     return lax.fori_loop(full, end, functools.partial(step, True), carry)
 
 
-def padded(x: Any, axis: int, size: int, filling: float = 0) -> Any:
+def _padded(x: Any, axis: int, size: int) -> Any:
     if x is None or x.shape[axis] == size:
         return x
-    widths = [(0, size - n if a == axis else 0) for a, n in enumerate(x.shape)]
-    return jnp.pad(x, widths, constant_values=filling)
+    return jnp.pad(x, [(0, size - n if a == axis else 0) for a, n in enumerate(x.shape)])
 
 
 def _up(n: int, multiple: int) -> int:

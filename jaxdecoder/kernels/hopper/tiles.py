@@ -14,7 +14,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import core
 from jax.extend.core.primitives import add_jaxvals_p, jit_p
 
-from jaxdecoder.kernels import scores
 from jaxdecoder.kernels.dropout import keep
 from jaxdecoder.kernels.problem import Problem
 
@@ -47,9 +46,9 @@ class Arrays(NamedTuple):
     k: Any
     v: Any
     dout: Any = None
-    logsumexp: Any = None
-    """(batch, heads, q_time), to base 2, whole blocks; inf makes all weights of a query 0."""
-    delta: Any = None
+    of_queries: Any = None
+    """float32 (batch, heads, 2, q_time), whole blocks: the logarithm to base 2 of each query's sum
+    of exponentials, inf to make all its weights 0, and the sum of out * dout."""
     q_segments: Any = None
     """(batch or 1, q_time), whole blocks"""
     k_segments: Any = None
@@ -121,14 +120,16 @@ def transposed(ref: Any) -> Any:
     return ref.transpose((1, 0))
 
 
-def product(a: Any, b: Any) -> jax.Array:
-    """a b in float32; both lie in shared memory."""
+def multiply(*pairs: tuple[Any, Any]) -> list[jax.Array]:
+    """a b in float32 for every pair, which lies in shared memory."""
 
-    def multiplied(accumulator: Any) -> jax.Array:
-        plgpu.wgmma(accumulator, a, b)
-        return accumulator[...]
+    def multiplied(*accumulators: Any) -> list[jax.Array]:
+        for accumulator, (a, b) in zip(accumulators, pairs, strict=True):
+            plgpu.wgmma(accumulator, a, b)
+        return [accumulator[...] for accumulator in accumulators]
 
-    return pl.run_scoped(multiplied, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    shapes = [plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs]
+    return pl.run_scoped(multiplied, *shapes)
 
 
 def add_product(total: jax.Array, a: jax.Array, b: Any, stage: Any = None) -> jax.Array:
@@ -137,7 +138,7 @@ def add_product(total: jax.Array, a: jax.Array, b: Any, stage: Any = None) -> ja
     if stage is not None:
         stage[...] = a
         plgpu.commit_smem()
-        return total + product(stage, b)
+        return total + multiply((stage, b))[0]
 
     def multiplied(accumulator: Any) -> None:
         plgpu.wgmma(accumulator, a, b)
@@ -162,9 +163,11 @@ class Head(NamedTuple):
     """One head of one batch entry, and what becomes of its scores."""
 
     problem: Problem
-    arrays: Arrays
     batch: Any
     head: Any
+    parameters: tuple[Any, ...]
+    """What the score function reads of its operands."""
+    seed: Any
     k_time: int | None
     """The number of keys, where the last block runs past it."""
 
@@ -205,28 +208,27 @@ class Tile(NamedTuple):
 
     def base_two_scores(self, products: jax.Array) -> jax.Array:
         """The scores over log(2), so that their exponentials are powers of 2."""
-        problem = self.head.problem
+        head, problem = self.head, self.head.problem
         if problem.score is None:
             return products * (problem.scale * LOG2E)
-        at = (self.head.batch, self.head.head, *self.index())
-        return problem.new_score(self.head.arrays.score, products * problem.scale, *at) * LOG2E
+        place = head.batch, head.head, *self.index()
+        return problem.score(products * problem.scale, *place, *head.parameters) * LOG2E
 
     def scores_with_pull(self, products: jax.Array, learned: bool) -> tuple[jax.Array, Any]:
         """The same, and what takes the scores' gradient to that of `scale` times the products,
         and to the terms of the gradients of the learned numbers (none unless `learned`)."""
-        problem, head = self.head.problem, self.head
+        head, problem = self.head, self.head.problem
         if problem.score is None:
             return self.base_two_scores(products), lambda ds: (ds, [])
         function, index = problem.score, self.index()
-        parameters = scores.Score(function).parameters(head.arrays.score, head.head)
         wanted = [learned and flag for flag in problem.learned]
-        chosen = [p for p, flag in zip(parameters, wanted, strict=True) if flag]
+        chosen = [p for p, flag in zip(head.parameters, wanted, strict=True) if flag]
         # One copy for every score, so that their gradients are not summed yet.
         chosen = jax.tree.map(lambda x: jnp.broadcast_to(x, self.shape), chosen)
 
         def new_score(s: jax.Array, chosen: list[Any]) -> jax.Array:
             rest = iter(chosen)
-            pairs = zip(parameters, wanted, strict=True)
+            pairs = zip(head.parameters, wanted, strict=True)
             full = [next(rest) if flag else p for p, flag in pairs]
             return function(s, head.batch, head.head, *index, *full)
 
@@ -242,12 +244,29 @@ class Tile(NamedTuple):
 
         return value * LOG2E, pull
 
+    def gradients(
+        self,
+        check: bool,
+        products: jax.Array,
+        dweights: jax.Array,
+        logsumexp: jax.Array,
+        delta: jax.Array,
+        learned: bool,
+    ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+        """The attention weights after dropout, the gradient of `scale` times the products, and the
+        terms of the learned numbers' gradients; all arrays have the shape of the tile."""
+        s, pull = self.scores_with_pull(products, learned)
+        if check:
+            s = jnp.where(self.allowed(), s, -jnp.inf)
+        weights = jnp.exp2(s - logsumexp)
+        ds, terms = pull(weights * (self.dropped(dweights) - delta))
+        return self.dropped(weights), ds, terms
+
     def dropped(self, weights: jax.Array) -> jax.Array:
         rate = self.head.problem.dropout_rate
         if rate == 0.0:
             return weights
-        seed = self.head.arrays.seed[0]
-        kept = keep(seed, rate, self.head.batch, self.head.head, *self.index())
+        kept = keep(self.head.seed, rate, self.head.batch, self.head.head, *self.index())
         return jnp.where(kept, weights * (1.0 / (1.0 - rate)), 0.0)
 
 
@@ -276,8 +295,8 @@ def _evaluate(closed: core.ClosedJaxpr, *arguments: Any) -> list[Any]:
         elif equation.primitive is jit_p:
             results = _evaluate(equation.params["jaxpr"], *given)
         else:
-            functions, params = equation.primitive.get_bind_params(equation.params)
-            results = equation.primitive.bind(*functions, *given, **params)
+            params = equation.primitive.get_bind_params(equation.params)
+            results = equation.primitive.bind(*given, **params)
             results = results if equation.primitive.multiple_results else [results]
         values |= dict(zip(equation.outvars, results, strict=True))
     return [value(x) for x in jaxpr.outvars]
