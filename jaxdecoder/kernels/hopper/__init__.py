@@ -13,17 +13,29 @@ from jaxdecoder.kernels.hopper import forward as forward_kernel
 from jaxdecoder.kernels.hopper.launch import Launch, Sizes
 from jaxdecoder.kernels.problem import Gradients, LogSumExp, Operands, Problem, result
 
+# For widths up to the key: of the forward kernel, of the one for the gradient of queries, and of
+# those for the gradients of keys and values, by which of them a kernel computes.
+SIZES: dict[int, tuple[Sizes, Sizes, dict[str, Sizes]]] = {
+    64: (Sizes(128, 3), Sizes(64, 3), {"kv": Sizes(64, 3)}),
+    128: (Sizes(128, 2), Sizes(64, 2), {"kv": Sizes(64, 2)}),
+    192: (Sizes(64, 2), Sizes(64, 2), {"k": Sizes(64, 2), "v": Sizes(64, 2)}),
+    256: (Sizes(64, 2), Sizes(64, 1), {"k": Sizes(64, 1), "v": Sizes(64, 1)}),
+}
+
+
+def sizes(width: int) -> tuple[Sizes, Sizes, dict[str, Sizes]]:
+    return next(chosen for largest, chosen in SIZES.items() if width <= largest)
+
 
 def forward(
     problem: Problem, operands: Operands, interpret: Any = None
 ) -> tuple[jax.Array, LogSumExp]:
     """See `problem.Implementation`."""
-    launch = Launch(forward_kernel.KERNEL, problem, operands, Sizes(128, 2), interpret)
+    chosen, _, _ = sizes(operands.q.shape[-1])
+    launch = Launch(forward_kernel.KERNEL, problem, operands, chosen, interpret)
     arrays = launch.arrays(operands)
     sums = (launch.batch, launch.heads, launch.q_whole)
-    out, logsumexp = launch(
-        arrays, [launch.like(arrays.q), result(sums, jnp.float32, operands.q)]
-    )
+    out, logsumexp = launch(arrays, [launch.like(arrays.q), result(sums, jnp.float32, operands.q)])
     return out[:, : launch.q_time], logsumexp[:, :, : launch.q_time] * math.log(2)
 
 
@@ -40,8 +52,9 @@ def backward(
     # Without keys every weight is 2^(-inf - inf) = 0.
     logsumexp = jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp / math.log(2))
     of_queries = jnp.stack([logsumexp, delta], axis=2)
+    _, for_queries, for_keys = sizes(operands.q.shape[-1])
 
-    launch = Launch(backward_kernels.QUERIES, problem, operands, Sizes(64, 2), interpret)
+    launch = Launch(backward_kernels.QUERIES, problem, operands, for_queries, interpret)
     arrays = launch.arrays(operands, dout, of_queries)
     results = [launch.like(arrays.q)]
     n = backward_kernels.learned_numbers(launch, arrays)
@@ -56,8 +69,12 @@ def backward(
         score.append(sums[:, start:end].reshape(x.shape) if learned else None)
         start = end
 
-    launch = Launch(backward_kernels.KEYS, problem, operands, Sizes(64, 2), interpret)
-    arrays = launch.arrays(operands, dout, of_queries)
-    dk, dv = launch(arrays, [launch.like(arrays.k), launch.like(arrays.v)])
-    times = launch.q_time, launch.k_time
-    return Gradients(dq[:, : times[0]], dk[:, : times[1]], dv[:, : times[1]], tuple(score))
+    found = {}
+    for wanted, chosen in for_keys.items():
+        kernel = backward_kernels.KEYS[wanted]
+        launch = Launch(kernel, problem, operands, chosen, interpret)
+        arrays = launch.arrays(operands, dout, of_queries)
+        gradients = launch(arrays, [launch.like(arrays.k)] * len(wanted))
+        found |= dict(zip(wanted, gradients, strict=True))
+    dk, dv = found["k"][:, : launch.k_time], found["v"][:, : launch.k_time]
+    return Gradients(dq[:, : launch.q_time], dk, dv, tuple(score))

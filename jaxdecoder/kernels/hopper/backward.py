@@ -7,6 +7,7 @@ them. Both compute the attention weights again from the logarithms of their sums
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,21 +16,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecoder.kernels.hopper import tiles
-from jaxdecoder.kernels.hopper.launch import Kernel, Launch, walk
-from jaxdecoder.kernels.hopper.tiles import ALONG_COLUMNS, ALONG_ROWS, CONSUMERS, ROWS, Arrays, Ring
+from jaxdecoder.kernels.hopper.launch import At, Kernel, Launch, walk
+from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS, Arrays, Ring, Work
 
 
-class _Queries(NamedTuple):
-    """Shared memory of the pass that owns queries; the first four are one a compute warpgroup."""
+class _QueriesMemory(NamedTuple):
+    """Shared memory; what is not a ring, and the ring `queries`, is one a compute warpgroup."""
 
-    q: Any
-    dout: Any
-    of_queries: Any
-    q_segments: Any
-    loaded: Any
-    k: Ring
-    v: Ring
-    k_segments: Ring | None
+    queries: Ring
+    keys: Ring
+    values: Ring
     stage: Any
     learned: Any
 
@@ -40,163 +36,135 @@ def learned_numbers(launch: Launch, arrays: Arrays) -> int:
     return sum(x.size // launch.heads for x, learned in pairs if learned)
 
 
-def _queries_memory(launch: Launch, arrays: Arrays) -> _Queries:
-    depth, columns = launch.sizes.depth, launch.sizes.columns
-    owned = tiles.matrix(CONSUMERS, ROWS, launch.width, dtype=launch.dtype)
-    streamed = tiles.matrix(depth, columns, launch.width, dtype=launch.dtype)
-    segments = plgpu.SMEM((depth, columns), jnp.int32)
-    n = learned_numbers(launch, arrays)
-    return _Queries(
-        q=owned,
-        dout=owned,
-        of_queries=plgpu.SMEM((CONSUMERS, 2, ROWS), jnp.float32),
-        q_segments=plgpu.SMEM((CONSUMERS, ROWS), jnp.int32) if launch.segmented else None,
-        loaded=plgpu.Barrier(num_arrivals=3 + launch.segmented, num_barriers=CONSUMERS),
-        k=Ring.of(depth, streamed),
-        v=Ring.of(depth, streamed),
-        k_segments=Ring.of(depth, segments) if launch.segmented else None,
+def _queries_memory(launch: Launch, arrays: Arrays) -> _QueriesMemory:
+    depth, n = launch.sizes.depth, learned_numbers(launch, arrays)
+    return _QueriesMemory(
+        queries=Ring.of(
+            CONSUMERS,
+            q=launch.owned(),
+            dout=launch.owned(),
+            numbers=tiles.vector(CONSUMERS, 2, ROWS),
+            segments=launch.owned_segments(),
+        ),
+        keys=Ring.of(depth, k=launch.streamed(), segments=launch.streamed_segments()),
+        values=Ring.of(depth, v=launch.streamed()),
         stage=launch.stage(),
-        learned=plgpu.SMEM((CONSUMERS, n, ROWS), jnp.float32) if n else None,
+        learned=tiles.vector(CONSUMERS, n, ROWS) if n else None,
     )
 
 
-def _queries_load(launch: Launch, arrays: Arrays, work: Any, at: Any, memory: _Queries) -> None:
-    kv_head = lax.div(at.head, jnp.int32(launch.group))
-    segment_row = launch.segment_row(at.batch)
-    for w in range(CONSUMERS):
-        queries = pl.ds((at.row * CONSUMERS + w) * ROWS, ROWS)
-        loaded = memory.loaded.at[w]
-        place = at.batch, queries, at.head
-        plgpu.copy_gmem_to_smem(arrays.q.at[place], memory.q.at[w], loaded)
-        plgpu.copy_gmem_to_smem(arrays.dout.at[place], memory.dout.at[w], loaded)
-        numbers = arrays.of_queries.at[at.batch, at.head, :, queries]
-        plgpu.copy_gmem_to_smem(numbers, memory.of_queries.at[w], loaded)
-        if launch.segmented:
-            source = arrays.q_segments.at[segment_row, queries]
-            plgpu.copy_gmem_to_smem(source, memory.q_segments.at[w], loaded)
+def _queries_load(
+    launch: Launch, arrays: Arrays, work: Work, at: At, memory: _QueriesMemory
+) -> None:
+    for warpgroup in range(CONSUMERS):
+        queries = launch.rows(at, warpgroup)
+        memory.queries.fill(
+            warpgroup,
+            q=arrays.q.at[at.batch, queries, at.head],
+            dout=arrays.dout.at[at.batch, queries, at.head],
+            numbers=arrays.of_queries.at[at.batch, at.head, :, queries],
+            segments=launch.segments(arrays.q_segments, at.batch, queries),
+        )
 
     def step(n: Any, _: None) -> None:
         keys = pl.ds(work.indices[at.row, n] * launch.k_block, launch.k_block)
-        memory.k.fill(n, arrays.k.at[at.batch, keys, kv_head])
-        memory.v.fill(n, arrays.v.at[at.batch, keys, kv_head])
-        if memory.k_segments is not None:
-            memory.k_segments.fill(n, arrays.k_segments.at[segment_row, keys])
+        place = at.batch, keys, lax.div(at.head, jnp.int32(launch.group))
+        segments = launch.segments(arrays.k_segments, at.batch, keys)
+        memory.keys.fill(n, k=arrays.k.at[place], segments=segments)
+        memory.values.fill(n, v=arrays.v.at[place])
 
     steps = work.counts[at.row]
     lax.fori_loop(0, steps, step, None)
-    for ring in (memory.k, memory.v, memory.k_segments):
-        if ring is not None:
-            ring.drain(steps)
+    memory.keys.drain(steps)
+    memory.values.drain(steps)
 
 
-def attention_queries_gradient(
+def _queries_compute(
     launch: Launch,
     arrays: Arrays,
-    work: Any,
-    at: Any,
-    memory: _Queries,
+    work: Work,
+    at: At,
+    memory: _QueriesMemory,
     warpgroup: Any,
     results: Any,
 ) -> None:
     shape = ROWS, launch.k_block
-    start = (at.row * CONSUMERS + warpgroup) * ROWS
+    queries = launch.rows(at, warpgroup)
     head = launch.head(arrays, at.batch, at.head)
-    q, dout = memory.q.at[warpgroup], memory.dout.at[warpgroup]
-    stage = None if memory.stage is None else memory.stage.at[warpgroup]
-    plgpu.barrier_wait(memory.loaded.at[warpgroup])
-    logsumexp, delta = (
-        plgpu.layout_cast(memory.of_queries[warpgroup, i], ALONG_ROWS) for i in range(2)
-    )
-    q_segments = None
-    if memory.q_segments is not None:
-        q_segments = plgpu.layout_cast(memory.q_segments[warpgroup], ALONG_ROWS)
+    owned = memory.queries.take(warpgroup)
+    logsumexp, delta = (tiles.along(0, owned["numbers"].at[i]) for i in range(2))
 
     def step(check: bool, n: Any, carry: Any) -> Any:
         dq, sums = carry
         k_start = jnp.int32(0)
         if check or head.needs_index:
             k_start = work.indices[at.row, n] * launch.k_block
-        k, v = memory.k.take(n), memory.v.take(n)
-        products, dweights = tiles.multiply((q, tiles.transposed(k)), (dout, tiles.transposed(v)))
-        memory.v.release(n)
-        k_segments = None
-        if memory.k_segments is not None:
-            k_segments = plgpu.layout_cast(memory.k_segments.take(n)[...], ALONG_COLUMNS)
-            memory.k_segments.release(n)
-        tile = tiles.Tile(head, start, k_start, shape, 0, q_segments, k_segments)
-        _, ds, parts = tile.gradients(
-            check,
-            products,
-            dweights,
-            tiles.spread(logsumexp, 0, shape),
-            tiles.spread(delta, 0, shape),
-            learned=True,
+        keys, v = memory.keys.take(n), memory.values.take(n)["v"]
+        products, dweights = tiles.multiply(
+            (owned["q"], tiles.transposed(keys["k"])), (owned["dout"], tiles.transposed(v))
         )
-        sums = [total + jnp.sum(part, axis=1) for total, part in zip(sums, parts, strict=True)]
-        dq = tiles.add_product(dq, ds, k, stage)
-        memory.k.release(n)
+        memory.values.release(n)
+        segments = owned.get("segments"), keys.get("segments")
+        tile = tiles.Tile(head, queries.start, k_start, shape, 0, *segments)
+        weights, pull = tile.weights(check, products, tiles.spread(logsumexp, 0, shape), True)
+        ds = weights * (tile.dropout()(dweights) - tiles.spread(delta, 0, shape))
+        ds, terms = pull(ds)
+        sums = [total + jnp.sum(term, axis=1) for total, term in zip(sums, terms, strict=True)]
+        [dq] = tiles.add_product(dq, ds, keys["k"], stage=tiles.part(memory.stage, warpgroup))
+        memory.keys.release(n)
         return dq, sums
 
-    n = learned_numbers(launch, arrays)
-    sums = [tiles.zeros(ROWS) for _ in range(n)]
+    sums = [tiles.zeros(ROWS) for _ in range(learned_numbers(launch, arrays))]
     dq, sums = walk(work, at.row, step, (tiles.zeros(ROWS, launch.width), sums))
 
-    queries = pl.ds(start, ROWS)
-    q[...] = (dq * launch.problem.scale).astype(launch.dtype)
+    # Where the queries were there is room for their gradient.
+    out = owned["q"]
+    out[...] = (dq * launch.problem.scale).astype(launch.dtype)
     for i, total in enumerate(sums):
         memory.learned.at[warpgroup, i][...] = total
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q, results[0].at[at.batch, queries, at.head])
-    if n:
+    plgpu.copy_smem_to_gmem(out, results[0].at[at.batch, queries, at.head])
+    if sums:
         place = results[1].at[at.batch, at.head, :, queries]
         plgpu.copy_smem_to_gmem(memory.learned.at[warpgroup], place)
     plgpu.wait_smem_to_gmem(0)
 
 
-class _Keys(NamedTuple):
-    """Shared memory of the pass that owns keys; the first three are one a compute warpgroup."""
+class _KeysMemory(NamedTuple):
+    """Shared memory; what is not a ring, and the ring `keys`, is one a compute warpgroup."""
 
-    k: Any
-    v: Any
-    k_segments: Any
-    loaded: Any
-    q: Ring
-    dout: Ring
-    of_queries: Ring
-    q_segments: Ring | None
+    keys: Ring
+    queries: Ring
+    douts: Ring
     stage: Any
 
 
-def _keys_memory(launch: Launch, arrays: Arrays) -> _Keys:
-    depth, columns = launch.sizes.depth, launch.sizes.columns
-    owned = tiles.matrix(CONSUMERS, ROWS, launch.width, dtype=launch.dtype)
-    streamed = tiles.matrix(depth, columns, launch.width, dtype=launch.dtype)
-    segments = plgpu.SMEM((depth, columns), jnp.int32)
-    return _Keys(
-        k=owned,
-        v=owned,
-        k_segments=plgpu.SMEM((CONSUMERS, ROWS), jnp.int32) if launch.segmented else None,
-        loaded=plgpu.Barrier(num_arrivals=2 + launch.segmented, num_barriers=CONSUMERS),
-        q=Ring.of(depth, streamed),
-        dout=Ring.of(depth, streamed),
-        of_queries=Ring.of(depth, plgpu.SMEM((depth, 2, columns), jnp.float32)),
-        q_segments=Ring.of(depth, segments) if launch.segmented else None,
+def _keys_memory(launch: Launch, arrays: Arrays) -> _KeysMemory:
+    columns, depth = launch.sizes
+    return _KeysMemory(
+        keys=Ring.of(
+            CONSUMERS, k=launch.owned(), v=launch.owned(), segments=launch.owned_segments()
+        ),
+        queries=Ring.of(
+            depth,
+            q=launch.streamed(),
+            numbers=tiles.vector(depth, 2, columns),
+            segments=launch.streamed_segments(),
+        ),
+        douts=Ring.of(depth, dout=launch.streamed()),
         stage=launch.stage(),
     )
 
 
-def _keys_load(launch: Launch, arrays: Arrays, work: Any, at: Any, memory: _Keys) -> None:
-    segment_row = launch.segment_row(at.batch)
-    for w in range(CONSUMERS):
-        keys = pl.ds((at.row * CONSUMERS + w) * ROWS, ROWS)
-        loaded = memory.loaded.at[w]
-        place = at.batch, keys, at.head
-        plgpu.copy_gmem_to_smem(arrays.k.at[place], memory.k.at[w], loaded)
-        plgpu.copy_gmem_to_smem(arrays.v.at[place], memory.v.at[w], loaded)
-        if launch.segmented:
-            source = arrays.k_segments.at[segment_row, keys]
-            plgpu.copy_gmem_to_smem(source, memory.k_segments.at[w], loaded)
-
+def _keys_load(launch: Launch, arrays: Arrays, work: Work, at: At, memory: _KeysMemory) -> None:
+    for warpgroup in range(CONSUMERS):
+        keys = launch.rows(at, warpgroup)
+        memory.keys.fill(
+            warpgroup,
+            k=arrays.k.at[at.batch, keys, at.head],
+            v=arrays.v.at[at.batch, keys, at.head],
+            segments=launch.segments(arrays.k_segments, at.batch, keys),
+        )
     count = work.counts[at.row]
 
     def of_head(member: Any, _: None) -> None:
@@ -205,89 +173,95 @@ def _keys_load(launch: Launch, arrays: Arrays, work: Any, at: Any, memory: _Keys
         def step(n: Any, _: None) -> None:
             queries = pl.ds(work.indices[at.row, n] * launch.q_block, launch.q_block)
             i = member * count + n
-            memory.q.fill(i, arrays.q.at[at.batch, queries, head])
-            memory.of_queries.fill(i, arrays.of_queries.at[at.batch, head, :, queries])
-            if memory.q_segments is not None:
-                memory.q_segments.fill(i, arrays.q_segments.at[segment_row, queries])
-            memory.dout.fill(i, arrays.dout.at[at.batch, queries, head])
+            memory.queries.fill(
+                i,
+                q=arrays.q.at[at.batch, queries, head],
+                numbers=arrays.of_queries.at[at.batch, head, :, queries],
+                segments=launch.segments(arrays.q_segments, at.batch, queries),
+            )
+            memory.douts.fill(i, dout=arrays.dout.at[at.batch, queries, head])
 
         lax.fori_loop(0, count, step, None)
 
     lax.fori_loop(0, launch.group, of_head, None)
-    for ring in (memory.q, memory.dout, memory.of_queries, memory.q_segments):
-        if ring is not None:
-            ring.drain(count * launch.group)
+    memory.queries.drain(count * launch.group)
+    memory.douts.drain(count * launch.group)
 
 
-def attention_keys_gradient(
+def _keys_compute(
+    wanted: str,
     launch: Launch,
     arrays: Arrays,
-    work: Any,
-    at: Any,
-    memory: _Keys,
+    work: Work,
+    at: At,
+    memory: _KeysMemory,
     warpgroup: Any,
     results: Any,
 ) -> None:
     shape = ROWS, launch.q_block
-    start = (at.row * CONSUMERS + warpgroup) * ROWS
-    k, v = memory.k.at[warpgroup], memory.v.at[warpgroup]
-    stage = None if memory.stage is None else memory.stage.at[warpgroup]
-    plgpu.barrier_wait(memory.loaded.at[warpgroup])
-    k_segments = None
-    if memory.k_segments is not None:
-        k_segments = plgpu.layout_cast(memory.k_segments[warpgroup], ALONG_ROWS)
+    keys = launch.rows(at, warpgroup)
+    owned = memory.keys.take(warpgroup)
+    stage = tiles.part(memory.stage, warpgroup)
     count = work.counts[at.row]
 
-    def of_head(member: Any, carry: Any) -> Any:
+    def of_head(member: Any, sums: Any) -> Any:
         head = launch.head(arrays, at.batch, at.head * launch.group + member)
 
-        def step(check: bool, n: Any, carry: Any) -> Any:
-            dk, dv = carry
+        def step(check: bool, n: Any, sums: Any) -> Any:
+            sums = dict(sums)
             i = member * count + n
             q_start = jnp.int32(0)
             if check or head.needs_index:
                 q_start = work.indices[at.row, n] * launch.q_block
-            q, dout = memory.q.take(i), memory.dout.take(i)
-            products, dweights = tiles.multiply(
-                (k, tiles.transposed(q)), (v, tiles.transposed(dout))
-            )
-            of_queries = memory.of_queries.take(i)
-            logsumexp, delta = (
-                plgpu.layout_cast(of_queries[j], ALONG_COLUMNS) for j in range(2)
-            )
-            memory.of_queries.release(i)
-            q_segments = None
-            if memory.q_segments is not None:
-                q_segments = plgpu.layout_cast(memory.q_segments.take(i)[...], ALONG_COLUMNS)
-                memory.q_segments.release(i)
-            tile = tiles.Tile(head, q_start, start, shape, 1, q_segments, k_segments)
-            weights, ds, _ = tile.gradients(
-                check,
-                products,
-                dweights,
-                tiles.spread(logsumexp, 1, shape),
-                tiles.spread(delta, 1, shape),
-                learned=False,
-            )
-            dv = tiles.add_product(dv, weights, dout, stage)
-            memory.dout.release(i)
-            dk = tiles.add_product(dk, ds, q, stage)
-            memory.q.release(i)
-            return dk, dv
+            queries = memory.queries.take(i)
+            [products] = tiles.multiply((owned["k"], tiles.transposed(queries["q"])))
+            segments = queries.get("segments"), owned.get("segments")
+            tile = tiles.Tile(head, q_start, keys.start, shape, 1, *segments)
+            logsumexp, delta = (queries["numbers"].at[j] for j in range(2))
+            weights, pull = tile.weights(check, products, tile.along(1, logsumexp), False)
+            dropped = tile.dropout()
+            rounded = weights.astype(launch.dtype)
+            dout = memory.douts.take(i)["dout"]
+            of_weights = [(owned["v"], tiles.transposed(dout))] * ("k" in wanted)
+            if "v" in wanted:
+                sums["v"], *dweights = tiles.add_product(
+                    sums["v"], dropped(weights), dout, *of_weights, stage=stage
+                )
+            else:
+                dweights = tiles.multiply(*of_weights)
+            memory.douts.release(i)
+            if "k" in wanted:
+                # Half as many registers hold them while the products are under way.
+                weights = lax.optimization_barrier(rounded).astype(jnp.float32)
+                ds, _ = pull(weights * (dropped(*dweights) - tile.along(1, delta)))
+                [sums["k"]] = tiles.add_product(sums["k"], ds, queries["q"], stage=stage)
+            memory.queries.release(i)
+            return sums
 
-        return walk(work, at.row, step, carry)
+        return walk(work, at.row, step, sums)
 
-    zeros = tiles.zeros(ROWS, launch.width)
-    dk, dv = lax.fori_loop(0, launch.group, of_head, (zeros, zeros))
+    sums = {name: tiles.zeros(ROWS, launch.width) for name in wanted}
+    sums = lax.fori_loop(0, launch.group, of_head, sums)
 
-    k[...] = (dk * launch.problem.scale).astype(launch.dtype)
-    v[...] = dv.astype(launch.dtype)
+    # Where the keys and values were there is room for their gradients.
+    scales = {"k": launch.problem.scale, "v": 1.0}
+    for name in wanted:
+        owned[name][...] = (sums[name] * scales[name]).astype(launch.dtype)
     plgpu.commit_smem()
-    keys = pl.ds(start, ROWS)
-    for ref, out in zip((k, v), results, strict=True):
-        plgpu.copy_smem_to_gmem(ref, out.at[at.batch, keys, at.head])
+    for name, out in zip(wanted, results, strict=True):
+        plgpu.copy_smem_to_gmem(owned[name], out.at[at.batch, keys, at.head])
     plgpu.wait_smem_to_gmem(0)
 
 
-QUERIES = Kernel(_queries_memory, _queries_load, attention_queries_gradient)
-KEYS = Kernel(_keys_memory, _keys_load, attention_keys_gradient, rows_are_keys=True)
+QUERIES = Kernel("attention_queries_gradient", _queries_memory, _queries_load, _queries_compute)
+# By what they compute: both gradients of wide heads do not fit into the registers.
+KEYS = {
+    wanted: Kernel(
+        f"attention_{name}_gradient",
+        _keys_memory,
+        _keys_load,
+        functools.partial(_keys_compute, wanted),
+        rows_are_keys=True,
+    )
+    for wanted, name in {"kv": "keys_and_values", "k": "keys", "v": "values"}.items()
+}

@@ -14,82 +14,68 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecoder.kernels.hopper import tiles
-from jaxdecoder.kernels.hopper.launch import Kernel, Launch, walk
-from jaxdecoder.kernels.hopper.tiles import ALONG_COLUMNS, ALONG_ROWS, CONSUMERS, ROWS, Arrays, Ring
+from jaxdecoder.kernels.hopper.launch import At, Kernel, Launch, walk
+from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS, Arrays, Ring, Work
 
 
-class Memory(NamedTuple):
-    q: Any
-    """Of each compute warpgroup; then its output."""
-    q_segments: Any
-    q_loaded: Any
+class _Memory(NamedTuple):
+    """Shared memory; what is not a ring, and the ring `queries`, is one a compute warpgroup."""
+
+    queries: Ring
+    keys: Ring
+    values: Ring
     logsumexp: Any
-    k: Ring
-    v: Ring
-    k_segments: Ring | None
     stage: Any
     turn: Any
 
 
-def _memory(launch: Launch, arrays: Arrays) -> Memory:
-    depth, columns = launch.sizes.depth, launch.sizes.columns
-    streamed = tiles.matrix(depth, columns, launch.width, dtype=launch.dtype)
-    segments = plgpu.SMEM((depth, columns), jnp.int32)
-    return Memory(
-        q=tiles.matrix(CONSUMERS, ROWS, launch.width, dtype=launch.dtype),
-        q_segments=plgpu.SMEM((CONSUMERS, ROWS), jnp.int32) if launch.segmented else None,
-        q_loaded=plgpu.Barrier(num_arrivals=1 + launch.segmented, num_barriers=CONSUMERS),
-        logsumexp=plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
-        k=Ring.of(depth, streamed),
-        v=Ring.of(depth, streamed),
-        k_segments=Ring.of(depth, segments) if launch.segmented else None,
+def _memory(launch: Launch, arrays: Arrays) -> _Memory:
+    depth = launch.sizes.depth
+    return _Memory(
+        queries=Ring.of(CONSUMERS, q=launch.owned(), segments=launch.owned_segments()),
+        keys=Ring.of(depth, k=launch.streamed(), segments=launch.streamed_segments()),
+        values=Ring.of(depth, v=launch.streamed()),
+        logsumexp=tiles.vector(CONSUMERS, ROWS),
         stage=launch.stage(),
         turn=plgpu.Barrier(num_arrivals=CONSUMERS),
     )
 
 
-def _load(launch: Launch, arrays: Arrays, work: Any, at: Any, memory: Memory) -> None:
-    """What the memory warpgroup does."""
-    kv_head = lax.div(at.head, jnp.int32(launch.group))
-    for w in range(CONSUMERS):
-        queries = pl.ds((at.row * CONSUMERS + w) * ROWS, ROWS)
-        loaded = memory.q_loaded.at[w]
-        source = arrays.q.at[at.batch, queries, at.head]
-        plgpu.copy_gmem_to_smem(source, memory.q.at[w], loaded)
-        if launch.segmented:
-            source = arrays.q_segments.at[launch.segment_row(at.batch), queries]
-            plgpu.copy_gmem_to_smem(source, memory.q_segments.at[w], loaded)
+def _load(launch: Launch, arrays: Arrays, work: Work, at: At, memory: _Memory) -> None:
+    for warpgroup in range(CONSUMERS):
+        queries = launch.rows(at, warpgroup)
+        memory.queries.fill(
+            warpgroup,
+            q=arrays.q.at[at.batch, queries, at.head],
+            segments=launch.segments(arrays.q_segments, at.batch, queries),
+        )
 
     def step(n: Any, _: None) -> None:
-        start = work.indices[at.row, n] * launch.sizes.columns
-        keys = pl.ds(start, launch.sizes.columns)
-        memory.k.fill(n, arrays.k.at[at.batch, keys, kv_head])
-        if memory.k_segments is not None:
-            memory.k_segments.fill(n, arrays.k_segments.at[launch.segment_row(at.batch), keys])
-        memory.v.fill(n, arrays.v.at[at.batch, keys, kv_head])
+        keys = pl.ds(work.indices[at.row, n] * launch.k_block, launch.k_block)
+        place = at.batch, keys, lax.div(at.head, jnp.int32(launch.group))
+        segments = launch.segments(arrays.k_segments, at.batch, keys)
+        memory.keys.fill(n, k=arrays.k.at[place], segments=segments)
+        memory.values.fill(n, v=arrays.v.at[place])
 
     steps = work.counts[at.row]
     lax.fori_loop(0, steps, step, None)
-    for ring in (memory.k, memory.v, memory.k_segments):
-        if ring is not None:
-            ring.drain(steps)
+    memory.keys.drain(steps)
+    memory.values.drain(steps)
 
 
-def attention_forward(
-    launch: Launch, arrays: Arrays, work: Any, at: Any, memory: Memory, warpgroup: Any, results: Any
+def _compute(
+    launch: Launch,
+    arrays: Arrays,
+    work: Work,
+    at: At,
+    memory: _Memory,
+    warpgroup: Any,
+    results: Any,
 ) -> None:
-    """What a compute warpgroup does."""
-    out, logsumexp = results
-    shape = ROWS, launch.sizes.columns
-    start = (at.row * CONSUMERS + warpgroup) * ROWS
-    queries = pl.ds(start, ROWS)
+    shape = ROWS, launch.k_block
+    queries = launch.rows(at, warpgroup)
     head = launch.head(arrays, at.batch, at.head)
-    q = memory.q.at[warpgroup]
-    stage = None if memory.stage is None else memory.stage.at[warpgroup]
-    plgpu.barrier_wait(memory.q_loaded.at[warpgroup])
-    q_segments = None
-    if launch.segmented:
-        q_segments = plgpu.layout_cast(memory.q_segments[warpgroup], ALONG_ROWS)
+    owned = memory.queries.take(warpgroup)
 
     def take_turn() -> None:
         plgpu.barrier_arrive(memory.turn)
@@ -99,32 +85,33 @@ def attention_forward(
         largest, total, mixed = carry
         k_start = jnp.int32(0)
         if check or head.needs_index:
-            k_start = work.indices[at.row, n] * launch.sizes.columns
-        [products] = tiles.multiply((q, tiles.transposed(memory.k.take(n))))
-        memory.k.release(n)
+            k_start = work.indices[at.row, n] * launch.k_block
+        keys = memory.keys.take(n)
+        [products] = tiles.multiply((owned["q"], tiles.transposed(keys["k"])))
+        segments = owned.get("segments"), keys.get("segments")
+        tile = tiles.Tile(head, queries.start, k_start, shape, 0, *segments)
+        if not launch.segmented:
+            memory.keys.release(n)
         take_turn()
 
-        k_segments = None
-        if memory.k_segments is not None:
-            k_segments = plgpu.layout_cast(memory.k_segments.take(n)[...], ALONG_COLUMNS)
-            memory.k_segments.release(n)
-        tile = tiles.Tile(head, start, k_start, shape, 0, q_segments, k_segments)
         s = tile.base_two_scores(products)
         if check:
             s = jnp.where(tile.allowed(), s, -jnp.inf)
+        if launch.segmented:
+            memory.keys.release(n)
         higher = jnp.maximum(largest, jnp.max(s, axis=1))
         base = jnp.where(higher == -jnp.inf, 0.0, higher)
         weights, shrink = jnp.exp2(s - tiles.spread(base, 0, shape)), jnp.exp2(largest - base)
         total = total * shrink + jnp.sum(weights, axis=1)
         mixed = mixed * tiles.spread(shrink, 0, mixed.shape)
-        weights = tile.dropped(weights).astype(launch.dtype)
+        weights = tile.dropout()(weights).astype(launch.dtype)
         higher, total, mixed, weights = lax.optimization_barrier((higher, total, mixed, weights))
 
         plgpu.barrier_arrive(memory.turn)
-        v = memory.v.take(n)
+        v = memory.values.take(n)["v"]
         plgpu.barrier_wait(memory.turn)
-        mixed = tiles.add_product(mixed, weights, v, stage)
-        memory.v.release(n)
+        [mixed] = tiles.add_product(mixed, weights, v, stage=tiles.part(memory.stage, warpgroup))
+        memory.values.release(n)
         return higher, total, mixed
 
     # The second warpgroup stays half a step behind the first.
@@ -136,13 +123,14 @@ def attention_forward(
 
     some = total > 0
     divisor = jnp.where(some, total, 1.0)
-    q[...] = (mixed * tiles.spread(1.0 / divisor, 0, mixed.shape)).astype(launch.dtype)
-    sums = memory.logsumexp.at[warpgroup]
-    sums[...] = jnp.where(some, largest + jnp.log2(divisor), -jnp.inf)
+    # Where the queries were there is room for what they attend to.
+    out, logsumexp = owned["q"], memory.logsumexp.at[warpgroup]
+    out[...] = (mixed * tiles.spread(1.0 / divisor, 0, mixed.shape)).astype(launch.dtype)
+    logsumexp[...] = jnp.where(some, largest + jnp.log2(divisor), -jnp.inf)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q, out.at[at.batch, queries, at.head])
-    plgpu.copy_smem_to_gmem(sums, logsumexp.at[at.batch, at.head, queries])
+    plgpu.copy_smem_to_gmem(out, results[0].at[at.batch, queries, at.head])
+    plgpu.copy_smem_to_gmem(logsumexp, results[1].at[at.batch, at.head, queries])
     plgpu.wait_smem_to_gmem(0)
 
 
-KERNEL = Kernel(_memory, _load, attention_forward)
+KERNEL = Kernel("attention_forward", _memory, _load, _compute)

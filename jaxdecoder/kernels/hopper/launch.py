@@ -45,6 +45,7 @@ class At(NamedTuple):
 class Kernel(NamedTuple):
     """What the warpgroups of a block do, and share."""
 
+    name: str
     memory: Callable[..., Any]
     """(launch, arrays) -> types of shared memory"""
     load: Callable[..., None]
@@ -90,8 +91,24 @@ class Launch:
     def like(self, x: jax.Array) -> jax.ShapeDtypeStruct:
         return result(x.shape, x.dtype, x)
 
-    def segment_row(self, batch: Any) -> Any:
-        return 0 if self.segments_shared else batch
+    def segments(self, ref: Any, batch: Any, positions: Any) -> Any:
+        return tiles.part(ref, 0 if self.segments_shared else batch, positions)
+
+    def rows(self, at: At, warpgroup: Any) -> Any:
+        """Those a compute warpgroup owns."""
+        return pl.ds((at.row * CONSUMERS + warpgroup) * ROWS, ROWS)
+
+    def owned(self) -> Any:
+        return tiles.matrix(CONSUMERS, ROWS, self.width, dtype=self.dtype)
+
+    def owned_segments(self) -> Any:
+        return tiles.vector(CONSUMERS, ROWS, dtype=jnp.int32) if self.segmented else None
+
+    def streamed(self) -> Any:
+        return tiles.matrix(*self.sizes[::-1], self.width, dtype=self.dtype)
+
+    def streamed_segments(self) -> Any:
+        return tiles.vector(*self.sizes[::-1], dtype=jnp.int32) if self.segmented else None
 
     def stage(self) -> Any:
         """Where factors go that the tensor cores would take from registers, if not interpreted."""
@@ -133,7 +150,7 @@ class Launch:
                 plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
                 self.kernel.load(self, arrays, work, at, memory)
 
-        body.__name__ = self.kernel.compute.__name__
+        body.__name__ = self.kernel.name
         return plgpu.kernel(
             body,
             out_type=results,

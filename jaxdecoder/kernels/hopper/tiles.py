@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +22,8 @@ ROWS = 64  # of one `wgmma`, and of a compute warpgroup's tile
 CONSUMERS = 2  # compute warpgroups of a block; one more moves memory
 LOG2E = math.log2(math.e)
 
-# Where the tensor cores leave a product in the registers of a warpgroup, and what lies along it.
+# Where the tensor cores leave a product in the registers of a warpgroup.
 TILE = plgpu.Layout.WGMMA
-ALONG_ROWS = TILE.reduce(1)
-ALONG_COLUMNS = TILE.reduce(0)
 
 
 class Work(NamedTuple):
@@ -68,33 +67,54 @@ def matrix(*shape: int, dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-class Ring(NamedTuple):
-    """Buffers that one warpgroup fills ahead, in turn, and the compute warpgroups empty.
+def vector(*shape: int, dtype: Any = jnp.float32) -> Any:
+    return plgpu.SMEM(shape, dtype)
 
-    All count the steps from 0 on their own.
+
+class Ring(NamedTuple):
+    """Buffers that the memory warpgroup fills ahead, in turn, and the compute warpgroups empty.
+
+    Each holds the same arrays, by name. All warpgroups count the steps from 0 on their own.
     """
 
-    buffer: Any
+    arrays: dict[str, Any]
     loaded: Any
     consumed: Any
 
     @classmethod
-    def of(cls, depth: int, memory: Any) -> Ring:
-        """The shared memory that a ring of `depth` buffers takes; `memory` has that first axis."""
-        barrier = functools.partial(plgpu.Barrier, num_barriers=depth)
-        return cls(memory, barrier(), barrier(num_arrivals=CONSUMERS))
+    def of(cls, depth: int, **arrays: Any) -> Ring:
+        """The shared memory for `depth` buffers, the first axis of the arrays that are not None."""
+        arrays = {name: array for name, array in arrays.items() if array is not None}
+        return cls(
+            arrays,
+            plgpu.Barrier(num_arrivals=len(arrays), num_barriers=depth),
+            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=depth),
+        )
+
+    @property
+    def depth(self) -> int:
+        return self.loaded.shape[0]
 
     def slot(self, step: Any) -> Any:
-        return lax.rem(step, jnp.int32(self.buffer.shape[0]))
+        return lax.rem(step, jnp.int32(self.depth))
 
-    def fill(self, step: Any, source: Any) -> None:
+    def fill(self, step: Any, **sources: Any) -> None:
         slot = self.slot(step)
 
-        @pl.when(step >= self.buffer.shape[0])
+        @pl.when(step >= self.depth)
         def _wait_until_empty() -> None:
             plgpu.barrier_wait(self.consumed.at[slot])
 
-        plgpu.copy_gmem_to_smem(source, self.buffer.at[slot], self.loaded.at[slot])
+        for name, array in self.arrays.items():
+            plgpu.copy_gmem_to_smem(sources[name], array.at[slot], self.loaded.at[slot])
+
+    def take(self, step: Any) -> dict[str, Any]:
+        slot = self.slot(step)
+        plgpu.barrier_wait(self.loaded.at[slot])
+        return {name: array.at[slot] for name, array in self.arrays.items()}
+
+    def release(self, step: Any) -> None:
+        plgpu.barrier_arrive(self.consumed.at[self.slot(step)])
 
     def drain(self, steps: Any) -> None:
         """Waits, after so many steps, until all is empty."""
@@ -102,15 +122,16 @@ class Ring(NamedTuple):
         def wait(step: Any, _: None) -> None:
             plgpu.barrier_wait(self.consumed.at[self.slot(step)])
 
-        lax.fori_loop(jnp.maximum(steps - self.buffer.shape[0], 0), steps, wait, None)
+        lax.fori_loop(jnp.maximum(steps - self.depth, 0), steps, wait, None)
 
-    def take(self, step: Any) -> Any:
-        slot = self.slot(step)
-        plgpu.barrier_wait(self.loaded.at[slot])
-        return self.buffer.at[slot]
 
-    def release(self, step: Any) -> None:
-        plgpu.barrier_arrive(self.consumed.at[self.slot(step)])
+def part(ref: Any, *index: Any) -> Any:
+    return None if ref is None else ref.at[index]
+
+
+def along(axis: int, ref: Any) -> Any:
+    """Loads a vector that lies along an axis of a tile."""
+    return None if ref is None else plgpu.layout_cast(ref[...], TILE.reduce(1 - axis))
 
 
 # --- Matrix products ---------------------------------------------------------------------------
@@ -132,22 +153,31 @@ def multiply(*pairs: tuple[Any, Any]) -> list[jax.Array]:
     return pl.run_scoped(multiplied, *shapes)
 
 
-def add_product(total: jax.Array, a: jax.Array, b: Any, stage: Any = None) -> jax.Array:
-    """total + a b with `a` from the registers, or by way of the shared memory `stage`."""
+def add_product(
+    total: jax.Array,
+    a: jax.Array,
+    b: Any,
+    *pairs: tuple[Any, Any],
+    stage: Any = None,
+) -> tuple[jax.Array, ...]:
+    """total + a b with `a` from the registers, or by way of the shared memory `stage`; and, while
+    at it, the products of the pairs, as `multiply` gives them."""
     a = a.astype(b.dtype)
     if stage is not None:
         stage[...] = a
         plgpu.commit_smem()
-        return total + multiply((stage, b))[0]
+        return total + multiply((stage, b))[0], *(multiply(*pairs) if pairs else ())
 
-    def multiplied(accumulator: Any) -> None:
-        plgpu.wgmma(accumulator, a, b)
+    def multiplied(accumulators: Any) -> None:
+        for accumulator, (a_, b_) in zip(accumulators, [(a, b), *pairs], strict=True):
+            plgpu.wgmma(accumulator, a_, b_)
 
-    return pl.run_state(multiplied)(plgpu.ACC.init(total))
+    starts = total, *(zeros(a_.shape[0], b_.shape[1]) for a_, b_ in pairs)
+    return pl.run_state(multiplied)(tuple(map(plgpu.ACC.init, starts)))
 
 
 def zeros(*shape: int) -> jax.Array:
-    layout = TILE if len(shape) == 2 else ALONG_ROWS
+    layout = TILE if len(shape) == 2 else TILE.reduce(1)
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
@@ -186,7 +216,7 @@ class Tile(NamedTuple):
     shape: tuple[int, int]
     query_axis: int
     q_segments: Any = None
-    """As vectors along their axes."""
+    """In shared memory."""
     k_segments: Any = None
 
     def index(self) -> tuple[jax.Array, jax.Array]:
@@ -196,12 +226,16 @@ class Tile(NamedTuple):
         )
         return self.q_start + q, self.k_start + k
 
+    def along(self, axis: int, ref: Any) -> jax.Array:
+        """A vector in shared memory, repeated to a tile along whose axis it lies."""
+        return spread(along(axis, ref), axis, self.shape)
+
     def allowed(self) -> jax.Array:
         segments = (None, None)
         if self.q_segments is not None:
             segments = (
-                spread(self.q_segments, self.query_axis, self.shape),
-                spread(self.k_segments, 1 - self.query_axis, self.shape),
+                self.along(self.query_axis, self.q_segments),
+                self.along(1 - self.query_axis, self.k_segments),
             )
         allowed = self.head.problem.allowed(*self.index(), *segments, self.head.k_time)
         return jnp.broadcast_to(allowed, self.shape)
@@ -214,9 +248,18 @@ class Tile(NamedTuple):
         place = head.batch, head.head, *self.index()
         return problem.score(products * problem.scale, *place, *head.parameters) * LOG2E
 
-    def scores_with_pull(self, products: jax.Array, learned: bool) -> tuple[jax.Array, Any]:
-        """The same, and what takes the scores' gradient to that of `scale` times the products,
-        and to the terms of the gradients of the learned numbers (none unless `learned`)."""
+    def weights(
+        self, check: bool, products: jax.Array, logsumexp: jax.Array, learned: bool
+    ) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, list[jax.Array]]]]:
+        """The attention weights, from the `logsumexp` (to base 2) of their queries' scores; and
+        what takes the scores' gradient to that of the products before `scale`, over `scale`, and
+        to the terms of the gradients of the learned numbers, if they are wanted here."""
+        s, pull = self._scores_and_pull(products, learned)
+        if check:
+            s = jnp.where(self.allowed(), s, -jnp.inf)
+        return jnp.exp2(s - logsumexp), pull
+
+    def _scores_and_pull(self, products: jax.Array, learned: bool) -> tuple[jax.Array, Any]:
         head, problem = self.head, self.head.problem
         if problem.score is None:
             return self.base_two_scores(products), lambda ds: (ds, [])
@@ -244,30 +287,13 @@ class Tile(NamedTuple):
 
         return value * LOG2E, pull
 
-    def gradients(
-        self,
-        check: bool,
-        products: jax.Array,
-        dweights: jax.Array,
-        logsumexp: jax.Array,
-        delta: jax.Array,
-        learned: bool,
-    ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-        """The attention weights after dropout, the gradient of `scale` times the products, and the
-        terms of the learned numbers' gradients; all arrays have the shape of the tile."""
-        s, pull = self.scores_with_pull(products, learned)
-        if check:
-            s = jnp.where(self.allowed(), s, -jnp.inf)
-        weights = jnp.exp2(s - logsumexp)
-        ds, terms = pull(weights * (self.dropped(dweights) - delta))
-        return self.dropped(weights), ds, terms
-
-    def dropped(self, weights: jax.Array) -> jax.Array:
-        rate = self.head.problem.dropout_rate
+    def dropout(self) -> Callable[[jax.Array], jax.Array]:
+        """Drops weights, or their gradients: always the same ones."""
+        head, rate = self.head, self.head.problem.dropout_rate
         if rate == 0.0:
-            return weights
-        kept = keep(self.head.seed, rate, self.head.batch, self.head.head, *self.index())
-        return jnp.where(kept, weights * (1.0 / (1.0 - rate)), 0.0)
+            return lambda weights: weights
+        kept = keep(head.seed, rate, head.batch, head.head, *self.index())
+        return lambda weights: jnp.where(kept, weights * (1.0 / (1.0 - rate)), 0.0)
 
 
 def _lowerable(function: Any, *arguments: Any) -> Any:
