@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +13,42 @@ from jaxdecoder.kernels.hopper import forward as forward_kernel
 from jaxdecoder.kernels.hopper.launch import Launch, Sizes
 from jaxdecoder.kernels.problem import Gradients, LogSumExp, Operands, Problem, result
 
-# For widths up to the key: of the forward kernel, of the one for the gradient of queries, and of
-# those for the gradients of keys and values, by which of them a kernel computes.
-SIZES: dict[int, tuple[Sizes, Sizes, dict[str, Sizes]]] = {
-    64: (Sizes(128, 3), Sizes(64, 3), {"kv": Sizes(64, 3)}),
-    128: (Sizes(128, 2), Sizes(64, 2), {"kv": Sizes(64, 2)}),
-    192: (Sizes(64, 2), Sizes(64, 2), {"k": Sizes(64, 2), "v": Sizes(64, 2)}),
-    256: (Sizes(64, 2), Sizes(64, 1), {"k": Sizes(64, 1), "v": Sizes(64, 1)}),
+class KernelSizes(NamedTuple):
+    """Of the forward kernel, of the one for the gradient of queries, and of those for the
+    gradients of keys and values, by which of them a kernel computes."""
+
+    forward: Sizes
+    queries: Sizes
+    keys: dict[str, Sizes]
+
+
+# For widths up to the key: the largest blocks and rings that fit into the registers, without
+# spills, and the shared memory of a block. Plain problems have no score, dropout or segments.
+PLAIN = {
+    64: KernelSizes(Sizes(128, 3), Sizes(64, 3), {"kv": Sizes(64, 3)}),
+    128: KernelSizes(Sizes(128, 2), Sizes(64, 2), {"kv": Sizes(64, 2)}),
+    192: KernelSizes(Sizes(64, 2), Sizes(64, 2), {"k": Sizes(64, 2), "v": Sizes(64, 2)}),
+    256: KernelSizes(Sizes(64, 2), Sizes(64, 1), {"k": Sizes(64, 1), "v": Sizes(64, 1)}),
+}
+OTHERS = {
+    64: KernelSizes(Sizes(64, 4), Sizes(64, 3), {"k": Sizes(64, 3), "v": Sizes(64, 3)}),
+    128: KernelSizes(Sizes(64, 3), Sizes(64, 2), {"k": Sizes(64, 2), "v": Sizes(64, 2)}),
+    192: PLAIN[192],
+    256: PLAIN[256],
 }
 
 
-def sizes(width: int) -> tuple[Sizes, Sizes, dict[str, Sizes]]:
-    return next(chosen for largest, chosen in SIZES.items() if width <= largest)
+def sizes(problem: Problem, operands: Operands) -> KernelSizes:
+    plain = problem.score is None and problem.dropout_rate == 0 and operands.q_segments is None
+    table, width = PLAIN if plain else OTHERS, operands.q.shape[-1]
+    return next(chosen for largest, chosen in table.items() if width <= largest)
 
 
 def forward(
     problem: Problem, operands: Operands, interpret: Any = None
 ) -> tuple[jax.Array, LogSumExp]:
     """See `problem.Implementation`."""
-    chosen, _, _ = sizes(operands.q.shape[-1])
+    chosen = sizes(problem, operands).forward
     launch = Launch(forward_kernel.KERNEL, problem, operands, chosen, interpret)
     arrays = launch.arrays(operands)
     sums = (launch.batch, launch.heads, launch.q_whole)
@@ -52,9 +69,9 @@ def backward(
     # Without keys every weight is 2^(-inf - inf) = 0.
     logsumexp = jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp / math.log(2))
     of_queries = jnp.stack([logsumexp, delta], axis=2)
-    _, for_queries, for_keys = sizes(operands.q.shape[-1])
+    chosen = sizes(problem, operands)
 
-    launch = Launch(backward_kernels.QUERIES, problem, operands, for_queries, interpret)
+    launch = Launch(backward_kernels.QUERIES, problem, operands, chosen.queries, interpret)
     arrays = launch.arrays(operands, dout, of_queries)
     results = [launch.like(arrays.q)]
     n = backward_kernels.learned_numbers(launch, arrays)
@@ -70,9 +87,9 @@ def backward(
         start = end
 
     found = {}
-    for wanted, chosen in for_keys.items():
+    for wanted, key_sizes in chosen.keys.items():
         kernel = backward_kernels.KEYS[wanted]
-        launch = Launch(kernel, problem, operands, chosen, interpret)
+        launch = Launch(kernel, problem, operands, key_sizes, interpret)
         arrays = launch.arrays(operands, dout, of_queries)
         gradients = launch(arrays, [launch.like(arrays.k)] * len(wanted))
         found |= dict(zip(wanted, gradients, strict=True))

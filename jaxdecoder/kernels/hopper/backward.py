@@ -8,6 +8,7 @@ them. Both compute the attention weights again from the logarithms of their sums
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecoder.kernels.hopper import tiles
-from jaxdecoder.kernels.hopper.launch import At, Kernel, Launch, walk
+from jaxdecoder.kernels.hopper.launch import At, Kernel, Launch, Step, walk
 from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS, Arrays, Ring, Work
 
 
@@ -66,15 +67,15 @@ def _queries_load(
             segments=launch.segments(arrays.q_segments, at.batch, queries),
         )
 
-    def step(n: Any, _: None) -> None:
-        keys = pl.ds(work.indices[at.row, n] * launch.k_block, launch.k_block)
+    def fill(check: bool, step: Step, _: None) -> None:
+        keys = pl.ds(work.indices[at.row, step.column] * launch.k_block, launch.k_block)
         place = at.batch, keys, lax.div(at.head, jnp.int32(launch.group))
         segments = launch.segments(arrays.k_segments, at.batch, keys)
-        memory.keys.fill(n, k=arrays.k.at[place], segments=segments)
-        memory.values.fill(n, v=arrays.v.at[place])
+        memory.keys.fill(step.count, k=arrays.k.at[place], segments=segments)
+        memory.values.fill(step.count, v=arrays.v.at[place])
 
+    walk(work, at.row, 1, fill)
     steps = work.counts[at.row]
-    lax.fori_loop(0, steps, step, None)
     memory.keys.drain(steps)
     memory.values.drain(steps)
 
@@ -83,22 +84,24 @@ def _queries_compute(
     launch: Launch,
     arrays: Arrays,
     work: Work,
-    at: At,
+    here: Callable[[], At],
     memory: _QueriesMemory,
     warpgroup: Any,
     results: Any,
 ) -> None:
+    at = here()
     shape = ROWS, launch.k_block
     queries = launch.rows(at, warpgroup)
     head = launch.head(arrays, at.batch, at.head)
     owned = memory.queries.take(warpgroup)
     logsumexp, delta = (tiles.along(0, owned["numbers"].at[i]) for i in range(2))
 
-    def step(check: bool, n: Any, carry: Any) -> Any:
+    def visit(check: bool, step: Step, carry: Any) -> Any:
+        n = step.count
         dq, sums = carry
         k_start = jnp.int32(0)
         if check or head.needs_index:
-            k_start = work.indices[at.row, n] * launch.k_block
+            k_start = work.indices[at.row, step.column] * launch.k_block
         keys, v = memory.keys.take(n), memory.values.take(n)["v"]
         products, dweights = tiles.multiply(
             (owned["q"], tiles.transposed(keys["k"])), (owned["dout"], tiles.transposed(v))
@@ -106,7 +109,8 @@ def _queries_compute(
         memory.values.release(n)
         segments = owned.get("segments"), keys.get("segments")
         tile = tiles.Tile(head, queries.start, k_start, shape, 0, *segments)
-        weights, pull = tile.weights(check, products, tiles.spread(logsumexp, 0, shape), True)
+        s, pull = tile.scores(check, products, learned=True)
+        weights = jnp.exp2(s - tiles.spread(logsumexp, 0, shape))
         ds = weights * (tile.dropout()(dweights) - tiles.spread(delta, 0, shape))
         ds, terms = pull(ds)
         sums = [total + jnp.sum(term, axis=1) for total, term in zip(sums, terms, strict=True)]
@@ -115,9 +119,11 @@ def _queries_compute(
         return dq, sums
 
     sums = [tiles.zeros(ROWS) for _ in range(learned_numbers(launch, arrays))]
-    dq, sums = walk(work, at.row, step, (tiles.zeros(ROWS, launch.width), sums))
+    dq, sums = walk(work, at.row, 1, visit, (tiles.zeros(ROWS, launch.width), sums))
 
     # Where the queries were there is room for their gradient.
+    at = here()
+    queries = launch.rows(at, warpgroup)
     out = owned["q"]
     out[...] = (dq * launch.problem.scale).astype(launch.dtype)
     for i, total in enumerate(sums):
@@ -165,27 +171,22 @@ def _keys_load(launch: Launch, arrays: Arrays, work: Work, at: At, memory: _Keys
             v=arrays.v.at[at.batch, keys, at.head],
             segments=launch.segments(arrays.k_segments, at.batch, keys),
         )
-    count = work.counts[at.row]
 
-    def of_head(member: Any, _: None) -> None:
-        head = at.head * launch.group + member
+    def fill(check: bool, step: Step, _: None) -> None:
+        head = at.head * launch.group + step.member
+        queries = pl.ds(work.indices[at.row, step.column] * launch.q_block, launch.q_block)
+        memory.queries.fill(
+            step.count,
+            q=arrays.q.at[at.batch, queries, head],
+            numbers=arrays.of_queries.at[at.batch, head, :, queries],
+            segments=launch.segments(arrays.q_segments, at.batch, queries),
+        )
+        memory.douts.fill(step.count, dout=arrays.dout.at[at.batch, queries, head])
 
-        def step(n: Any, _: None) -> None:
-            queries = pl.ds(work.indices[at.row, n] * launch.q_block, launch.q_block)
-            i = member * count + n
-            memory.queries.fill(
-                i,
-                q=arrays.q.at[at.batch, queries, head],
-                numbers=arrays.of_queries.at[at.batch, head, :, queries],
-                segments=launch.segments(arrays.q_segments, at.batch, queries),
-            )
-            memory.douts.fill(i, dout=arrays.dout.at[at.batch, queries, head])
-
-        lax.fori_loop(0, count, step, None)
-
-    lax.fori_loop(0, launch.group, of_head, None)
-    memory.queries.drain(count * launch.group)
-    memory.douts.drain(count * launch.group)
+    walk(work, at.row, launch.group, fill)
+    steps = work.counts[at.row] * launch.group
+    memory.queries.drain(steps)
+    memory.douts.drain(steps)
 
 
 def _keys_compute(
@@ -193,57 +194,59 @@ def _keys_compute(
     launch: Launch,
     arrays: Arrays,
     work: Work,
-    at: At,
+    here: Callable[[], At],
     memory: _KeysMemory,
     warpgroup: Any,
     results: Any,
 ) -> None:
+    at = here()
     shape = ROWS, launch.q_block
     keys = launch.rows(at, warpgroup)
     owned = memory.keys.take(warpgroup)
     stage = tiles.part(memory.stage, warpgroup)
-    count = work.counts[at.row]
 
-    def of_head(member: Any, sums: Any) -> Any:
-        head = launch.head(arrays, at.batch, at.head * launch.group + member)
+    def head_of(member: Any) -> Any:
+        return launch.head(arrays, at.batch, at.head * launch.group + member)
 
-        def step(check: bool, n: Any, sums: Any) -> Any:
-            sums = dict(sums)
-            i = member * count + n
-            q_start = jnp.int32(0)
-            if check or head.needs_index:
-                q_start = work.indices[at.row, n] * launch.q_block
-            queries = memory.queries.take(i)
-            [products] = tiles.multiply((owned["k"], tiles.transposed(queries["q"])))
-            segments = queries.get("segments"), owned.get("segments")
-            tile = tiles.Tile(head, q_start, keys.start, shape, 1, *segments)
-            logsumexp, delta = (queries["numbers"].at[j] for j in range(2))
-            weights, pull = tile.weights(check, products, tile.along(1, logsumexp), False)
-            dropped = tile.dropout()
-            rounded = weights.astype(launch.dtype)
-            dout = memory.douts.take(i)["dout"]
-            of_weights = [(owned["v"], tiles.transposed(dout))] * ("k" in wanted)
-            if "v" in wanted:
-                sums["v"], *dweights = tiles.add_product(
-                    sums["v"], dropped(weights), dout, *of_weights, stage=stage
-                )
-            else:
-                dweights = tiles.multiply(*of_weights)
-            memory.douts.release(i)
-            if "k" in wanted:
-                # Half as many registers hold them while the products are under way.
-                weights = lax.optimization_barrier(rounded).astype(jnp.float32)
-                ds, _ = pull(weights * (dropped(*dweights) - tile.along(1, delta)))
-                [sums["k"]] = tiles.add_product(sums["k"], ds, queries["q"], stage=stage)
-            memory.queries.release(i)
-            return sums
+    only_head = head_of(0) if launch.group == 1 else None
 
-        return walk(work, at.row, step, sums)
+    def visit(check: bool, step: Step, sums: Any) -> Any:
+        sums = dict(sums)
+        head = head_of(step.member) if only_head is None else only_head
+        q_start = jnp.int32(0)
+        if check or head.needs_index:
+            q_start = work.indices[at.row, step.column] * launch.q_block
+        queries = memory.queries.take(step.count)
+        [products] = tiles.multiply((owned["k"], tiles.transposed(queries["q"])))
+        segments = queries.get("segments"), owned.get("segments")
+        tile = tiles.Tile(head, q_start, keys.start, shape, 1, *segments)
+        s, pull = tile.scores(check, products, learned=False)
+        weights = jnp.exp2(s - tile.along(1, queries["numbers"].at[0]))
+        dropped = tile.dropout()
+        rounded = weights.astype(launch.dtype)
+        dout = memory.douts.take(step.count)["dout"]
+        of_weights = [(owned["v"], tiles.transposed(dout))] * ("k" in wanted)
+        if "v" in wanted:
+            sums["v"], *dweights = tiles.add_product(
+                sums["v"], dropped(weights), dout, *of_weights, stage=stage
+            )
+        else:
+            dweights = tiles.multiply(*of_weights)
+        memory.douts.release(step.count)
+        if "k" in wanted:
+            # Half as many registers hold them while the products are under way.
+            weights = lax.optimization_barrier(rounded).astype(jnp.float32)
+            ds, _ = pull(weights * (dropped(*dweights) - tile.along(1, queries["numbers"].at[1])))
+            [sums["k"]] = tiles.add_product(sums["k"], ds, queries["q"], stage=stage)
+        memory.queries.release(step.count)
+        return sums
 
     sums = {name: tiles.zeros(ROWS, launch.width) for name in wanted}
-    sums = lax.fori_loop(0, launch.group, of_head, sums)
+    sums = walk(work, at.row, launch.group, visit, sums)
 
     # Where the keys and values were there is room for their gradients.
+    at = here()
+    keys = launch.rows(at, warpgroup)
     scales = {"k": launch.problem.scale, "v": 1.0}
     for name in wanted:
         owned[name][...] = (sums[name] * scales[name]).astype(launch.dtype)

@@ -6,6 +6,7 @@ Of a block's three warpgroups one copies keys and values ahead, and each of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecoder.kernels.hopper import tiles
-from jaxdecoder.kernels.hopper.launch import At, Kernel, Launch, walk
+from jaxdecoder.kernels.hopper.launch import At, Kernel, Launch, Step, walk
 from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS, Arrays, Ring, Work
 
 
@@ -50,15 +51,15 @@ def _load(launch: Launch, arrays: Arrays, work: Work, at: At, memory: _Memory) -
             segments=launch.segments(arrays.q_segments, at.batch, queries),
         )
 
-    def step(n: Any, _: None) -> None:
-        keys = pl.ds(work.indices[at.row, n] * launch.k_block, launch.k_block)
+    def fill(check: bool, step: Step, _: None) -> None:
+        keys = pl.ds(work.indices[at.row, step.column] * launch.k_block, launch.k_block)
         place = at.batch, keys, lax.div(at.head, jnp.int32(launch.group))
         segments = launch.segments(arrays.k_segments, at.batch, keys)
-        memory.keys.fill(n, k=arrays.k.at[place], segments=segments)
-        memory.values.fill(n, v=arrays.v.at[place])
+        memory.keys.fill(step.count, k=arrays.k.at[place], segments=segments)
+        memory.values.fill(step.count, v=arrays.v.at[place])
 
+    walk(work, at.row, 1, fill)
     steps = work.counts[at.row]
-    lax.fori_loop(0, steps, step, None)
     memory.keys.drain(steps)
     memory.values.drain(steps)
 
@@ -67,11 +68,12 @@ def _compute(
     launch: Launch,
     arrays: Arrays,
     work: Work,
-    at: At,
+    here: Callable[[], At],
     memory: _Memory,
     warpgroup: Any,
     results: Any,
 ) -> None:
+    at = here()
     shape = ROWS, launch.k_block
     queries = launch.rows(at, warpgroup)
     head = launch.head(arrays, at.batch, at.head)
@@ -81,11 +83,12 @@ def _compute(
         plgpu.barrier_arrive(memory.turn)
         plgpu.barrier_wait(memory.turn)
 
-    def step(check: bool, n: Any, carry: Any) -> Any:
+    def visit(check: bool, step: Step, carry: Any) -> Any:
+        n = step.count
         largest, total, mixed = carry
         k_start = jnp.int32(0)
         if check or head.needs_index:
-            k_start = work.indices[at.row, n] * launch.k_block
+            k_start = work.indices[at.row, step.column] * launch.k_block
         keys = memory.keys.take(n)
         [products] = tiles.multiply((owned["q"], tiles.transposed(keys["k"])))
         segments = owned.get("segments"), keys.get("segments")
@@ -118,9 +121,11 @@ def _compute(
     pl.when(warpgroup == 1)(take_turn)
     rows = tiles.zeros(ROWS)
     carry = rows - jnp.inf, rows, tiles.zeros(ROWS, launch.width)
-    largest, total, mixed = walk(work, at.row, step, carry)
+    largest, total, mixed = walk(work, at.row, 1, visit, carry)
     pl.when(warpgroup == 0)(take_turn)
 
+    at = here()
+    queries = launch.rows(at, warpgroup)
     some = total > 0
     divisor = jnp.where(some, total, 1.0)
     # Where the queries were there is room for what they attend to.

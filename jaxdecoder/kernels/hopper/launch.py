@@ -134,21 +134,26 @@ class Launch:
 
         def body(*refs: Any, memory: Any) -> None:
             work, arrays = tree.unflatten(refs[: len(operands)])
-            place = lax.axis_index("section") * together + lax.axis_index("head")
-            batch, head = lax.div(place, jnp.int32(heads)), lax.rem(place, jnp.int32(heads))
-            at = At(batch, head, work.order[lax.axis_index("row")])
+
+            def here() -> At:
+                # A barrier keeps the compiler from keeping the answer, at the price of registers.
+                section = lax.optimization_barrier(lax.axis_index("section"))
+                place = section * together + lax.axis_index("head")
+                batch, head = lax.div(place, jnp.int32(heads)), lax.rem(place, jnp.int32(heads))
+                return At(batch, head, work.order[lax.axis_index("row")])
+
             warpgroup = lax.axis_index("warpgroup")
 
             @pl.when(warpgroup < CONSUMERS)
             def _compute() -> None:
                 plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
                 results = refs[len(operands) :]
-                self.kernel.compute(self, arrays, work, at, memory, warpgroup, results)
+                self.kernel.compute(self, arrays, work, here, memory, warpgroup, results)
 
             @pl.when(warpgroup == CONSUMERS)
             def _load() -> None:
                 plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-                self.kernel.load(self, arrays, work, at, memory)
+                self.kernel.load(self, arrays, work, here(), memory)
 
         body.__name__ = self.kernel.name
         return plgpu.kernel(
@@ -174,11 +179,44 @@ class Launch:
         return max(fitting, default=1) * (1 if self.kernel.rows_are_keys else self.group)
 
 
-def walk(work: Work, row: Any, step: Callable[..., Any], carry: Any) -> Any:
-    """Steps along a row of blocks: those that need no mask, then the others."""
+class Step(NamedTuple):
+    """One step of a walk: the count of those before it, and where it stands.
+
+    What is not asked for is not computed.
+    """
+
+    count: Any
+    within: Any
+    first: Any
+    span: Any
+    members: int
+
+    @property
+    def member(self) -> Any:
+        """Of the heads that share a walk."""
+        return jnp.int32(0) if self.members == 1 else lax.div(self.within, self.span)
+
+    @property
+    def column(self) -> Any:
+        """In the list of columns."""
+        return self.first + (self.within if self.members == 1 else lax.rem(self.within, self.span))
+
+
+def walk(work: Work, row: Any, members: int, visit: Callable[..., Any], carry: Any = None) -> Any:
+    """Visits the columns of a row once for every member: first those that need no mask.
+
+    `visit(check, step, carry)` is traced for both kinds; loops that are not nested leave more
+    registers to the accumulators.
+    """
     full, end = work.full_counts[row], work.counts[row]
-    carry = lax.fori_loop(0, full, functools.partial(step, False), carry)
-    return lax.fori_loop(full, end, functools.partial(step, True), carry)
+    for check, first, last in ((False, jnp.int32(0), full), (True, full, end)):
+        span = last - first
+
+        def body(t: Any, carry: Any, check: bool = check, first: Any = first, span: Any = span):
+            return visit(check, Step(first * members + t, t, first, span, members), carry)
+
+        carry = lax.fori_loop(0, span * members, body, carry)
+    return carry
 
 
 def _padded(x: Any, axis: int, size: int) -> Any:

@@ -248,16 +248,14 @@ class Tile(NamedTuple):
         place = head.batch, head.head, *self.index()
         return problem.score(products * problem.scale, *place, *head.parameters) * LOG2E
 
-    def weights(
-        self, check: bool, products: jax.Array, logsumexp: jax.Array, learned: bool
+    def scores(
+        self, check: bool, products: jax.Array, learned: bool
     ) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, list[jax.Array]]]]:
-        """The attention weights, from the `logsumexp` (to base 2) of their queries' scores; and
-        what takes the scores' gradient to that of the products before `scale`, over `scale`, and
-        to the terms of the gradients of the learned numbers, if they are wanted here."""
+        """The scores over log(2), -inf where they are not allowed; and what takes their gradient
+        to that of `scale` times the products, and to the terms of the gradients of the learned
+        numbers, if they are wanted here."""
         s, pull = self._scores_and_pull(products, learned)
-        if check:
-            s = jnp.where(self.allowed(), s, -jnp.inf)
-        return jnp.exp2(s - logsumexp), pull
+        return (jnp.where(self.allowed(), s, -jnp.inf) if check else s), pull
 
     def _scores_and_pull(self, products: jax.Array, learned: bool) -> tuple[jax.Array, Any]:
         head, problem = self.head, self.head.problem
