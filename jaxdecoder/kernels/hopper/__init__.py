@@ -68,7 +68,11 @@ def backward(
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     # Without keys every weight is 2^(-inf - inf) = 0.
     logsumexp = jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp / math.log(2))
-    of_queries = jnp.stack([logsumexp, delta], axis=2)
+    of_queries = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (logsumexp, delta)]
+    if operands.q_segments is not None:
+        segments = operands.q_segments[:, None].astype(jnp.int32)
+        of_queries.append(jnp.broadcast_to(segments, delta.shape))
+    of_queries = jnp.stack(of_queries, axis=2)
     chosen = sizes(problem, operands)
 
     launch = Launch(backward_kernels.QUERIES, problem, operands, chosen.queries, interpret)

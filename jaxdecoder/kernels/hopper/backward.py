@@ -44,8 +44,7 @@ def _queries_memory(launch: Launch, arrays: Arrays) -> _QueriesMemory:
             CONSUMERS,
             q=launch.owned(),
             dout=launch.owned(),
-            numbers=tiles.vector(CONSUMERS, 2, ROWS),
-            segments=launch.owned_segments(),
+            numbers=tiles.vector(CONSUMERS, 2 + launch.segmented, ROWS, dtype=jnp.int32),
         ),
         keys=Ring.of(depth, k=launch.streamed(), segments=launch.streamed_segments()),
         values=Ring.of(depth, v=launch.streamed()),
@@ -64,7 +63,6 @@ def _queries_load(
             q=arrays.q.at[at.batch, queries, at.head],
             dout=arrays.dout.at[at.batch, queries, at.head],
             numbers=arrays.of_queries.at[at.batch, at.head, :, queries],
-            segments=launch.segments(arrays.q_segments, at.batch, queries),
         )
 
     def fill(check: bool, step: Step, _: None) -> None:
@@ -94,7 +92,8 @@ def _queries_compute(
     queries = launch.rows(at, warpgroup)
     head = launch.head(arrays, at.batch, at.head)
     owned = memory.queries.take(warpgroup)
-    logsumexp, delta = (tiles.along(0, owned["numbers"].at[i]) for i in range(2))
+    numbers = owned["numbers"]
+    logsumexp, delta = (tiles.floats_along(0, numbers.at[i]) for i in range(2))
 
     def visit(check: bool, step: Step, carry: Any) -> Any:
         n = step.count
@@ -107,7 +106,7 @@ def _queries_compute(
             (owned["q"], tiles.transposed(keys["k"])), (owned["dout"], tiles.transposed(v))
         )
         memory.values.release(n)
-        segments = owned.get("segments"), keys.get("segments")
+        segments = launch.segments_of(numbers), keys.get("segments")
         tile = tiles.Tile(head, queries.start, k_start, shape, 0, *segments)
         s, pull = tile.scores(check, products, learned=True)
         weights = jnp.exp2(s - tiles.spread(logsumexp, 0, shape))
@@ -154,8 +153,7 @@ def _keys_memory(launch: Launch, arrays: Arrays) -> _KeysMemory:
         queries=Ring.of(
             depth,
             q=launch.streamed(),
-            numbers=tiles.vector(depth, 2, columns),
-            segments=launch.streamed_segments(),
+            numbers=tiles.vector(depth, 2 + launch.segmented, columns, dtype=jnp.int32),
         ),
         douts=Ring.of(depth, dout=launch.streamed()),
         stage=launch.stage(),
@@ -179,7 +177,6 @@ def _keys_load(launch: Launch, arrays: Arrays, work: Work, at: At, memory: _Keys
             step.count,
             q=arrays.q.at[at.batch, queries, head],
             numbers=arrays.of_queries.at[at.batch, head, :, queries],
-            segments=launch.segments(arrays.q_segments, at.batch, queries),
         )
         memory.douts.fill(step.count, dout=arrays.dout.at[at.batch, queries, head])
 
@@ -218,10 +215,11 @@ def _keys_compute(
             q_start = work.indices[at.row, step.column] * launch.q_block
         queries = memory.queries.take(step.count)
         [products] = tiles.multiply((owned["k"], tiles.transposed(queries["q"])))
-        segments = queries.get("segments"), owned.get("segments")
+        numbers = queries["numbers"]
+        segments = launch.segments_of(numbers), owned.get("segments")
         tile = tiles.Tile(head, q_start, keys.start, shape, 1, *segments)
         s, pull = tile.scores(check, products, learned=False)
-        weights = jnp.exp2(s - tile.along(1, queries["numbers"].at[0]))
+        weights = jnp.exp2(s - tiles.spread(tiles.floats_along(1, numbers.at[0]), 1, shape))
         dropped = tile.dropout()
         rounded = weights.astype(launch.dtype)
         dout = memory.douts.take(step.count)["dout"]
@@ -236,7 +234,8 @@ def _keys_compute(
         if "k" in wanted:
             # Half as many registers hold them while the products are under way.
             weights = lax.optimization_barrier(rounded).astype(jnp.float32)
-            ds, _ = pull(weights * (dropped(*dweights) - tile.along(1, queries["numbers"].at[1])))
+            delta = tiles.spread(tiles.floats_along(1, numbers.at[1]), 1, shape)
+            ds, _ = pull(weights * (dropped(*dweights) - delta))
             [sums["k"]] = tiles.add_product(sums["k"], ds, queries["q"], stage=stage)
         memory.queries.release(step.count)
         return sums

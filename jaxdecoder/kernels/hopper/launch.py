@@ -82,7 +82,7 @@ class Launch:
             _padded(operands.v, 1, k_time),
             _padded(dout, 1, q_time),
             _padded(of_queries, 3, self.q_whole),
-            _padded(operands.q_segments, 1, self.q_whole),
+            _padded(operands.q_segments, 1, self.q_whole) if dout is None else None,
             _padded(operands.k_segments, 1, self.k_whole),
             operands.score,
             None if seed is None else seed.reshape(1),
@@ -93,6 +93,10 @@ class Launch:
 
     def segments(self, ref: Any, batch: Any, positions: Any) -> Any:
         return tiles.part(ref, 0 if self.segments_shared else batch, positions)
+
+    def segments_of(self, numbers: Any) -> Any:
+        """The row of `Arrays.of_queries` that holds them."""
+        return numbers.at[2] if self.segmented else None
 
     def rows(self, at: At, warpgroup: Any) -> Any:
         """Those a compute warpgroup owns."""

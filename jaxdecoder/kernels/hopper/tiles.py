@@ -46,8 +46,9 @@ class Arrays(NamedTuple):
     v: Any
     dout: Any = None
     of_queries: Any = None
-    """float32 (batch, heads, 2, q_time), whole blocks: the logarithm to base 2 of each query's sum
-    of exponentials, inf to make all its weights 0, and the sum of out * dout."""
+    """int32 (batch, heads, 2 or 3, q_time), whole blocks. By rows: the bits of the logarithm to
+    base 2 of each query's sum of exponentials (inf makes all its weights 0), those of the sum of
+    out * dout, and the segments, if there are any: few arrays need few descriptors."""
     q_segments: Any = None
     """(batch or 1, q_time), whole blocks"""
     k_segments: Any = None
@@ -131,7 +132,12 @@ def part(ref: Any, *index: Any) -> Any:
 
 def along(axis: int, ref: Any) -> Any:
     """Loads a vector that lies along an axis of a tile."""
-    return None if ref is None else plgpu.layout_cast(ref[...], TILE.reduce(1 - axis))
+    return plgpu.layout_cast(ref[...], TILE.reduce(1 - axis))
+
+
+def floats_along(axis: int, ref: Any) -> Any:
+    """The same, from the bits of float32 numbers."""
+    return lax.bitcast_convert_type(along(axis, ref), jnp.float32)
 
 
 # --- Matrix products ---------------------------------------------------------------------------
@@ -226,17 +232,12 @@ class Tile(NamedTuple):
         )
         return self.q_start + q, self.k_start + k
 
-    def along(self, axis: int, ref: Any) -> jax.Array:
-        """A vector in shared memory, repeated to a tile along whose axis it lies."""
-        return spread(along(axis, ref), axis, self.shape)
-
     def allowed(self) -> jax.Array:
-        segments = (None, None)
+        segments: tuple[Any, ...] = (None, None)
         if self.q_segments is not None:
-            segments = (
-                self.along(self.query_axis, self.q_segments),
-                self.along(1 - self.query_axis, self.k_segments),
-            )
+            axes = self.query_axis, 1 - self.query_axis
+            pairs = zip(axes, (self.q_segments, self.k_segments), strict=True)
+            segments = tuple(spread(along(axis, ref), axis, self.shape) for axis, ref in pairs)
         allowed = self.head.problem.allowed(*self.index(), *segments, self.head.k_time)
         return jnp.broadcast_to(allowed, self.shape)
 
