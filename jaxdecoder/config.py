@@ -36,7 +36,7 @@ NormPlacement = Literal["pre", "post", "sandwich", "parallel", "none"]
 Activation = Literal["relu", "gelu", "gelu_exact", "swish", "relu2", "swiglu", "geglu", "reglu"]
 AttentionName = Literal["full", "sliding_window", "longformer", "fixed_sparse", "strided_sparse"]
 Initializer = Literal["normal", "uniform_fan_in", "scaled"]
-Implementation = Literal["auto", "reference", "chunked", "portable"]
+Implementation = Literal["auto", "reference", "chunked", "portable", "hopper"]
 
 GATED: tuple[Activation, ...] = ("swiglu", "geglu", "reglu")
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.hopper import backward as backward_kernels
 from jaxdecoder.kernels.hopper import forward as forward_kernel
+from jaxdecoder.kernels.hopper import tiles
 from jaxdecoder.kernels.hopper.launch import Launch, Sizes
-from jaxdecoder.kernels.problem import Gradients, LogSumExp, Operands, Problem, result
+from jaxdecoder.kernels.problem import (
+    Device,
+    Gradients,
+    Implementation,
+    LogSumExp,
+    Operands,
+    Problem,
+    captures_arrays,
+    result,
+)
 
 class KernelSizes(NamedTuple):
     """Of the forward kernel, of the one for the gradient of queries, and of those for the
@@ -23,24 +36,30 @@ class KernelSizes(NamedTuple):
 
 
 # For widths up to the key: the largest blocks and rings that fit into the registers, without
-# spills, and the shared memory of a block. Plain problems have no score, dropout or segments.
+# spills, and the shared memory of a block. Plain problems have a mask that is quickly computed, no
+# score and no dropout.
 PLAIN = {
     64: KernelSizes(Sizes(128, 3), Sizes(64, 3), {"kv": Sizes(64, 3)}),
     128: KernelSizes(Sizes(128, 2), Sizes(64, 2), {"kv": Sizes(64, 2)}),
-    192: KernelSizes(Sizes(64, 2), Sizes(64, 2), {"k": Sizes(64, 2), "v": Sizes(64, 2)}),
-    256: KernelSizes(Sizes(64, 2), Sizes(64, 1), {"k": Sizes(64, 1), "v": Sizes(64, 1)}),
 }
 OTHERS = {
     64: KernelSizes(Sizes(64, 4), Sizes(64, 3), {"k": Sizes(64, 3), "v": Sizes(64, 3)}),
     128: KernelSizes(Sizes(64, 3), Sizes(64, 2), {"k": Sizes(64, 2), "v": Sizes(64, 2)}),
-    192: PLAIN[192],
-    256: PLAIN[256],
 }
+DTYPES = (jnp.bfloat16, jnp.float16)
+# What the registers hold, beside the accumulators.
+LARGEST_WIDTH = 128
+MOST_NUMBERS = 2
+HOPPER = {"H100", "H200", "H800", "H20", "GH200"}
 
 
-def sizes(problem: Problem, operands: Operands) -> KernelSizes:
-    plain = problem.score is None and problem.dropout_rate == 0 and operands.q_segments is None
-    table, width = PLAIN if plain else OTHERS, operands.q.shape[-1]
+def sizes(problem: Problem, width: int) -> KernelSizes:
+    plain = (
+        problem.score is None
+        and problem.dropout_rate == 0
+        and masks.is_simple(problem.positional_mask)
+    )
+    table = PLAIN if plain else OTHERS
     return next(chosen for largest, chosen in table.items() if width <= largest)
 
 
@@ -48,7 +67,7 @@ def forward(
     problem: Problem, operands: Operands, interpret: Any = None
 ) -> tuple[jax.Array, LogSumExp]:
     """See `problem.Implementation`."""
-    chosen = sizes(problem, operands).forward
+    chosen = sizes(problem, operands.q.shape[-1]).forward
     launch = Launch(forward_kernel.KERNEL, problem, operands, chosen, interpret)
     arrays = launch.arrays(operands)
     sums = (launch.batch, launch.heads, launch.q_whole)
@@ -73,7 +92,7 @@ def backward(
         segments = operands.q_segments[:, None].astype(jnp.int32)
         of_queries.append(jnp.broadcast_to(segments, delta.shape))
     of_queries = jnp.stack(of_queries, axis=2)
-    chosen = sizes(problem, operands)
+    chosen = sizes(problem, operands.q.shape[-1])
 
     launch = Launch(backward_kernels.QUERIES, problem, operands, chosen.queries, interpret)
     arrays = launch.arrays(operands, dout, of_queries)
@@ -99,3 +118,38 @@ def backward(
         found |= dict(zip(wanted, gradients, strict=True))
     dk, dv = found["k"][:, : launch.k_time], found["v"][:, : launch.k_time]
     return Gradients(dq[:, : launch.q_time], dk, dv, tuple(score))
+
+
+def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None:
+    width, dtype = operands.q.shape[-1], operands.q.dtype
+    captured = captures_arrays(problem, operands)
+    numbers = sum(x.size // x.shape[0] for x in operands.score)
+    if not HOPPER & set(re.split(r"\W+", device.kind)):
+        return f"its kernels are for Hopper GPUs, not for a {device.kind}"
+    if dtype not in DTYPES:
+        return f"it computes in {' and '.join(jnp.dtype(d).name for d in DTYPES)}, not in {dtype}"
+    if width % 16 or width > LARGEST_WIDTH:
+        return f"its heads are multiples of 16 wide, up to {LARGEST_WIDTH}, not {width}"
+    if numbers > MOST_NUMBERS:
+        return f"its scores read at most {MOST_NUMBERS} numbers a head, not {numbers}"
+    if not masks.is_positional(problem.positional_mask):
+        return "a kernel has no array to look documents up in, unless they are joined by & alone"
+    if captured is not None:
+        return f"{captured} reads an array, which a kernel has no place for"
+    return _cannot_compile(
+        problem, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands.score)
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _cannot_compile(problem: Problem, score: tuple[jax.ShapeDtypeStruct, ...]) -> str | None:
+    """Asks Mosaic, on a small tile: which operations it lowers differs between versions of JAX."""
+    try:
+        tiles.try_out(problem, score)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        return f"jax {jax.__version__} cannot compile its mask and score for one: {reason}"
+    return None
+
+
+IMPLEMENTATION = Implementation(forward, backward, _refuses)

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxdecoder.kernels import masks, scores
+from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.hopper import tiles
 from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS, Arrays, Head, Work
 from jaxdecoder.kernels.problem import Operands, Problem, alike, result
@@ -121,7 +121,7 @@ class Launch:
         return tiles.matrix(CONSUMERS, ROWS, self.sizes.columns, dtype=self.dtype)
 
     def head(self, arrays: Arrays, batch: Any, head: Any) -> Head:
-        parameters = scores.Score(self.problem.score).parameters(arrays.score, head)
+        parameters = tiles.parameters(self.problem, arrays.score, head)
         seed = None if arrays.seed is None else arrays.seed[0]
         k_time = self.k_time if self.k_time % self.k_block else None
         return Head(self.problem, batch, head, parameters, seed, k_time)
@@ -160,7 +160,7 @@ class Launch:
                 self.kernel.load(self, arrays, work, here(), memory)
 
         body.__name__ = self.kernel.name
-        return plgpu.kernel(
+        found = plgpu.kernel(
             body,
             out_type=results,
             scratch_types={"memory": self.kernel.memory(self, arrays)},
@@ -168,11 +168,11 @@ class Launch:
             grid_names=("section", "row", "head"),
             num_threads=CONSUMERS + 1,
             thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-            ),
+            compiler_params=tiles.COMPILER,
             interpret=self.interpret,
         )(*operands)
+        # Mosaic's launch forgets what varies over a mesh.
+        return alike((operands, found))[1]
 
     def _heads_together(self) -> int:
         """How many heads' blocks of the same row run side by side: a divisor of all of them."""

@@ -17,9 +17,13 @@ from jax.extend.core.primitives import add_jaxvals_p, jit_p
 
 from jaxdecoder.kernels.dropout import keep
 from jaxdecoder.kernels.problem import Problem
+from jaxdecoder.kernels.scores import Score
 
 ROWS = 64  # of one `wgmma`, and of a compute warpgroup's tile
 CONSUMERS = 2  # compute warpgroups of a block; one more moves memory
+COMPILER = plgpu.CompilerParams(
+    approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+)
 LOG2E = math.log2(math.e)
 
 # Where the tensor cores leave a product in the registers of a warpgroup.
@@ -195,6 +199,13 @@ def spread(x: jax.Array, axis: int, shape: tuple[int, int]) -> jax.Array:
 # --- Scores ------------------------------------------------------------------------------------
 
 
+def parameters(problem: Problem, operands: tuple[Any, ...], head: Any) -> tuple[Any, ...]:
+    """What the score function reads of its operands."""
+    if problem.score is None:
+        return ()
+    return Score(problem.score, (), problem.learned).parameters(operands, head)
+
+
 class Head(NamedTuple):
     """One head of one batch entry, and what becomes of its scores."""
 
@@ -202,7 +213,6 @@ class Head(NamedTuple):
     batch: Any
     head: Any
     parameters: tuple[Any, ...]
-    """What the score function reads of its operands."""
     seed: Any
     k_time: int | None
     """The number of keys, where the last block runs past it."""
@@ -293,6 +303,25 @@ class Tile(NamedTuple):
             return lambda weights: weights
         kept = keep(head.seed, rate, head.batch, head.head, *self.index())
         return lambda weights: jnp.where(kept, weights * (1.0 / (1.0 - rate)), 0.0)
+
+
+def try_out(problem: Problem, score: tuple[Any, ...]) -> None:
+    """Lowers for a GPU all that a problem asks for on a tile; raises what Mosaic does of it."""
+    shape = (ROWS, ROWS)
+
+    def body(seed: Any, *refs: Any) -> None:
+        *score, out = refs
+        zero = jnp.int32(0)
+        read = parameters(problem, tuple(score), zero)
+        tile = Tile(Head(problem, zero, zero, read, seed[0], ROWS - 1), zero, zero, shape, 0)
+        s, pull = tile.scores(True, zeros(*shape), learned=True)
+        ds, terms = pull(tile.dropout()(s))
+        out[...] = sum(terms, ds)
+
+    results = jax.ShapeDtypeStruct(shape, jnp.float32)
+    kernel = plgpu.kernel(body, out_type=results, compiler_params=COMPILER)
+    traced = jax.jit(kernel).trace(jax.ShapeDtypeStruct((1,), jnp.uint32), *score)
+    traced.lower(lowering_platforms=("cuda",))
 
 
 def _lowerable(function: Any, *arguments: Any) -> Any:
