@@ -13,13 +13,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxdecoder.errors import UserError
-from jaxdecoder.kernels import chunked, masks, portable, reference, scores
+from jaxdecoder.kernels import chunked, hopper, masks, portable, reference, scores
 from jaxdecoder.kernels.problem import Device, Gradients, Implementation, Operands, Problem, alike
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference.IMPLEMENTATION,
     "chunked": chunked.IMPLEMENTATION,
     "portable": portable.IMPLEMENTATION,
+    "hopper": hopper.IMPLEMENTATION,
 }
 # Below this length, a plain softmax over all scores is the quickest.
 SHORT = 128
@@ -163,7 +164,11 @@ def _candidates(operands: Operands, device: Device) -> list[tuple[str, str]]:
     if max(q_time, k_time) < SHORT or q_time == 1:
         return [("reference", f"{q_time} queries of {k_time} keys are quickest in one piece")]
     linear = "it skips empty blocks, in memory linear in the length"
-    kernels = [("portable", "its kernels fit any NVIDIA GPU")] if device.platform == "gpu" else []
+    kernels = [
+        ("hopper", "its kernels are made for Hopper GPUs"),
+        ("portable", "its kernels fit any NVIDIA GPU"),
+    ]
+    kernels = kernels if device.platform == "gpu" else []
     return [*kernels, ("chunked", f"{linear}, on any device")]
 
 

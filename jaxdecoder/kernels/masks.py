@@ -594,6 +594,12 @@ def is_positional(mask: Mask) -> bool:
     return all(leaf.rule != "documents" for leaf in _leaves(mask))
 
 
+def is_simple(mask: Mask) -> bool:
+    """Whether every rule of the mask looks at the distance alone, or at the key: little to compute
+    for an entry."""
+    return all(RULES[leaf.rule].axis is not None for leaf in _leaves(mask))
+
+
 def split_documents(mask: Mask) -> tuple[Mask, Int32[np.ndarray, " time"] | None]:
     """A mask m & documents(ids) as (m, ids), so that a kernel can take the ids as an operand.
 

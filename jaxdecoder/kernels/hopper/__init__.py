@@ -1,0 +1,155 @@
+"""Attention as Pallas Mosaic GPU kernels for Hopper cards: TMA, `wgmma`, specialised warpgroups."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxdecoder.kernels import masks
+from jaxdecoder.kernels.hopper import backward as backward_kernels
+from jaxdecoder.kernels.hopper import forward as forward_kernel
+from jaxdecoder.kernels.hopper import tiles
+from jaxdecoder.kernels.hopper.launch import Launch, Sizes
+from jaxdecoder.kernels.problem import (
+    Device,
+    Gradients,
+    Implementation,
+    LogSumExp,
+    Operands,
+    Problem,
+    captures_arrays,
+    result,
+)
+
+class KernelSizes(NamedTuple):
+    """Of the forward kernel, of the one for the gradient of queries, and of those for the
+    gradients of keys and values, by which of them a kernel computes."""
+
+    forward: Sizes
+    queries: Sizes
+    keys: dict[str, Sizes]
+
+
+# For widths up to the key: the largest blocks and rings that fit into the registers, without
+# spills, and the shared memory of a block. Plain problems have a mask that is quickly computed, no
+# score and no dropout.
+PLAIN = {
+    64: KernelSizes(Sizes(128, 3), Sizes(64, 3), {"kv": Sizes(64, 3)}),
+    128: KernelSizes(Sizes(128, 2), Sizes(64, 2), {"kv": Sizes(64, 2)}),
+}
+OTHERS = {
+    64: KernelSizes(Sizes(64, 4), Sizes(64, 3), {"k": Sizes(64, 3), "v": Sizes(64, 3)}),
+    128: KernelSizes(Sizes(64, 3), Sizes(64, 2), {"k": Sizes(64, 2), "v": Sizes(64, 2)}),
+}
+DTYPES = (jnp.bfloat16, jnp.float16)
+# What the registers hold, beside the accumulators.
+LARGEST_WIDTH = 128
+MOST_NUMBERS = 2
+HOPPER = {"H100", "H200", "H800", "H20", "GH200"}
+
+
+def sizes(problem: Problem, width: int) -> KernelSizes:
+    plain = (
+        problem.score is None
+        and problem.dropout_rate == 0
+        and masks.is_simple(problem.positional_mask)
+    )
+    table = PLAIN if plain else OTHERS
+    return next(chosen for largest, chosen in table.items() if width <= largest)
+
+
+def forward(
+    problem: Problem, operands: Operands, interpret: Any = None
+) -> tuple[jax.Array, LogSumExp]:
+    """See `problem.Implementation`."""
+    chosen = sizes(problem, operands.q.shape[-1]).forward
+    launch = Launch(forward_kernel.KERNEL, problem, operands, chosen, interpret)
+    arrays = launch.arrays(operands)
+    sums = (launch.batch, launch.heads, launch.q_whole)
+    out, logsumexp = launch(arrays, [launch.like(arrays.q), result(sums, jnp.float32, operands.q)])
+    return out[:, : launch.q_time], logsumexp[:, :, : launch.q_time] * math.log(2)
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    out: jax.Array,
+    logsumexp: jax.Array,
+    dout: jax.Array,
+    interpret: Any = None,
+) -> Gradients:
+    """See `problem.Implementation`."""
+    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+    # Without keys every weight is 2^(-inf - inf) = 0.
+    logsumexp = jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp / math.log(2))
+    of_queries = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (logsumexp, delta)]
+    if operands.q_segments is not None:
+        segments = operands.q_segments[:, None].astype(jnp.int32)
+        of_queries.append(jnp.broadcast_to(segments, delta.shape))
+    of_queries = jnp.stack(of_queries, axis=2)
+    chosen = sizes(problem, operands.q.shape[-1])
+
+    launch = Launch(backward_kernels.QUERIES, problem, operands, chosen.queries, interpret)
+    arrays = launch.arrays(operands, dout, of_queries)
+    results = [launch.like(arrays.q)]
+    n = backward_kernels.learned_numbers(launch, arrays)
+    if n:
+        shape = (launch.batch, launch.heads, n, launch.q_whole)
+        results.append(result(shape, jnp.float32, operands.q))
+    dq, *dscore = launch(arrays, results)
+    sums = jnp.sum(dscore[0], axis=(0, 3)) if n else None
+    score, start = [], 0
+    for x, learned in zip(operands.score, problem.learned, strict=True):
+        end = start + (x.size // launch.heads if learned else 0)
+        score.append(sums[:, start:end].reshape(x.shape) if learned else None)
+        start = end
+
+    found = {}
+    for wanted, key_sizes in chosen.keys.items():
+        kernel = backward_kernels.KEYS[wanted]
+        launch = Launch(kernel, problem, operands, key_sizes, interpret)
+        arrays = launch.arrays(operands, dout, of_queries)
+        gradients = launch(arrays, [launch.like(arrays.k)] * len(wanted))
+        found |= dict(zip(wanted, gradients, strict=True))
+    dk, dv = found["k"][:, : launch.k_time], found["v"][:, : launch.k_time]
+    return Gradients(dq[:, : launch.q_time], dk, dv, tuple(score))
+
+
+def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None:
+    width, dtype = operands.q.shape[-1], operands.q.dtype
+    captured = captures_arrays(problem, operands)
+    numbers = sum(x.size // x.shape[0] for x in operands.score)
+    if not HOPPER & set(re.split(r"\W+", device.kind)):
+        return f"its kernels are for Hopper GPUs, not for a {device.kind}"
+    if dtype not in DTYPES:
+        return f"it computes in {' and '.join(jnp.dtype(d).name for d in DTYPES)}, not in {dtype}"
+    if width % 16 or width > LARGEST_WIDTH:
+        return f"its heads are multiples of 16 wide, up to {LARGEST_WIDTH}, not {width}"
+    if numbers > MOST_NUMBERS:
+        return f"its scores read at most {MOST_NUMBERS} numbers a head, not {numbers}"
+    if not masks.is_positional(problem.positional_mask):
+        return "a kernel has no array to look documents up in, unless they are joined by & alone"
+    if captured is not None:
+        return f"{captured} reads an array, which a kernel has no place for"
+    return _cannot_compile(
+        problem, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands.score)
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _cannot_compile(problem: Problem, score: tuple[jax.ShapeDtypeStruct, ...]) -> str | None:
+    """Asks Mosaic, on a small tile: which operations it lowers differs between versions of JAX."""
+    try:
+        tiles.try_out(problem, score)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        return f"jax {jax.__version__} cannot compile its mask and score for one: {reason}"
+    return None
+
+
+IMPLEMENTATION = Implementation(forward, backward, _refuses)

@@ -1,0 +1,269 @@
+"""The backward kernels, FlashAttention-2's two passes (arXiv 2307.08691) with `wgmma` throughout.
+
+One pass owns queries and streams keys and values past them, for the gradient of the queries and of
+the score's learned numbers. The other owns keys and streams the queries of all heads that share
+them. Both compute the attention weights again from the logarithms of their sums.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxdecoder.kernels.hopper import tiles
+from jaxdecoder.kernels.hopper.launch import At, Kernel, Launch, Step, walk
+from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS, Arrays, Ring, Work
+
+
+class _QueriesMemory(NamedTuple):
+    """Shared memory; what is not a ring, and the ring `queries`, is one a compute warpgroup."""
+
+    queries: Ring
+    keys: Ring
+    values: Ring
+    stage: Any
+    learned: Any
+
+
+def learned_numbers(launch: Launch, arrays: Arrays) -> int:
+    """How many numbers of a head's score have a gradient."""
+    pairs = zip(arrays.score, launch.problem.learned, strict=True)
+    return sum(x.size // launch.heads for x, learned in pairs if learned)
+
+
+def _queries_memory(launch: Launch, arrays: Arrays) -> _QueriesMemory:
+    depth, n = launch.sizes.depth, learned_numbers(launch, arrays)
+    return _QueriesMemory(
+        queries=Ring.of(
+            CONSUMERS,
+            q=launch.owned(),
+            dout=launch.owned(),
+            numbers=tiles.vector(CONSUMERS, 2 + launch.segmented, ROWS, dtype=jnp.int32),
+        ),
+        keys=Ring.of(depth, k=launch.streamed(), segments=launch.streamed_segments()),
+        values=Ring.of(depth, v=launch.streamed()),
+        stage=launch.stage(),
+        learned=tiles.vector(CONSUMERS, n, ROWS) if n else None,
+    )
+
+
+def _queries_load(
+    launch: Launch, arrays: Arrays, work: Work, at: At, memory: _QueriesMemory
+) -> None:
+    for warpgroup in range(CONSUMERS):
+        queries = launch.rows(at, warpgroup)
+        memory.queries.fill(
+            warpgroup,
+            q=arrays.q.at[at.batch, queries, at.head],
+            dout=arrays.dout.at[at.batch, queries, at.head],
+            numbers=arrays.of_queries.at[at.batch, at.head, :, queries],
+        )
+
+    def fill(check: bool, step: Step, _: None) -> None:
+        keys = pl.ds(work.indices[at.row, step.column] * launch.k_block, launch.k_block)
+        place = at.batch, keys, lax.div(at.head, jnp.int32(launch.group))
+        segments = launch.segments(arrays.k_segments, at.batch, keys)
+        memory.keys.fill(step.count, k=arrays.k.at[place], segments=segments)
+        memory.values.fill(step.count, v=arrays.v.at[place])
+
+    walk(work, at.row, 1, fill)
+    steps = work.counts[at.row]
+    memory.keys.drain(steps)
+    memory.values.drain(steps)
+
+
+def _queries_compute(
+    launch: Launch,
+    arrays: Arrays,
+    work: Work,
+    here: Callable[[], At],
+    memory: _QueriesMemory,
+    warpgroup: Any,
+    results: Any,
+) -> None:
+    at = here()
+    shape = ROWS, launch.k_block
+    queries = launch.rows(at, warpgroup)
+    head = launch.head(arrays, at.batch, at.head)
+    owned = memory.queries.take(warpgroup)
+    numbers = owned["numbers"]
+    logsumexp, delta = (tiles.floats_along(0, numbers.at[i]) for i in range(2))
+
+    def visit(check: bool, step: Step, carry: Any) -> Any:
+        n = step.count
+        dq, sums = carry
+        k_start = jnp.int32(0)
+        if check or head.needs_index:
+            k_start = work.indices[at.row, step.column] * launch.k_block
+        keys, v = memory.keys.take(n), memory.values.take(n)["v"]
+        products, dweights = tiles.multiply(
+            (owned["q"], tiles.transposed(keys["k"])), (owned["dout"], tiles.transposed(v))
+        )
+        memory.values.release(n)
+        segments = launch.segments_of(numbers), keys.get("segments")
+        tile = tiles.Tile(head, queries.start, k_start, shape, 0, *segments)
+        s, pull = tile.scores(check, products, learned=True)
+        weights = jnp.exp2(s - tiles.spread(logsumexp, 0, shape))
+        ds = weights * (tile.dropout()(dweights) - tiles.spread(delta, 0, shape))
+        ds, terms = pull(ds)
+        sums = [total + jnp.sum(term, axis=1) for total, term in zip(sums, terms, strict=True)]
+        [dq] = tiles.add_product(dq, ds, keys["k"], stage=tiles.part(memory.stage, warpgroup))
+        memory.keys.release(n)
+        return dq, sums
+
+    sums = [tiles.zeros(ROWS) for _ in range(learned_numbers(launch, arrays))]
+    dq, sums = walk(work, at.row, 1, visit, (tiles.zeros(ROWS, launch.width), sums))
+
+    # Where the queries were there is room for their gradient.
+    at = here()
+    queries = launch.rows(at, warpgroup)
+    out = owned["q"]
+    out[...] = (dq * launch.problem.scale).astype(launch.dtype)
+    for i, total in enumerate(sums):
+        memory.learned.at[warpgroup, i][...] = total
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out, results[0].at[at.batch, queries, at.head])
+    if sums:
+        place = results[1].at[at.batch, at.head, :, queries]
+        plgpu.copy_smem_to_gmem(memory.learned.at[warpgroup], place)
+    plgpu.wait_smem_to_gmem(0)
+
+
+class _KeysMemory(NamedTuple):
+    """Shared memory; what is not a ring, and the ring `keys`, is one a compute warpgroup."""
+
+    keys: Ring
+    queries: Ring
+    douts: Ring
+    stage: Any
+
+
+def _keys_memory(launch: Launch, arrays: Arrays) -> _KeysMemory:
+    columns, depth = launch.sizes
+    return _KeysMemory(
+        keys=Ring.of(
+            CONSUMERS, k=launch.owned(), v=launch.owned(), segments=launch.owned_segments()
+        ),
+        queries=Ring.of(
+            depth,
+            q=launch.streamed(),
+            numbers=tiles.vector(depth, 2 + launch.segmented, columns, dtype=jnp.int32),
+        ),
+        douts=Ring.of(depth, dout=launch.streamed()),
+        stage=launch.stage(),
+    )
+
+
+def _keys_load(launch: Launch, arrays: Arrays, work: Work, at: At, memory: _KeysMemory) -> None:
+    for warpgroup in range(CONSUMERS):
+        keys = launch.rows(at, warpgroup)
+        memory.keys.fill(
+            warpgroup,
+            k=arrays.k.at[at.batch, keys, at.head],
+            v=arrays.v.at[at.batch, keys, at.head],
+            segments=launch.segments(arrays.k_segments, at.batch, keys),
+        )
+
+    def fill(check: bool, step: Step, _: None) -> None:
+        head = at.head * launch.group + step.member
+        queries = pl.ds(work.indices[at.row, step.column] * launch.q_block, launch.q_block)
+        memory.queries.fill(
+            step.count,
+            q=arrays.q.at[at.batch, queries, head],
+            numbers=arrays.of_queries.at[at.batch, head, :, queries],
+        )
+        memory.douts.fill(step.count, dout=arrays.dout.at[at.batch, queries, head])
+
+    walk(work, at.row, launch.group, fill)
+    steps = work.counts[at.row] * launch.group
+    memory.queries.drain(steps)
+    memory.douts.drain(steps)
+
+
+def _keys_compute(
+    wanted: str,
+    launch: Launch,
+    arrays: Arrays,
+    work: Work,
+    here: Callable[[], At],
+    memory: _KeysMemory,
+    warpgroup: Any,
+    results: Any,
+) -> None:
+    at = here()
+    shape = ROWS, launch.q_block
+    keys = launch.rows(at, warpgroup)
+    owned = memory.keys.take(warpgroup)
+    stage = tiles.part(memory.stage, warpgroup)
+
+    def head_of(member: Any) -> Any:
+        return launch.head(arrays, at.batch, at.head * launch.group + member)
+
+    only_head = head_of(0) if launch.group == 1 else None
+
+    def visit(check: bool, step: Step, sums: Any) -> Any:
+        sums = dict(sums)
+        head = head_of(step.member) if only_head is None else only_head
+        q_start = jnp.int32(0)
+        if check or head.needs_index:
+            q_start = work.indices[at.row, step.column] * launch.q_block
+        queries = memory.queries.take(step.count)
+        [products] = tiles.multiply((owned["k"], tiles.transposed(queries["q"])))
+        numbers = queries["numbers"]
+        segments = launch.segments_of(numbers), owned.get("segments")
+        tile = tiles.Tile(head, q_start, keys.start, shape, 1, *segments)
+        s, pull = tile.scores(check, products, learned=False)
+        weights = jnp.exp2(s - tiles.spread(tiles.floats_along(1, numbers.at[0]), 1, shape))
+        dropped = tile.dropout()
+        rounded = weights.astype(launch.dtype)
+        dout = memory.douts.take(step.count)["dout"]
+        of_weights = [(owned["v"], tiles.transposed(dout))] * ("k" in wanted)
+        if "v" in wanted:
+            sums["v"], *dweights = tiles.add_product(
+                sums["v"], dropped(weights), dout, *of_weights, stage=stage
+            )
+        else:
+            dweights = tiles.multiply(*of_weights)
+        memory.douts.release(step.count)
+        if "k" in wanted:
+            # Half as many registers hold them while the products are under way.
+            weights = lax.optimization_barrier(rounded).astype(jnp.float32)
+            delta = tiles.spread(tiles.floats_along(1, numbers.at[1]), 1, shape)
+            ds, _ = pull(weights * (dropped(*dweights) - delta))
+            [sums["k"]] = tiles.add_product(sums["k"], ds, queries["q"], stage=stage)
+        memory.queries.release(step.count)
+        return sums
+
+    sums = {name: tiles.zeros(ROWS, launch.width) for name in wanted}
+    sums = walk(work, at.row, launch.group, visit, sums)
+
+    # Where the keys and values were there is room for their gradients.
+    at = here()
+    keys = launch.rows(at, warpgroup)
+    scales = {"k": launch.problem.scale, "v": 1.0}
+    for name in wanted:
+        owned[name][...] = (sums[name] * scales[name]).astype(launch.dtype)
+    plgpu.commit_smem()
+    for name, out in zip(wanted, results, strict=True):
+        plgpu.copy_smem_to_gmem(owned[name], out.at[at.batch, keys, at.head])
+    plgpu.wait_smem_to_gmem(0)
+
+
+QUERIES = Kernel("attention_queries_gradient", _queries_memory, _queries_load, _queries_compute)
+# By what they compute: both gradients of wide heads do not fit into the registers.
+KEYS = {
+    wanted: Kernel(
+        f"attention_{name}_gradient",
+        _keys_memory,
+        _keys_load,
+        functools.partial(_keys_compute, wanted),
+        rows_are_keys=True,
+    )
+    for wanted, name in {"kv": "keys_and_values", "k": "keys", "v": "values"}.items()
+}

@@ -1,0 +1,233 @@
+"""How a Hopper kernel is launched: blocks, their order, and the roles of their warpgroups."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxdecoder.kernels import masks
+from jaxdecoder.kernels.hopper import tiles
+from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS, Arrays, Head, Work
+from jaxdecoder.kernels.problem import Operands, Problem, alike, result
+
+# The registers of 384 threads that start with 168 each, handed from one warpgroup to the others.
+MEMORY_REGISTERS, COMPUTE_REGISTERS = 24, 240
+# Heads are attended to together while what streams past them fits into this much of the
+# second-level cache, of which Hopper cards have 50 MB.
+CACHE_BYTES = 32 * 2**20
+
+
+class Sizes(NamedTuple):
+    """How a kernel is cut. Each of its two compute warpgroups owns `tiles.ROWS` rows."""
+
+    columns: int
+    """Streamed past the rows in one step."""
+    depth: int
+    """Steps that are copied ahead."""
+
+
+class At(NamedTuple):
+    """Where a block stands."""
+
+    batch: Any
+    head: Any
+    row: Any
+
+
+class Kernel(NamedTuple):
+    """What the warpgroups of a block do, and share."""
+
+    name: str
+    memory: Callable[..., Any]
+    """(launch, arrays) -> types of shared memory"""
+    load: Callable[..., None]
+    """(launch, arrays, work, at, memory), the warpgroup that copies"""
+    compute: Callable[..., None]
+    """(launch, arrays, work, at, memory, warpgroup, results), those that compute"""
+    rows_are_keys: bool = False
+
+
+class Launch:
+    """One problem cut into blocks for one kernel, with padded arrays."""
+
+    def __init__(
+        self, kernel: Kernel, problem: Problem, operands: Operands, sizes: Sizes, interpret: Any
+    ):
+        self.kernel, self.problem, self.sizes, self.interpret = kernel, problem, sizes, interpret
+        self.batch, self.q_time, self.heads, self.width = operands.q.shape
+        self.k_time, self.kv_heads = operands.k.shape[1:3]
+        self.dtype = operands.q.dtype
+        self.group = self.heads // self.kv_heads
+        self.segmented = operands.q_segments is not None
+        self.segments_shared = self.segmented and operands.q_segments.shape[0] == 1
+        rows, columns = CONSUMERS * ROWS, sizes.columns
+        self.q_block, self.k_block = (columns, rows) if kernel.rows_are_keys else (rows, columns)
+        self.q_whole, self.k_whole = _up(self.q_time, self.q_block), _up(self.k_time, self.k_block)
+
+    def arrays(self, operands: Operands, dout: Any = None, of_queries: Any = None) -> Arrays:
+        # The copy engine reads zeros past the end of an array, but moves whole groups of 8 rows.
+        q_time, k_time = _up(self.q_time, 8), _up(self.k_time, 8)
+        seed = operands.dropout_seed
+        return Arrays(
+            _padded(operands.q, 1, q_time),
+            _padded(operands.k, 1, k_time),
+            _padded(operands.v, 1, k_time),
+            _padded(dout, 1, q_time),
+            _padded(of_queries, 3, self.q_whole),
+            _padded(operands.q_segments, 1, self.q_whole) if dout is None else None,
+            _padded(operands.k_segments, 1, self.k_whole),
+            operands.score,
+            None if seed is None else seed.reshape(1),
+        )
+
+    def like(self, x: jax.Array) -> jax.ShapeDtypeStruct:
+        return result(x.shape, x.dtype, x)
+
+    def segments(self, ref: Any, batch: Any, positions: Any) -> Any:
+        return tiles.part(ref, 0 if self.segments_shared else batch, positions)
+
+    def segments_of(self, numbers: Any) -> Any:
+        """The row of `Arrays.of_queries` that holds them."""
+        return numbers.at[2] if self.segmented else None
+
+    def rows(self, at: At, warpgroup: Any) -> Any:
+        """Those a compute warpgroup owns."""
+        return pl.ds((at.row * CONSUMERS + warpgroup) * ROWS, ROWS)
+
+    def owned(self) -> Any:
+        return tiles.matrix(CONSUMERS, ROWS, self.width, dtype=self.dtype)
+
+    def owned_segments(self) -> Any:
+        return tiles.vector(CONSUMERS, ROWS, dtype=jnp.int32) if self.segmented else None
+
+    def streamed(self) -> Any:
+        return tiles.matrix(*self.sizes[::-1], self.width, dtype=self.dtype)
+
+    def streamed_segments(self) -> Any:
+        return tiles.vector(*self.sizes[::-1], dtype=jnp.int32) if self.segmented else None
+
+    def stage(self) -> Any:
+        """Where factors go that the tensor cores would take from registers, if not interpreted."""
+        if self.interpret is None:
+            return None
+        return tiles.matrix(CONSUMERS, ROWS, self.sizes.columns, dtype=self.dtype)
+
+    def head(self, arrays: Arrays, batch: Any, head: Any) -> Head:
+        parameters = tiles.parameters(self.problem, arrays.score, head)
+        seed = None if arrays.seed is None else arrays.seed[0]
+        k_time = self.k_time if self.k_time % self.k_block else None
+        return Head(self.problem, batch, head, parameters, seed, k_time)
+
+    def __call__(self, arrays: Arrays, results: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+        """Runs a block for every row of blocks, head and batch entry, heavy rows first."""
+        states = self.problem.states(self.q_time, self.k_time, self.q_block, self.k_block)
+        lists = masks.block_lists(states.T if self.kernel.rows_are_keys else states)
+        order = np.argsort(-lists.counts, kind="stable").astype(np.int32)
+        work = jax.tree.map(jnp.asarray, Work(order, *lists))
+        operands, tree = jax.tree.flatten(alike((work, arrays)))
+        heads = self.kv_heads if self.kernel.rows_are_keys else self.heads
+        together = self._heads_together()
+
+        def body(*refs: Any, memory: Any) -> None:
+            work, arrays = tree.unflatten(refs[: len(operands)])
+
+            def here() -> At:
+                # A barrier keeps the compiler from keeping the answer, at the price of registers.
+                section = lax.optimization_barrier(lax.axis_index("section"))
+                place = section * together + lax.axis_index("head")
+                batch, head = lax.div(place, jnp.int32(heads)), lax.rem(place, jnp.int32(heads))
+                return At(batch, head, work.order[lax.axis_index("row")])
+
+            warpgroup = lax.axis_index("warpgroup")
+
+            @pl.when(warpgroup < CONSUMERS)
+            def _compute() -> None:
+                plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+                results = refs[len(operands) :]
+                self.kernel.compute(self, arrays, work, here, memory, warpgroup, results)
+
+            @pl.when(warpgroup == CONSUMERS)
+            def _load() -> None:
+                plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+                self.kernel.load(self, arrays, work, here(), memory)
+
+        body.__name__ = self.kernel.name
+        found = plgpu.kernel(
+            body,
+            out_type=results,
+            scratch_types={"memory": self.kernel.memory(self, arrays)},
+            grid=(self.batch * heads // together, len(order), together),
+            grid_names=("section", "row", "head"),
+            num_threads=CONSUMERS + 1,
+            thread_name="warpgroup",
+            compiler_params=tiles.COMPILER,
+            interpret=self.interpret,
+        )(*operands)
+        # Mosaic's launch forgets what varies over a mesh.
+        return alike((operands, found))[1]
+
+    def _heads_together(self) -> int:
+        """How many heads' blocks of the same row run side by side: a divisor of all of them."""
+        pairs = self.batch * self.kv_heads
+        time = self.q_time * self.group if self.kernel.rows_are_keys else self.k_time
+        streamed = 2 * time * self.width * jnp.dtype(self.dtype).itemsize
+        fitting = [n for n in range(1, pairs + 1) if pairs % n == 0 and n * streamed <= CACHE_BYTES]
+        return max(fitting, default=1) * (1 if self.kernel.rows_are_keys else self.group)
+
+
+class Step(NamedTuple):
+    """One step of a walk: the count of those before it, and where it stands.
+
+    What is not asked for is not computed.
+    """
+
+    count: Any
+    within: Any
+    first: Any
+    span: Any
+    members: int
+
+    @property
+    def member(self) -> Any:
+        """Of the heads that share a walk."""
+        return jnp.int32(0) if self.members == 1 else lax.div(self.within, self.span)
+
+    @property
+    def column(self) -> Any:
+        """In the list of columns."""
+        return self.first + (self.within if self.members == 1 else lax.rem(self.within, self.span))
+
+
+def walk(work: Work, row: Any, members: int, visit: Callable[..., Any], carry: Any = None) -> Any:
+    """Visits the columns of a row once for every member: first those that need no mask.
+
+    `visit(check, step, carry)` is traced for both kinds; loops that are not nested leave more
+    registers to the accumulators.
+    """
+    full, end = work.full_counts[row], work.counts[row]
+    for check, first, last in ((False, jnp.int32(0), full), (True, full, end)):
+        span = last - first
+
+        def body(t: Any, carry: Any, check: bool = check, first: Any = first, span: Any = span):
+            return visit(check, Step(first * members + t, t, first, span, members), carry)
+
+        carry = lax.fori_loop(0, span * members, body, carry)
+    return carry
+
+
+def _padded(x: Any, axis: int, size: int) -> Any:
+    if x is None or x.shape[axis] == size:
+        return x
+    return jnp.pad(x, [(0, size - n if a == axis else 0) for a, n in enumerate(x.shape)])
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
