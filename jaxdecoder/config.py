@@ -37,7 +37,7 @@ Activation = Literal["relu", "gelu", "gelu_exact", "swish", "relu2", "swiglu", "
 AttentionName = Literal["full", "sliding_window", "longformer", "fixed_sparse", "strided_sparse"]
 Layout = Literal["serial"]
 Initializer = Literal["normal", "uniform_fan_in", "scaled"]
-Implementation = Literal["auto", "reference", "chunked", "portable"]
+Implementation = Literal["auto", "reference", "chunked", "portable", "cudnn"]
 
 GATED: tuple[Activation, ...] = ("swiglu", "geglu", "reglu")
 

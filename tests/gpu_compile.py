@@ -24,8 +24,13 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Read by Mosaic's compiler, for every kernel; the second needs the package nvidia-cuda-nvdisasm.
-os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_SASS": "1"}
+# What the compilers print. They read this when the first of them is loaded, so before any compiles.
+os.environ |= {
+    "MOSAIC_GPU_DUMP_PTXAS": "1",
+    "MOSAIC_GPU_DUMP_SASS": "1",  # by nvdisasm, of the package nvidia-cuda-nvdisasm
+    "TF_CPP_MIN_LOG_LEVEL": "0",
+    "TF_CPP_VMODULE": "subprocess_compilation=5",  # ptxas on all that XLA and Triton make
+}
 
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
@@ -78,7 +83,7 @@ device_description_str: "NVIDIA H200"
 
 
 class Kernel(NamedTuple):
-    """What ptxas says of one Mosaic kernel."""
+    """What ptxas says of one kernel; Mosaic's are all called entry_mosaic_gpu_kernel."""
 
     name: str
     registers: int
@@ -96,7 +101,7 @@ class Record(NamedTuple):
     hlo: str
     """optimised, with the kernels as custom calls"""
     kernels: tuple[Kernel, ...]
-    """Mosaic's only: XLA compiles Triton's kernels itself and reports nothing of them"""
+    """Mosaic's, Triton's and XLA's own; one compiled before in this process is not there again"""
     log: str
     """what the compilers printed, with the machine code (SASS) of the Mosaic kernels"""
 

@@ -13,13 +13,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxdecoder.errors import UserError
-from jaxdecoder.kernels import chunked, masks, portable, reference, scores
+from jaxdecoder.kernels import chunked, cudnn, masks, portable, reference, scores
 from jaxdecoder.kernels.problem import Device, Gradients, Implementation, Operands, Problem, alike
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference.IMPLEMENTATION,
     "chunked": chunked.IMPLEMENTATION,
     "portable": portable.IMPLEMENTATION,
+    "cudnn": cudnn.IMPLEMENTATION,
 }
 # Below this length, a plain softmax over all scores is the quickest.
 SHORT = 128
@@ -163,8 +164,14 @@ def _candidates(operands: Operands, device: Device) -> list[tuple[str, str]]:
     if max(q_time, k_time) < SHORT or q_time == 1:
         return [("reference", f"{q_time} queries of {k_time} keys are quickest in one piece")]
     linear = "it skips empty blocks, in memory linear in the length"
-    kernels = [("portable", "its kernels fit any NVIDIA GPU")] if device.platform == "gpu" else []
-    return [*kernels, ("chunked", f"{linear}, on any device")]
+    kernels = [
+        ("cudnn", "NVIDIA's own kernel knows this mask"),
+        ("portable", "its kernels fit any NVIDIA GPU"),
+    ]
+    return [
+        *(kernels if device.platform == "gpu" else ()),
+        ("chunked", f"{linear}, on any device"),
+    ]
 
 
 def current_device() -> Device:

@@ -131,12 +131,13 @@ class Implementation(NamedTuple):
 
     `forward` gives the output, in the type of q, and the float32 logarithm of the sum of the
     exponentials of each query's allowed scores, (batch, heads, q_time), -inf for a query without
-    keys (whose output is zeros). `backward` may be None: JAX then differentiates `forward`.
+    keys (whose output is zeros). `backward` may be None: JAX then differentiates `forward`, which
+    may leave the logarithm out.
     `refuses` says why it cannot solve a problem of such operands on a device, as the end of the
     sentence "it cannot, because ...", or None.
     """
 
-    forward: Callable[[Problem, Operands], tuple[jax.Array, LogSumExp]]
+    forward: Callable[[Problem, Operands], tuple[jax.Array, LogSumExp | None]]
     backward: Callable[[Problem, Operands, jax.Array, LogSumExp, jax.Array], Gradients] | None
     refuses: Callable[[Problem, Operands, Device], str | None]
 
