@@ -129,7 +129,8 @@ def _forward_kernel(tiling: _Tiling, lists: Any, refs: _Inputs, out: Any, logsum
     def step(check: bool, n: Any, carry: Any) -> Any:
         largest, total, mixed = carry
         j = lists.indices[i, n]
-        s = place.new_score(i, j, tiling.products(q, place.keys(refs.k, j)))
+        products = place.products(q, place.keys(refs.k, j))
+        s = place.new_score(i, j, products * tiling.problem.scale)
         if check:
             s = jnp.where(place.allowed(i, j), s, -jnp.inf)
         higher = jnp.maximum(largest, jnp.max(s, axis=1))
@@ -175,11 +176,11 @@ def _queries_kernel(tiling: _Tiling, lists: Any, refs: _Inputs, dq: Any, *dscore
 
 def _keys_kernel(tiling: _Tiling, lists: Any, refs: _Inputs, dk: Any, dv: Any) -> None:
     j, kv_head, batch = (pl.program_id(axis) for axis in range(3))
-    shared = _Place(tiling, refs, batch, kv_head * tiling.group)
+    shared = _Place(tiling, refs, batch, kv_head * tiling.group, keys_first=True)
     k, v = shared.keys(refs.k, j), shared.keys(refs.v, j)
 
     def of_head(g: Any, carry: Any) -> Any:
-        place = _Place(tiling, refs, batch, kv_head * tiling.group + g)
+        place = _Place(tiling, refs, batch, kv_head * tiling.group + g, keys_first=True)
 
         def step(check: bool, n: Any, carry: Any) -> Any:
             dk, dv = carry
@@ -189,9 +190,8 @@ def _keys_kernel(tiling: _Tiling, lists: Any, refs: _Inputs, dk: Any, dv: Any) -
             weights, ds, _ = place.gradient(
                 check, i, j, q, k, v, dout, logsumexp, delta, learned=False
             )
-            weights = place.dropped(i, j, weights).astype(dout.dtype)
-            dv = dv + tiling.dot(weights, dout, transpose_a=True)
-            return dk + tiling.dot(ds.astype(q.dtype), q, transpose_a=True), dv
+            dv = dv + tiling.dot(place.dropped(i, j, weights).astype(dout.dtype), dout)
+            return dk + tiling.dot(ds.astype(q.dtype), q), dv
 
         return _walk(lists, j, step, carry)
 
@@ -208,11 +208,28 @@ def _walk(lists: Any, row: Any, step: Callable[..., Any], carry: Any) -> Any:
 
 
 class _Place:
-    """One head's blocks inside a kernel: what they hold, and what becomes of their scores."""
+    """One head's blocks inside a kernel: what they hold, and what becomes of their scores.
 
-    def __init__(self, tiling: _Tiling, refs: _Inputs, batch: Any, head: Any):
+    Scores are (queries, keys), or (keys, queries) where the products with them sum over queries:
+    transposing them instead costs registers, and more than there are in float32.
+    """
+
+    def __init__(
+        self, tiling: _Tiling, refs: _Inputs, batch: Any, head: Any, keys_first: bool = False
+    ):
         self.tiling, self.refs, self.batch, self.head = tiling, refs, batch, head
         self.member = jax.lax.rem(head, tiling.group)
+        self.keys_first = keys_first
+
+    def products(self, of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
+        a, b = (of_keys, of_queries) if self.keys_first else (of_queries, of_keys)
+        return self.tiling.dot(a, b, transpose_b=True)
+
+    def along_queries(self, numbers: jax.Array) -> jax.Array:
+        return numbers[None, :] if self.keys_first else numbers[:, None]
+
+    def along_keys(self, numbers: jax.Array) -> jax.Array:
+        return numbers[:, None] if self.keys_first else numbers[None, :]
 
     def queries(self, ref: Any, i: Any) -> jax.Array:
         return ref[pl.ds(i * self.tiling.block_q, self.tiling.block_q), self.member, :]
@@ -224,9 +241,11 @@ class _Place:
         return ref[self.member, pl.ds(i * self.tiling.block_q, self.tiling.block_q)]
 
     def index(self, i: Any, j: Any) -> tuple[jax.Array, jax.Array]:
-        shape = self.tiling.block_q, self.tiling.block_k
-        q, k = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-        return i * self.tiling.block_q + q, j * self.tiling.block_k + k
+        block_q, block_k = self.tiling.block_q, self.tiling.block_k
+        shape = (block_k, block_q) if self.keys_first else (block_q, block_k)
+        first, second = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        q, k = (second, first) if self.keys_first else (first, second)
+        return i * block_q + q, j * block_k + k
 
     def new_score(self, i: Any, j: Any, s: jax.Array) -> jax.Array:
         problem = self.tiling.problem
@@ -241,7 +260,8 @@ class _Place:
             return tiling.problem.allowed(q, k, k_time=k_time)
         q_segment = refs.q_segments[pl.ds(i * tiling.block_q, tiling.block_q)]
         k_segment = refs.k_segments[pl.ds(j * tiling.block_k, tiling.block_k)]
-        return tiling.problem.allowed(q, k, q_segment[:, None], k_segment[None, :], k_time)
+        segments = self.along_queries(q_segment), self.along_keys(k_segment)
+        return tiling.problem.allowed(q, k, *segments, k_time)
 
     def dropped(self, i: Any, j: Any, weights: jax.Array) -> jax.Array:
         rate = self.tiling.problem.dropout_rate
@@ -265,7 +285,7 @@ class _Place:
     ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
         """The attention weights, the gradient of the scores, and those of the score's numbers."""
         problem = self.tiling.problem
-        s = self.tiling.products(q, k)
+        s = self.products(q, k) * problem.scale
         pull = None
         if problem.score is not None:
             function, index = problem.score, self.index(i, j)
@@ -282,9 +302,9 @@ class _Place:
             s, pull = jax.vjp(new_score, s, chosen)
         if check:
             s = jnp.where(self.allowed(i, j), s, -jnp.inf)
-        weights = jnp.exp(s - logsumexp[:, None])
-        dweights = self.dropped(i, j, self.tiling.dot(dout, v, transpose_b=True))
-        ds = weights * (dweights - delta[:, None])
+        weights = jnp.exp(s - self.along_queries(logsumexp))
+        dweights = self.dropped(i, j, self.products(dout, v))
+        ds = weights * (dweights - self.along_queries(delta))
         if pull is None:
             return weights, ds, []
         ds, parts = pull(ds)
@@ -382,13 +402,8 @@ class _Tiling:
         spec = pl.BlockSpec((None, None, None, n), lambda i, h, b: (b, h, i, 0))
         return result(shape, jnp.float32, operand), spec
 
-    def products(self, q: jax.Array, k: jax.Array) -> jax.Array:
-        return self.dot(q, k, transpose_b=True) * self.problem.scale
-
-    def dot(
-        self, a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False
-    ) -> jax.Array:
-        axes = (0 if transpose_a else 1,), (1 if transpose_b else 0,)
+    def dot(self, a: jax.Array, b: jax.Array, transpose_b: bool = False) -> jax.Array:
+        axes = (1,), (1 if transpose_b else 0,)
         return jax.lax.dot_general(
             a, b, (axes, ((), ())), precision=self.precision, preferred_element_type=jnp.float32
         )
