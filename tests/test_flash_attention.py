@@ -36,10 +36,10 @@ H200 = AbstractMesh(
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
     """Blocks small enough that short sequences have many, empty, full and partial."""
-    sixteen = (portable.Sizes(16, 16, 4, 1),) * 3
+    sixteen = dict.fromkeys(portable.KERNELS, portable.Sizes(16, 16, 4, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "BLOCK", 16)
-        patch.setattr(portable, "sizes", lambda dtype, width: sixteen)
+        patch.setattr(portable, "sizes", lambda *_: sixteen)
         yield
 
 
@@ -379,12 +379,42 @@ def check_shards():
             )
             close(found, wanted, 1e-5)
 
-    # Under jit, a batch that is sharded over the devices is never gathered.
-    x = jax.ShapeDtypeStruct((8, 40, 2, 16), jnp.float32, sharding=NamedSharding(mesh, P("x")))
-    attended = functools.partial(flash_attention, mask=masks.causal(), implementation="chunked")
-    gradients = jax.grad(lambda q, k, v: attended(q, k, v).sum(), argnums=(0, 1, 2))
-    text = jax.jit(gradients).lower(x, x, x).compile().as_text()
-    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
+    # Under jit, what is sharded by batch entries stays so, and for kernels also by heads.
+    for implementation, spec in (
+        ("chunked", P("x")),
+        ("portable", P("x")),
+        ("portable", P(None, None, "x")),
+    ):
+        check_stays_sharded(implementation, NamedSharding(mesh, spec))
+
+
+def check_stays_sharded(implementation, sharding):
+    """Nothing is gathered, and every device drops, and scores, as if it were the only one."""
+
+    def compiled(function, *arrays):
+        done = jax.jit(function).lower(*arrays, made.operands).compile()
+        text = done.as_text()
+        moved = [w for w in ("all-gather", "all-to-all", "collective-permute") if w in text]
+        assert not moved, (implementation, sharding.spec, moved)
+        return done
+
+    made = make(SURROUNDED)
+    ours, reference = gradient_of_loss(implementation), gradient_of_loss("reference")
+    arrays = made.q, made.k, made.v
+    placed = [jax.device_put(x, sharding) for x in arrays]
+    found = compiled(ours, *placed)(*placed, made.operands)
+    assert all(x.sharding.is_equivalent_to(sharding, 4) for x in found[:3])
+    close(found, reference(*arrays, made.operands), 1e-5)
+
+    # A population is vmapped, and its members may be on different devices.
+    if implementation == "portable" and sharding.spec[0] == "x":
+        members = [jnp.stack([x, -x]) for x in arrays]
+        placed = [jax.device_put(x, sharding) for x in members]
+        mapped = compiled(jax.vmap(ours, in_axes=(0, 0, 0, None)), *placed)
+        found = mapped(*placed, made.operands)
+        for i in range(2):
+            one = reference(*(x[i] for x in members), made.operands)
+            close(jax.tree.map(lambda x, i=i: x[i], found), one, 1e-5)
 
 
 def test_over_two_devices():

@@ -80,7 +80,7 @@ class _Parts:
         return self.cut(jnp.arange(self.batch, dtype=jnp.int32))
 
     def operands(self, operands: Operands) -> Operands:
-        q, k, v, score, q_segments, k_segments, seed = operands
+        q, k, v, score, q_segments, k_segments, seed = operands[:7]
 
         def segments(x: Any) -> jax.Array | None:
             return None if x is None else self.shared(x) if x.shape[0] == 1 else self.cut(x)

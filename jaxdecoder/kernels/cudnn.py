@@ -31,9 +31,8 @@ def _pattern(mask: Mask) -> _Pattern | None:
             return _Pattern(causal=False)
         case Mask("causal"):
             return _Pattern(causal=True)
-        case (
-            Mask("&", (Mask("causal"), Mask("sliding_window", (int(n),))))
-            | Mask("&", (Mask("sliding_window", (int(n),)), Mask("causal")))
+        case Mask("&", (Mask("causal"), Mask("sliding_window", (int(n),)))) | Mask(
+            "&", (Mask("sliding_window", (int(n),)), Mask("causal"))
         ):
             return _Pattern(causal=True, window=n - 1)
     return None

@@ -14,7 +14,15 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import chunked, cudnn, masks, portable, reference, scores
-from jaxdecoder.kernels.problem import Device, Gradients, Implementation, Operands, Problem, alike
+from jaxdecoder.kernels.problem import (
+    Device,
+    Gradients,
+    Implementation,
+    Operands,
+    Problem,
+    alike,
+    current_device,
+)
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference.IMPLEMENTATION,
@@ -172,18 +180,6 @@ def _candidates(operands: Operands, device: Device) -> list[tuple[str, str]]:
         *(kernels if device.platform == "gpu" else ()),
         ("chunked", f"{linear}, on any device"),
     ]
-
-
-def current_device() -> Device:
-    """What the computation being traced will run on, as far as can be known."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is not None:
-        return Device(abstract.platform or jax.default_backend(), abstract.device_kind)
-    chosen = getattr(jax.config, "jax_default_device", None)
-    if isinstance(chosen, str):
-        chosen = jax.devices(chosen)[0]
-    device = jax.devices()[0] if chosen is None else chosen
-    return Device(device.platform, device.device_kind)
 
 
 # --- From arguments to a problem ---------------------------------------------------------------

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from jaxdecoder.kernels import masks, scores
+from jaxdecoder.kernels import masks, scores, tuning
 from jaxdecoder.kernels.dropout import keep
+from jaxdecoder.kernels.partitioning import over_devices
 from jaxdecoder.kernels.problem import (
     Device,
     Gradients,
@@ -49,29 +50,36 @@ class Sizes(NamedTuple):
     num_stages: int
 
 
-# For widths up to the key, padded to a power of two. The largest blocks that should
-# leave room for two stages in the registers and shared memory of an 80 GB Ampere or a Hopper card.
+# By width, for widths up to it: the largest blocks that leave room in the registers and the shared
+# memory of a Hopper card, by the compilers' own report.
 HALF = {
-    64: (Sizes(128, 64, 4, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2)),
-    128: (Sizes(128, 64, 8, 2), Sizes(64, 64, 4, 2), Sizes(64, 64, 8, 2)),
+    64: (Sizes(128, 64, 8, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2)),
+    128: (Sizes(128, 64, 8, 2), Sizes(64, 64, 8, 2), Sizes(64, 64, 8, 2)),
     256: (Sizes(64, 32, 8, 2), Sizes(32, 32, 8, 1), Sizes(32, 32, 8, 1)),
 }
 SINGLE = {
-    64: (Sizes(64, 32, 4, 2), Sizes(32, 32, 4, 1), Sizes(32, 32, 4, 1)),
-    128: (Sizes(32, 32, 4, 1), Sizes(32, 32, 4, 1), Sizes(32, 32, 4, 1)),
+    64: (Sizes(64, 32, 8, 1), Sizes(32, 32, 4, 1), Sizes(32, 32, 4, 1)),
+    128: (Sizes(32, 16, 8, 1), Sizes(32, 16, 8, 1), Sizes(32, 16, 8, 1)),
     256: (Sizes(16, 16, 4, 1), Sizes(16, 16, 4, 1), Sizes(16, 16, 4, 1)),
 }
+KERNELS = ("forward", "queries", "keys")
 
 
-def sizes(dtype: Any, width: int) -> tuple[Sizes, Sizes, Sizes]:
-    """Of the forward kernel, and of those for the gradients of queries and of keys and values."""
-    table = SINGLE if dtype == jnp.float32 else HALF
-    return next(chosen for largest, chosen in table.items() if width <= largest)
+def sizes(problem: Problem, operands: Operands) -> dict[str, Sizes]:
+    """Of each kernel: those measured on this card, or else the defaults."""
+    tuned = tuning.table().get(tuning.key("portable", problem, operands))
+    if tuned is not None:
+        return {kernel: Sizes(*tuned[kernel]) for kernel in KERNELS}
+    by_width = SINGLE if operands.q.dtype == jnp.float32 else HALF
+    chosen = next(row for width, row in by_width.items() if operands.q.shape[-1] <= width)
+    return dict(zip(KERNELS, chosen, strict=True))
 
 
-def forward(problem: Problem, operands: Operands) -> tuple[jax.Array, LogSumExp]:
-    """See `problem.Implementation`."""
-    tiling = _Tiling(problem, operands, sizes(operands.q.dtype, operands.q.shape[-1])[0])
+def forward(
+    problem: Problem, operands: Operands, chosen: Sizes | None = None
+) -> tuple[jax.Array, LogSumExp]:
+    """See `problem.Implementation`; `chosen` is for measurements, as it is below."""
+    tiling = _Tiling(problem, operands, chosen or sizes(problem, operands)["forward"])
     out, logsumexp = tiling.call(
         functools.partial(_forward_kernel, tiling),
         masks.block_lists(tiling.states),
@@ -89,9 +97,24 @@ def backward(
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     # Without keys every weight is exp(-inf - inf) = 0.
     logsumexp = jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp)
-    _, for_queries, for_keys = sizes(operands.q.dtype, operands.q.shape[-1])
+    dq, dscore = gradient_of_queries(problem, operands, dout, logsumexp, delta)
+    dk, dv = gradient_of_keys(problem, operands, dout, logsumexp, delta)
+    return Gradients(dq, dk, dv, dscore)
 
-    tiling = _Tiling(problem, operands, for_queries)
+
+def gradient_of_queries(
+    problem: Problem,
+    operands: Operands,
+    dout: jax.Array,
+    logsumexp: jax.Array,
+    delta: jax.Array,
+    chosen: Sizes | None = None,
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    """The gradients of the queries and of the score's operands.
+
+    `delta` (batch, heads, q_time) sums the products of the output and its gradient.
+    """
+    tiling = _Tiling(problem, operands, chosen or sizes(problem, operands)["queries"])
     learned = [x for x, flag in zip(operands.score, problem.learned, strict=True) if flag]
     dq, *dscore = tiling.call(
         functools.partial(_queries_kernel, tiling),
@@ -100,14 +123,24 @@ def backward(
         [tiling.by_query(operands.q), *map(tiling.by_row_of, learned)],
         tiling.heads,
     )
-    dq = tiling.cut(dq, tiling.q_time)
     sums = iter([jnp.sum(x, axis=(0, 2)) for x in dscore])
     score = tuple(
         next(sums).reshape(x.shape) if flag else None
         for x, flag in zip(operands.score, problem.learned, strict=True)
     )
+    return tiling.cut(dq, tiling.q_time), score
 
-    tiling = _Tiling(problem, operands, for_keys)
+
+def gradient_of_keys(
+    problem: Problem,
+    operands: Operands,
+    dout: jax.Array,
+    logsumexp: jax.Array,
+    delta: jax.Array,
+    chosen: Sizes | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of keys and values."""
+    tiling = _Tiling(problem, operands, chosen or sizes(problem, operands)["keys"])
     dk, dv = tiling.call(
         functools.partial(_keys_kernel, tiling),
         masks.block_lists(tiling.states.T),
@@ -115,7 +148,7 @@ def backward(
         [tiling.by_key(operands.k), tiling.by_key(operands.v)],
         tiling.kv_heads,
     )
-    return Gradients(dq, tiling.cut(dk, tiling.k_time), tiling.cut(dv, tiling.k_time), score)
+    return tiling.cut(dk, tiling.k_time), tiling.cut(dv, tiling.k_time)
 
 
 # --- The kernels -------------------------------------------------------------------------------
@@ -221,6 +254,15 @@ class _Place:
         self.member = jax.lax.rem(head, tiling.group)
         self.keys_first = keys_first
 
+    def numbers_of_head(self) -> tuple[Any, Any]:
+        """Which batch entry and head this is, among those of all devices."""
+        if self.refs.batch_index is None:
+            return self.batch, self.head
+        return self.refs.batch_index[self.batch], self.refs.head_index[self.head]
+
+    def parameters(self) -> tuple[Any, ...]:
+        return scores.Score(self.tiling.problem.score).parameters(self.refs.score, self.head)
+
     def products(self, of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
         a, b = (of_keys, of_queries) if self.keys_first else (of_queries, of_keys)
         return self.tiling.dot(a, b, transpose_b=True)
@@ -248,9 +290,10 @@ class _Place:
         return i * block_q + q, j * block_k + k
 
     def new_score(self, i: Any, j: Any, s: jax.Array) -> jax.Array:
-        problem = self.tiling.problem
-        index = (self.batch, self.head, *self.index(i, j))
-        return problem.new_score(self.refs.score, s, *index)
+        function = self.tiling.problem.score
+        if function is None:
+            return s
+        return function(s, *self.numbers_of_head(), *self.index(i, j), *self.parameters())
 
     def allowed(self, i: Any, j: Any) -> jax.Array:
         tiling, refs = self.tiling, self.refs
@@ -267,7 +310,7 @@ class _Place:
         rate = self.tiling.problem.dropout_rate
         if rate == 0.0:
             return weights
-        kept = keep(self.refs.seed[0], rate, self.batch, self.head, *self.index(i, j))
+        kept = keep(self.refs.seed[0], rate, *self.numbers_of_head(), *self.index(i, j))
         return jnp.where(kept, weights / (1.0 - rate), 0.0)
 
     def gradient(
@@ -288,8 +331,8 @@ class _Place:
         s = self.products(q, k) * problem.scale
         pull = None
         if problem.score is not None:
-            function, index = problem.score, self.index(i, j)
-            parameters = scores.Score(function).parameters(self.refs.score, self.head)
+            function, parameters = problem.score, self.parameters()
+            index = (*self.numbers_of_head(), *self.index(i, j))
             wanted = [flag and learned for flag in problem.learned]
             chosen = [p for p, flag in zip(parameters, wanted, strict=True) if flag]
 
@@ -297,7 +340,7 @@ class _Place:
                 rest = iter(chosen)
                 pairs = zip(parameters, wanted, strict=True)
                 all_ = [next(rest) if flag else p for p, flag in pairs]
-                return function(s, self.batch, self.head, *index, *all_)
+                return function(s, *index, *all_)
 
             s, pull = jax.vjp(new_score, s, chosen)
         if check:
@@ -327,6 +370,8 @@ class _Inputs(NamedTuple):
     k_segments: Any
     score: tuple[Any, ...]
     seed: Any
+    batch_index: Any
+    head_index: Any
 
 
 class _Tiling:
@@ -372,6 +417,8 @@ class _Tiling:
             padded(operands.k_segments, 1, self.padded_k),
             operands.score,
             None if seed is None else seed.reshape(1),
+            operands.batch_index,
+            operands.head_index,
         )
 
     def cut(self, x: jax.Array, time: int) -> jax.Array:
@@ -424,7 +471,9 @@ class _Tiling:
         def kv_head(h: Any) -> Any:
             return h // (heads // self.kv_heads)
 
-        def whole(x: Any) -> pl.BlockSpec:
+        def whole(x: Any) -> pl.BlockSpec | None:
+            if x is None:
+                return None
             return pl.BlockSpec(x.shape, lambda i, h, b: (0,) * x.ndim)
 
         def segments(x: Any) -> pl.BlockSpec | None:
@@ -450,7 +499,9 @@ class _Tiling:
             segments(inputs.q_segments),
             segments(inputs.k_segments),
             tuple(map(whole, inputs.score)),
-            None if inputs.seed is None else whole(inputs.seed),
+            whole(inputs.seed),
+            whole(inputs.batch_index),
+            whole(inputs.head_index),
         )
         launch = functools.partial(
             pl.pallas_call,
@@ -493,4 +544,4 @@ def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None
     return None
 
 
-IMPLEMENTATION = Implementation(forward, backward, _refuses)
+IMPLEMENTATION = Implementation(*over_devices(forward, backward), _refuses)

@@ -104,6 +104,11 @@ class Operands(NamedTuple):
     k_segments: Any = None
     dropout_seed: Any = None
     """uint32 (): a weight is kept if `dropout.keep(seed, rate, batch, head, q, k)`."""
+    batch_index: Any = None
+    """int32 (batch,): which entries of the whole batch these are, for scores and dropout; the
+    first ones, in order, when left out."""
+    head_index: Any = None
+    """int32 (heads,): likewise of the query heads."""
 
 
 class Gradients(NamedTuple):
@@ -121,6 +126,18 @@ class Device(NamedTuple):
     """cpu, gpu or tpu"""
     kind: str
     """What the maker calls it, such as NVIDIA H200."""
+
+
+def current_device() -> Device:
+    """What the computation being traced will run on, as far as can be known."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None:
+        return Device(abstract.platform or jax.default_backend(), abstract.device_kind)
+    chosen = getattr(jax.config, "jax_default_device", None)
+    if isinstance(chosen, str):
+        chosen = jax.devices(chosen)[0]
+    device = jax.devices()[0] if chosen is None else chosen
+    return Device(device.platform, device.device_kind)
 
 
 LogSumExp = Float[Array, "batch heads q_time"]
