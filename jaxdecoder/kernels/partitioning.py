@@ -171,12 +171,11 @@ def _sharding_rule(
     def mappings(layouts: tuple[str, ...]) -> tuple[ArrayMapping, ...]:
         return tuple(ArrayMapping(*map(factor, layout)) for layout in layouts)
 
-    return SdyShardingRule(
-        mappings(ins),
-        mappings(outs),
-        need_replication_factors=tuple(whole),
-        **({"group": group} if group > 1 else {}),
-    )
+    arguments = mappings(ins), mappings(outs)
+    replicated = tuple(whole)
+    if group == 1:
+        return SdyShardingRule(*arguments, need_replication_factors=replicated)
+    return SdyShardingRule(*arguments, need_replication_factors=replicated, group=group)
 
 
 def _partition(

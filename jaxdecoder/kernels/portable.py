@@ -260,8 +260,8 @@ class _Place:
             return self.batch, self.head
         return self.refs.batch_index[self.batch], self.refs.head_index[self.head]
 
-    def parameters(self) -> tuple[Any, ...]:
-        return scores.Score(self.tiling.problem.score).parameters(self.refs.score, self.head)
+    def parameters(self, function: Callable[..., Any]) -> tuple[Any, ...]:
+        return scores.Score(function).parameters(self.refs.score, self.head)
 
     def products(self, of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
         a, b = (of_keys, of_queries) if self.keys_first else (of_queries, of_keys)
@@ -293,7 +293,7 @@ class _Place:
         function = self.tiling.problem.score
         if function is None:
             return s
-        return function(s, *self.numbers_of_head(), *self.index(i, j), *self.parameters())
+        return function(s, *self.numbers_of_head(), *self.index(i, j), *self.parameters(function))
 
     def allowed(self, i: Any, j: Any) -> jax.Array:
         tiling, refs = self.tiling, self.refs
@@ -331,7 +331,7 @@ class _Place:
         s = self.products(q, k) * problem.scale
         pull = None
         if problem.score is not None:
-            function, parameters = problem.score, self.parameters()
+            function, parameters = problem.score, self.parameters(problem.score)
             index = (*self.numbers_of_head(), *self.index(i, j))
             wanted = [flag and learned for flag in problem.learned]
             chosen = [p for p, flag in zip(parameters, wanted, strict=True) if flag]
@@ -516,11 +516,11 @@ class _Tiling:
             lists,
             inputs,
             cpu=launch(interpret=True),
-            default=launch(compiler_params=_compiler_params(self.chosen)),
+            default=launch(compiler_params=compiler_params(self.chosen)),
         )
 
 
-def _compiler_params(chosen: Sizes) -> Any:
+def compiler_params(chosen: Sizes) -> Any:
     if triton is None:
         return None
     return triton.CompilerParams(num_warps=chosen.num_warps, num_stages=chosen.num_stages)
