@@ -12,6 +12,7 @@ from gpu_compile import compile_for_h200, needs_cuda_packages
 from jaxdecoder.config import Config, ModelConfig, TrainConfig
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.kernels import flash_attention, masks, portable, scores, tuning
+from jaxdecoder.kernels.decode import decode_attention
 from jaxdecoder.training.step import init_state, make_step
 
 pytestmark = [
@@ -121,6 +122,38 @@ def test_memory_is_linear_in_the_length(implementation):
     assert figures[1] < 2.2 * figures[0]
     assert figures[2] < 2.2 * figures[1]
     assert figures[2] < 4 * 131_072 * 8 * 64 * 2  # so many times q
+
+
+def decoded(q, k, v, allowed, at, held):
+    """Keys and values lie as in a cache, heads before slots."""
+    return decode_attention(
+        q,
+        k.swapaxes(1, 2),
+        v.swapaxes(1, 2),
+        allowed,
+        scale=0.1,
+        score=scores.alibi(np.float32([0.5, 0.2, 0.1, 0.3, 0.4, 0.6])),
+        q_index=at,
+        k_index=held,
+    )
+
+
+def decode_shapes(dtype, q_time, slots, width):
+    cache = jax.ShapeDtypeStruct((4, 2, slots, width), dtype)
+    allowed = jax.ShapeDtypeStruct((4, 1, q_time, slots), jnp.bool_)
+    at, held = (jax.ShapeDtypeStruct((4, n), jnp.int32) for n in (q_time, slots))
+    return heads(4, q_time, 6, width, dtype), cache, cache, allowed, at, held
+
+
+@pytest.mark.parametrize(
+    ("dtype", "q_time", "width"),
+    [("bfloat16", 1, 64), ("float16", 4, 128), ("float32", 1, 128), ("bfloat16", 1, 256)],
+)
+def test_decoding_copies_no_cache(dtype, q_time, width):
+    record = compile_for_h200(decoded, *decode_shapes(dtype, q_time, 8192, width))
+    assert {k.spill_stores for k in record.kernels if k.name == "decode_kernel"} == {0}
+    cache = 4 * 2 * 8192 * width * jnp.dtype(dtype).itemsize
+    assert record.memory.temp_size_in_bytes < cache / 2
 
 
 GPT2 = ModelConfig(
