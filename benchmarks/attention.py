@@ -89,18 +89,6 @@ def make(case: Case) -> Made:
     return Made(arrays, MASKS[case.mask](case.time), documents(case.time))
 
 
-def allowed_entries(mask: masks.Mask, time: int, block: int = 128) -> int:
-    """How many pairs of one attention matrix the mask allows, counted exactly."""
-    states = np.asarray(masks.block_map(mask, time, time, block, block))
-    edges = np.minimum(np.arange(len(states) + 1) * block, time)
-    sizes = np.diff(edges)
-    total = int(np.sum(np.outer(sizes, sizes)[states == masks.FULL]))
-    for i, j in np.argwhere(states == masks.PARTIAL):
-        q, k = np.arange(edges[i], edges[i + 1]), np.arange(edges[j], edges[j + 1])
-        total += int(np.sum(np.asarray(mask(q[:, None], k[None, :]))))
-    return total
-
-
 # --- Who takes part ----------------------------------------------------------------------------
 
 
@@ -215,7 +203,7 @@ def measure(case: Case, names: list[str], rounds: int, seconds: float) -> dict[s
     for _ in range(rounds):
         for name, run in runs.items():
             taken[name].append(timed(run, counts[name]))
-    entries = allowed_entries(made.mask, case.time)
+    entries = masks.allowed_entries(made.mask, case.time, case.time)
     flops = 4 * case.width * case.heads * case.batch * entries * (3.5 if case.backward else 1)
     for name, times in taken.items():
         median = statistics.median(times)

@@ -7,15 +7,6 @@ from benchmarks import attention, tune_attention
 from jaxdecoder.kernels import flash, portable, tuning
 
 
-@pytest.mark.parametrize("name", attention.MASKS)
-def test_entries_are_counted_exactly(name):
-    time = 1500
-    mask = attention.MASKS[name](time)
-    at = np.arange(time)
-    expected = np.count_nonzero(mask(at[:, None], at[None, :]))
-    assert attention.allowed_entries(mask, time, block=64) == expected
-
-
 def test_a_case_is_measured_or_refused():
     case = attention.Case("window", 1, 64, 2, 16, "float32", False)
     found = attention.measure(case, ["reference", "cudnn"], rounds=2, seconds=0.001)

@@ -31,6 +31,7 @@ from jaxdecoder.kernels.problem import (
     captures_arrays,
     result,
 )
+from jaxdecoder.kernels.segments import narrowed
 
 try:  # Only GPUs need it, and JAX means to remove it.
     from jax.experimental.pallas import triton
@@ -82,7 +83,7 @@ def forward(
     tiling = _Tiling(problem, operands, chosen or sizes(problem, operands)["forward"])
     out, logsumexp = tiling.call(
         functools.partial(_forward_kernel, tiling),
-        masks.block_lists(tiling.states),
+        tiling.lists(operands),
         tiling.inputs(operands),
         [tiling.by_query(operands.q), tiling.by_row(operands.q)],
         tiling.heads,
@@ -118,7 +119,7 @@ def gradient_of_queries(
     learned = [x for x, flag in zip(operands.score, problem.learned, strict=True) if flag]
     dq, *dscore = tiling.call(
         functools.partial(_queries_kernel, tiling),
-        masks.block_lists(tiling.states),
+        tiling.lists(operands),
         tiling.inputs(operands, dout, logsumexp, delta),
         [tiling.by_query(operands.q), *map(tiling.by_row_of, learned)],
         tiling.heads,
@@ -143,7 +144,7 @@ def gradient_of_keys(
     tiling = _Tiling(problem, operands, chosen or sizes(problem, operands)["keys"])
     dk, dv = tiling.call(
         functools.partial(_keys_kernel, tiling),
-        masks.block_lists(tiling.states.T),
+        tiling.lists(operands, by_keys=True),
         tiling.inputs(operands, dout, logsumexp, delta),
         [tiling.by_key(operands.k), tiling.by_key(operands.v)],
         tiling.kv_heads,
@@ -391,6 +392,14 @@ class _Tiling:
         self.states = problem.states(self.q_time, self.k_time, self.block_q, self.block_k)
         self.precision = jax.lax.Precision.HIGHEST if operands.q.dtype == jnp.float32 else None
 
+    def lists(self, operands: Operands, by_keys: bool = False) -> masks.BlockLists:
+        """Those of each batch entry, or one for all: (batch or 1, rows, ...)."""
+        lists = masks.block_lists(self.states.T if by_keys else self.states)
+        if not self.problem.segments_vary:
+            return masks.BlockLists(*(x[None] for x in lists))
+        queries, keys = (operands.q_segments, self.block_q), (operands.k_segments, self.block_k)
+        return narrowed(lists, *(keys + queries if by_keys else queries + keys))
+
     def inputs(
         self,
         operands: Operands,
@@ -465,7 +474,7 @@ class _Tiling:
     ) -> Any:
         """Runs a kernel for every row of the lists, head (query's or key's) and batch entry."""
         shapes, out_specs = zip(*results, strict=True)
-        grid = (len(lists.counts), heads, self.batch)
+        grid = (lists.counts.shape[1], heads, self.batch)
         lists, inputs = alike((jax.tree.map(jnp.asarray, lists), inputs))
 
         def kv_head(h: Any) -> Any:
@@ -476,10 +485,13 @@ class _Tiling:
                 return None
             return pl.BlockSpec(x.shape, lambda i, h, b: (0,) * x.ndim)
 
-        def segments(x: Any) -> pl.BlockSpec | None:
+        def of_entry(x: Any) -> pl.BlockSpec | None:
             if x is None:
                 return None
-            return pl.BlockSpec((None, x.shape[1]), lambda i, h, b: (b if x.shape[0] > 1 else 0, 0))
+            rest = (0,) * (x.ndim - 1)
+            return pl.BlockSpec(
+                (None, *x.shape[1:]), lambda i, h, b: (b if x.shape[0] > 1 else 0, *rest)
+            )
 
         group, width = self.group, self.padded_width
         of_queries = pl.BlockSpec(
@@ -496,8 +508,8 @@ class _Tiling:
             None if inputs.dout is None else of_queries,
             None if inputs.logsumexp is None else numbers,
             None if inputs.delta is None else numbers,
-            segments(inputs.q_segments),
-            segments(inputs.k_segments),
+            of_entry(inputs.q_segments),
+            of_entry(inputs.k_segments),
             tuple(map(whole, inputs.score)),
             whole(inputs.seed),
             whole(inputs.batch_index),
@@ -507,7 +519,7 @@ class _Tiling:
             pl.pallas_call,
             kernel,
             grid=grid,
-            in_specs=(jax.tree.map(whole, lists), in_specs),
+            in_specs=(jax.tree.map(of_entry, lists), in_specs),
             out_specs=list(out_specs),
             out_shape=list(shapes),
             name=kernel.func.__name__.strip("_"),  # type: ignore[attr-defined]
