@@ -380,16 +380,17 @@ def check_shards():
             close(found, wanted, 1e-5)
 
     # Under jit, what is sharded by batch entries stays so, and for kernels also by heads.
-    for implementation, spec in (
-        ("chunked", P("x")),
-        ("portable", P("x")),
-        ("portable", P(None, None, "x")),
-    ):
-        check_stays_sharded(implementation, NamedSharding(mesh, spec))
+    by_head = NamedSharding(mesh, P(None, None, "x"))
+    check_stays_sharded("chunked", SURROUNDED, NamedSharding(mesh, P("x")))
+    check_stays_sharded("portable", SURROUNDED, NamedSharding(mesh, P("x")))
+    check_stays_sharded("portable", SURROUNDED, by_head)
+    one_key_head = SURROUNDED._replace(kv_heads=1)
+    check_stays_sharded("portable", one_key_head, by_head, of_keys=NamedSharding(mesh, P()))
 
 
-def check_stays_sharded(implementation, sharding):
+def check_stays_sharded(implementation, case, sharding, of_keys=None):
     """Nothing is gathered, and every device drops, and scores, as if it were the only one."""
+    shardings = sharding, of_keys or sharding, of_keys or sharding
 
     def compiled(function, *arrays):
         done = jax.jit(function).lower(*arrays, made.operands).compile()
@@ -398,12 +399,13 @@ def check_stays_sharded(implementation, sharding):
         assert not moved, (implementation, sharding.spec, moved)
         return done
 
-    made = make(SURROUNDED)
+    made = make(case)
     ours, reference = gradient_of_loss(implementation), gradient_of_loss("reference")
     arrays = made.q, made.k, made.v
-    placed = [jax.device_put(x, sharding) for x in arrays]
+    placed = jax.device_put(arrays, shardings)
     found = compiled(ours, *placed)(*placed, made.operands)
-    assert all(x.sharding.is_equivalent_to(sharding, 4) for x in found[:3])
+    for x, wanted in zip(found, shardings, strict=False):
+        assert x.sharding.is_equivalent_to(wanted, 4)
     close(found, reference(*arrays, made.operands), 1e-5)
 
     # A population is vmapped, and its members may be on different devices.

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdecoder.errors import UserError
-from jaxdecoder.kernels import portable, reference
+from jaxdecoder.kernels import portable, portable_launch, reference
 from jaxdecoder.kernels.problem import Device, current_device
 from jaxdecoder.kernels.scores import Score
 
@@ -189,11 +189,11 @@ def _parts(plan: _Plan, score: Score | None, inputs: _Inputs) -> Any:
         ],
         name="decode_kernel",
     )
-    chosen = portable.Sizes(plan.rows, BLOCK, WARPS, STAGES)
+    chosen = portable_launch.Sizes(plan.rows, BLOCK, WARPS, STAGES)
     return jax.lax.platform_dependent(
         inputs,
         cpu=launch(interpret=True),
-        default=launch(compiler_params=portable.compiler_params(chosen)),
+        default=launch(compiler_params=portable_launch.compiler_params(chosen)),
     )
 
 
@@ -247,8 +247,10 @@ def _decode_kernel(
 
 def _refuses(q: Any, k: Any, score: Score | None, device: Device) -> str | None:
     width, rows = q.shape[-1], q.shape[1] * (q.shape[2] // k.shape[2])
-    if device.platform not in ("cpu", "gpu") or (device.platform == "gpu" and not portable.triton):
-        return f"it is for NVIDIA GPUs and JAX's Triton, and on a CPU for tests, not {device.kind}"
+    if device.platform == "gpu" and portable_launch.triton is None:
+        return f"jax {jax.__version__} no longer compiles Pallas kernels with Triton"
+    if device.platform not in ("cpu", "gpu"):
+        return f"it is for NVIDIA GPUs, and on a CPU for tests, not for a {device.kind}"
     if q.dtype not in portable.DTYPES or k.dtype != q.dtype:
         return f"queries and keys must be of one floating type, not {q.dtype} and {k.dtype}"
     if width not in (16, 32, 64, 128, 256):
