@@ -158,24 +158,26 @@ def _sharding_rule(
     """How the axes of the arrays belong together, for Shardy to spread the shardings by."""
     sizes = _sizes(ins, in_types)
     group = sizes[HEADS] // sizes[KV_HEADS]
+    # Query heads are key heads times the group, where neither is 1: Shardy has no such factors.
+    heads: str | CompoundFactor = HEADS if sizes[KV_HEADS] == 1 else CompoundFactor("k", "h")
+    if group == 1:
+        heads = KV_HEADS
     whole: list[str] = []
 
     def factor(letter: str) -> str | CompoundFactor:
         if letter == WHOLE:
             whole.append(f"whole{len(whole)}")
             return whole[-1]
-        if letter != HEADS or group == 1:
-            return KV_HEADS if letter == HEADS else letter
-        return CompoundFactor(KV_HEADS, "group")
+        return heads if letter == HEADS else letter
 
     def mappings(layouts: tuple[str, ...]) -> tuple[ArrayMapping, ...]:
         return tuple(ArrayMapping(*map(factor, layout)) for layout in layouts)
 
     arguments = mappings(ins), mappings(outs)
     replicated = tuple(whole)
-    if group == 1:
+    if not isinstance(heads, CompoundFactor):
         return SdyShardingRule(*arguments, need_replication_factors=replicated)
-    return SdyShardingRule(*arguments, need_replication_factors=replicated, group=group)
+    return SdyShardingRule(*arguments, need_replication_factors=replicated, h=group)
 
 
 def _partition(
