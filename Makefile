@@ -1,12 +1,14 @@
 # make demo   trains the built-in stories for about two minutes and tells one
 # make test   lint, types and all tests
+# make test-cuda  compiles every GPU kernel for an H200; needs no GPU, but 4.5 GB for the compilers
 # make bench  speed on this machine against PyTorch
-.PHONY: demo test bench clean
+.PHONY: demo test test-cuda bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 PEER = .venv-torch
+CUDA = .venv-cuda
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python train.py configs/stories.toml
@@ -18,6 +20,9 @@ test: $(INSTALLED)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -n 2 $(TESTS)
 
+test-cuda: $(CUDA)/.installed
+	JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest -n 2 $(wildcard tests/test_*compile*.py)
+
 bench: $(INSTALLED) $(PEER)/.installed
 	$(VENV)/bin/python benchmarks/train_cpu.py --peer-python $(PEER)/bin/python
 	$(VENV)/bin/python benchmarks/sample_cpu.py --peer-python $(PEER)/bin/python
@@ -28,6 +33,13 @@ $(INSTALLED): requirements.txt requirements-test.txt
 	$(VENV)/bin/python -m pip install --quiet -r requirements-test.txt
 	touch $@
 
+# JAX with NVIDIA's compilers, for Python 3.12 and later.
+$(CUDA)/.installed: requirements.txt requirements-test.txt requirements-test-cuda.txt
+	$(PYTHON) -m venv $(CUDA)
+	$(CUDA)/bin/python -m pip install --quiet --upgrade pip
+	$(CUDA)/bin/python -m pip install --quiet -r requirements-test-cuda.txt
+	touch $@
+
 # The peer of the benchmarks, kept apart: nothing here needs PyTorch.
 $(PEER)/.installed:
 	$(PYTHON) -m venv $(PEER)
@@ -35,4 +47,4 @@ $(PEER)/.installed:
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEER) .cache runs
+	rm -rf $(VENV) $(PEER) $(CUDA) .cache runs

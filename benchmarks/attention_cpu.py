@@ -8,6 +8,7 @@ Implementations take turns, so that a noisy machine is unfair to none, and the m
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -19,19 +20,27 @@ import jax.numpy as jnp
 
 from jaxdecoder.kernels import flash_attention, masks
 
-MASKS = {
-    "causal": masks.causal(),
-    "window 256": masks.causal() & masks.sliding_window(256),
+# Masks, and into how many segments the tokens of a row are packed (`segment_ids`, if more than 1).
+CASES = {
+    "causal": (masks.causal(), 1),
+    "window 256": (masks.causal() & masks.sliding_window(256), 1),
+    "causal, 8 segments": (masks.causal(), 8),
 }
 IMPLEMENTATIONS = ("reference", "chunked")
 
 
-def compiled(shape: tuple[int, ...], mask: masks.Mask, implementation: str) -> Any:
-    def summed(q: Any, k: Any, v: Any, weights: Any) -> Any:
-        out = flash_attention(q, k, v, mask=mask, implementation=implementation)
+def compiled(shape: tuple[int, ...], case: str, implementation: str) -> Any:
+    mask, n_segments = CASES[case]
+
+    def summed(q: Any, k: Any, v: Any, weights: Any, segments: Any) -> Any:
+        segment_ids = segments if n_segments > 1 else None
+        out = flash_attention(
+            q, k, v, mask=mask, segment_ids=segment_ids, implementation=implementation
+        )
         return jnp.sum(out * weights)
 
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32)] * 4
+    arrays.append(jax.ShapeDtypeStruct(shape[:2], jnp.int32))
     return jax.jit(jax.value_and_grad(summed, argnums=(0, 1, 2))).lower(*arrays).compile()
 
 
@@ -41,11 +50,14 @@ def seconds(function: Any, arrays: Any) -> float:
     return time.perf_counter() - start
 
 
-def compare(shape: tuple[int, ...], mask: masks.Mask, rounds: int) -> dict[str, dict[str, float]]:
+def compare(shape: tuple[int, ...], case: str, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds and mebibytes of each implementation."""
     keys = jax.random.split(jax.random.key(0), 4)
     arrays = [jax.random.normal(key, shape, jnp.float32) for key in keys]
-    functions = {name: compiled(shape, mask, name) for name in IMPLEMENTATIONS}
+    batch, length = shape[:2]
+    segments = jnp.arange(length, dtype=jnp.int32) * CASES[case][1] // length
+    arrays.append(jnp.broadcast_to(segments, (batch, length)))
+    functions = {name: compiled(shape, case, name) for name in IMPLEMENTATIONS}
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         seconds(function, arrays)
@@ -64,6 +76,7 @@ def compare(shape: tuple[int, ...], mask: masks.Mask, rounds: int) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--tokens", type=int, default=4096, help="batch x time, at least")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--width", type=int, default=64)
@@ -75,10 +88,10 @@ def main() -> None:
     print("| mask | batch, time, heads, width | " + " | ".join(IMPLEMENTATIONS) + " | faster |")
     print("| --- | --- | " + "--- | " * len(IMPLEMENTATIONS) + "--- |")
     rows = []
-    for length, (name, mask) in ((t, m) for t in options.times for m in MASKS.items()):
+    for length, name in itertools.product(options.times, options.cases):
         batch = max(1, options.tokens // length)
         shape = (batch, length, options.heads, options.width)
-        found = compare(shape, mask, options.rounds)
+        found = compare(shape, name, options.rounds)
         cells = [f"{x['milliseconds']:.1f} ms, {x['mebibytes']:.0f} MiB" for x in found.values()]
         reference, chunked = (found[name]["milliseconds"] for name in IMPLEMENTATIONS)
         faster = f"{reference / chunked:.2f} x"

@@ -45,7 +45,7 @@ AttentionName = Literal[
 ]
 Layout = Literal["serial", "parallel_stacks"]
 Initializer = Literal["normal", "uniform_fan_in", "scaled"]
-Implementation = Literal["auto", "reference", "chunked", "portable", "hopper"]
+Implementation = Literal["auto", "reference", "chunked", "portable", "hopper", "cudnn"]
 
 PAIRED: tuple[Position, ...] = ("alibi", "t5")
 GATED: tuple[Activation, ...] = ("swiglu", "geglu", "reglu")

@@ -24,8 +24,13 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Read by Mosaic's compiler, for every kernel; the second needs the package nvidia-cuda-nvdisasm.
-os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_SASS": "1"}
+# What the compilers print. They read this when the first of them is loaded, so before any compiles.
+os.environ |= {
+    "MOSAIC_GPU_DUMP_PTXAS": "1",
+    "MOSAIC_GPU_DUMP_SASS": "1",  # by nvdisasm, of the package nvidia-cuda-nvdisasm
+    "TF_CPP_MIN_LOG_LEVEL": "0",
+    "TF_CPP_VMODULE": "subprocess_compilation=5",  # ptxas on all that XLA and Triton make
+}
 
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
@@ -37,13 +42,8 @@ def _installed(name: str) -> bool:
         return False
 
 
-def has_cuda_packages() -> bool:
-    """Whether jax's CUDA compiler is here."""
-    return any(map(_installed, PLUGINS))
-
-
 needs_cuda_packages = pytest.mark.skipif(
-    not has_cuda_packages(),
+    not any(map(_installed, PLUGINS)),
     reason="jax has no CUDA compiler here: `make test-cuda` installs it and runs these tests",
 )
 
@@ -83,7 +83,7 @@ device_description_str: "NVIDIA H200"
 
 
 class Kernel(NamedTuple):
-    """What ptxas says of one Mosaic kernel."""
+    """What ptxas says of one kernel; Mosaic's are all called entry_mosaic_gpu_kernel."""
 
     name: str
     registers: int
@@ -101,7 +101,7 @@ class Record(NamedTuple):
     hlo: str
     """optimised, with the kernels as custom calls"""
     kernels: tuple[Kernel, ...]
-    """Mosaic's only: XLA compiles Triton's kernels itself and reports nothing of them"""
+    """Mosaic's, Triton's and XLA's own; one compiled before in this process is not there again"""
     log: str
     """what the compilers printed, with the machine code (SASS) of the Mosaic kernels"""
 
@@ -115,11 +115,7 @@ def _mesh(n_devices: int) -> Mesh:
 
 
 def compile_for_h200(
-    function: Callable[..., Any],
-    *shapes: Any,
-    n_devices: int = 1,
-    spec: P | None = None,
-    donate_argnums: int | tuple[int, ...] = (),
+    function: Callable[..., Any], *shapes: Any, n_devices: int = 1, spec: P | None = None
 ) -> Record:
     """Compiles `function` of pytrees of arrays, or of what has a shape and a dtype.
 
@@ -135,7 +131,7 @@ def compile_for_h200(
     # Triton's lowering asks the mesh which device it is for, and so does `implementation="auto"`.
     abstract = H200.update(axis_sizes=(n_devices,))
     with jax.sharding.use_abstract_mesh(abstract), _printed() as log:
-        compiled = jax.jit(function, donate_argnums=donate_argnums).lower(*arguments).compile()
+        compiled = jax.jit(function).lower(*arguments).compile()
     text = log[0]
     return Record(compiled.memory_analysis(), compiled.as_text(), _kernels(text), text)
 

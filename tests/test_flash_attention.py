@@ -36,10 +36,10 @@ H200 = AbstractMesh(
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
     """Blocks small enough that short sequences have many, empty, full and partial."""
-    sixteen = (portable.Sizes(16, 16, 4, 1),) * 3
+    sixteen = dict.fromkeys(portable.KERNELS, portable.Sizes(16, 16, 4, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "BLOCK", 16)
-        patch.setattr(portable, "sizes", lambda dtype, width: sixteen)
+        patch.setattr(portable, "sizes", lambda *_: sixteen)
         yield
 
 
@@ -379,12 +379,44 @@ def check_shards():
             )
             close(found, wanted, 1e-5)
 
-    # Under jit, a batch that is sharded over the devices is never gathered.
-    x = jax.ShapeDtypeStruct((8, 40, 2, 16), jnp.float32, sharding=NamedSharding(mesh, P("x")))
-    attended = functools.partial(flash_attention, mask=masks.causal(), implementation="chunked")
-    gradients = jax.grad(lambda q, k, v: attended(q, k, v).sum(), argnums=(0, 1, 2))
-    text = jax.jit(gradients).lower(x, x, x).compile().as_text()
-    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
+    # Under jit, what is sharded by batch entries stays so, and for kernels also by heads.
+    by_head = NamedSharding(mesh, P(None, None, "x"))
+    check_stays_sharded("chunked", SURROUNDED, NamedSharding(mesh, P("x")))
+    check_stays_sharded("portable", SURROUNDED, NamedSharding(mesh, P("x")))
+    check_stays_sharded("portable", SURROUNDED, by_head)
+    one_key_head = SURROUNDED._replace(kv_heads=1)
+    check_stays_sharded("portable", one_key_head, by_head, of_keys=NamedSharding(mesh, P()))
+
+
+def check_stays_sharded(implementation, case, sharding, of_keys=None):
+    """Nothing is gathered, and every device drops, and scores, as if it were the only one."""
+    shardings = sharding, of_keys or sharding, of_keys or sharding
+
+    def compiled(function, *arrays):
+        done = jax.jit(function).lower(*arrays, made.operands).compile()
+        text = done.as_text()
+        moved = [w for w in ("all-gather", "all-to-all", "collective-permute") if w in text]
+        assert not moved, (implementation, sharding.spec, moved)
+        return done
+
+    made = make(case)
+    ours, reference = gradient_of_loss(implementation), gradient_of_loss("reference")
+    arrays = made.q, made.k, made.v
+    placed = jax.device_put(arrays, shardings)
+    found = compiled(ours, *placed)(*placed, made.operands)
+    for x, wanted in zip(found, shardings, strict=False):
+        assert x.sharding.is_equivalent_to(wanted, 4)
+    close(found, reference(*arrays, made.operands), 1e-5)
+
+    # A population is vmapped, and its members may be on different devices.
+    if implementation == "portable" and sharding.spec[0] == "x":
+        members = [jnp.stack([x, -x]) for x in arrays]
+        placed = [jax.device_put(x, sharding) for x in members]
+        mapped = compiled(jax.vmap(ours, in_axes=(0, 0, 0, None)), *placed)
+        found = mapped(*placed, made.operands)
+        for i in range(2):
+            one = reference(*(x[i] for x in members), made.operands)
+            close(jax.tree.map(lambda x, i=i: x[i], found), one, 1e-5)
 
 
 def test_over_two_devices():

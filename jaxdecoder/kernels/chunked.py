@@ -24,6 +24,7 @@ from jaxdecoder.kernels.problem import (
     Operands,
     Problem,
 )
+from jaxdecoder.kernels.segments import narrowed
 
 # The scores of one step should fit a core's cache, and yet be worth a step. Long sequences have
 # larger blocks, because the lists of blocks grow with the square of their number.
@@ -80,7 +81,7 @@ class _Parts:
         return self.cut(jnp.arange(self.batch, dtype=jnp.int32))
 
     def operands(self, operands: Operands) -> Operands:
-        q, k, v, score, q_segments, k_segments, seed = operands
+        q, k, v, score, q_segments, k_segments, seed = operands[:7]
 
         def segments(x: Any) -> jax.Array | None:
             return None if x is None else self.shared(x) if x.shape[0] == 1 else self.cut(x)
@@ -111,7 +112,7 @@ class _Parts:
 
 def _forward(problem: Problem, entries: Any, operands: Operands) -> tuple[jax.Array, LogSumExp]:
     blocks = _Blocks(problem, operands, entries)
-    lists = block_lists(blocks.states)
+    lists = blocks.lists()
     q, k, v = blocks.rows(operands.q), blocks.columns(operands.k), blocks.columns(operands.v)
 
     def row(_: None, i: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
@@ -151,7 +152,7 @@ def _backward(
     dout: jax.Array,
 ) -> Gradients:
     blocks = _Blocks(problem, operands, entries)
-    lists = block_lists(blocks.states.T)
+    lists = blocks.lists(by_keys=True)
     q, k, v = blocks.rows(operands.q), blocks.columns(operands.k), blocks.columns(operands.v)
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
     delta = blocks.rows_of_numbers(delta.swapaxes(1, 2), 0.0)
@@ -204,6 +205,8 @@ def _walk(lists: BlockLists, row: Any, body: Any, carry: Any) -> Any:
     def step(check: bool, n: Any, carry: Any) -> Any:
         return body(check, indices[row, n], carry)
 
+    if not isinstance(lists.counts, np.ndarray):  # none is FULL
+        return jax.lax.fori_loop(0, counts[row], functools.partial(step, True), carry)
     if lists.full_counts.any():
         carry = jax.lax.fori_loop(0, full_counts[row], functools.partial(step, False), carry)
     if (lists.counts > lists.full_counts).any():
@@ -230,6 +233,14 @@ class _Blocks:
                 _split(operands.q_segments, 1, self.block_q),
                 _split(operands.k_segments, 1, self.block_k),
             )
+
+    def lists(self, by_keys: bool = False) -> BlockLists:
+        lists = block_lists(self.states.T if by_keys else self.states)
+        if not self.problem.segments_vary:
+            return lists
+        queries = self.operands.q_segments, self.block_q
+        keys = self.operands.k_segments, self.block_k
+        return narrowed(lists, *(keys + queries if by_keys else queries + keys), together=True)
 
     def rows(self, x: jax.Array) -> jax.Array:
         """(batch, q_time, heads, width) as (rows, batch, kv_heads, group, block, width)."""

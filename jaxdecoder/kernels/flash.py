@@ -13,14 +13,23 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxdecoder.errors import UserError
-from jaxdecoder.kernels import chunked, hopper, masks, portable, reference, scores
-from jaxdecoder.kernels.problem import Device, Gradients, Implementation, Operands, Problem, alike
+from jaxdecoder.kernels import chunked, cudnn, hopper, masks, portable, reference, scores
+from jaxdecoder.kernels.problem import (
+    Device,
+    Gradients,
+    Implementation,
+    Operands,
+    Problem,
+    alike,
+    current_device,
+)
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference.IMPLEMENTATION,
     "chunked": chunked.IMPLEMENTATION,
     "portable": portable.IMPLEMENTATION,
     "hopper": hopper.IMPLEMENTATION,
+    "cudnn": cudnn.IMPLEMENTATION,
 }
 # Below this length, a plain softmax over all scores is the quickest.
 SHORT = 128
@@ -165,23 +174,14 @@ def _candidates(operands: Operands, device: Device) -> list[tuple[str, str]]:
         return [("reference", f"{q_time} queries of {k_time} keys are quickest in one piece")]
     linear = "it skips empty blocks, in memory linear in the length"
     kernels = [
+        ("cudnn", "NVIDIA's own kernel knows this mask"),
         ("hopper", "its kernels are made for Hopper GPUs"),
         ("portable", "its kernels fit any NVIDIA GPU"),
     ]
-    kernels = kernels if device.platform == "gpu" else []
-    return [*kernels, ("chunked", f"{linear}, on any device")]
-
-
-def current_device() -> Device:
-    """What the computation being traced will run on, as far as can be known."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is not None:
-        return Device(abstract.platform or jax.default_backend(), abstract.device_kind)
-    chosen = getattr(jax.config, "jax_default_device", None)
-    if isinstance(chosen, str):
-        chosen = jax.devices(chosen)[0]
-    device = jax.devices()[0] if chosen is None else chosen
-    return Device(device.platform, device.device_kind)
+    return [
+        *(kernels if device.platform == "gpu" else ()),
+        ("chunked", f"{linear}, on any device"),
+    ]
 
 
 # --- From arguments to a problem ---------------------------------------------------------------

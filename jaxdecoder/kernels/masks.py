@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, SupportsIndex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int8, Int32
+from jaxtyping import Array, Int8, Int32
 
 from jaxdecoder.errors import UserError
 
@@ -545,9 +545,9 @@ class BlockLists(NamedTuple):
     that a kernel that reads ahead reads a block it has.
     """
 
-    counts: Int32[np.ndarray, " rows"]
-    full_counts: Int32[np.ndarray, " rows"]
-    indices: Int32[np.ndarray, "rows longest"]
+    counts: Int32[Array | np.ndarray, "*batch rows"]
+    full_counts: Int32[Array | np.ndarray, "*batch rows"]
+    indices: Int32[Array | np.ndarray, "*batch rows longest"]
 
 
 def block_lists(states: Int8[np.ndarray, "rows columns"]) -> BlockLists:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 
-from jaxdecoder.kernels import masks, scores
+from jaxdecoder.kernels import masks, scores, tuning
 from jaxdecoder.kernels.dropout import keep
+from jaxdecoder.kernels.partitioning import over_devices
+from jaxdecoder.kernels.portable_launch import Inputs, Sizes, Tiling, triton
 from jaxdecoder.kernels.problem import (
     Device,
     Gradients,
@@ -26,55 +27,46 @@ from jaxdecoder.kernels.problem import (
     LogSumExp,
     Operands,
     Problem,
-    alike,
     captures_arrays,
-    result,
 )
-
-try:  # Only GPUs need it, and JAX means to remove it.
-    from jax.experimental.pallas import triton
-except ImportError:  # pragma: no cover
-    triton = None  # type: ignore[assignment]
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 LARGEST_WIDTH = 256
 
 
-class Sizes(NamedTuple):
-    """How a kernel is cut: its block of queries, its block of keys, and its launch."""
-
-    block_q: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-# For widths up to the key, padded to a power of two. The largest blocks that should
-# leave room for two stages in the registers and shared memory of an 80 GB Ampere or a Hopper card.
+# By width, for widths up to it: the largest blocks that leave room in the registers and the shared
+# memory of a Hopper card, by the compilers' own report.
 HALF = {
-    64: (Sizes(128, 64, 4, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2)),
-    128: (Sizes(128, 64, 8, 2), Sizes(64, 64, 4, 2), Sizes(64, 64, 8, 2)),
-    256: (Sizes(64, 32, 8, 2), Sizes(32, 32, 8, 1), Sizes(32, 32, 8, 1)),
+    64: (Sizes(128, 64, 8, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2)),
+    128: (Sizes(128, 64, 8, 2), Sizes(64, 64, 8, 2), Sizes(64, 64, 8, 2)),
+    256: (Sizes(64, 32, 8, 2), Sizes(32, 32, 4, 1), Sizes(32, 32, 4, 1)),
 }
 SINGLE = {
-    64: (Sizes(64, 32, 4, 2), Sizes(32, 32, 4, 1), Sizes(32, 32, 4, 1)),
-    128: (Sizes(32, 32, 4, 1), Sizes(32, 32, 4, 1), Sizes(32, 32, 4, 1)),
+    64: (Sizes(64, 32, 8, 1), Sizes(32, 32, 4, 1), Sizes(32, 32, 4, 1)),
+    128: (Sizes(32, 16, 8, 1), Sizes(32, 16, 8, 1), Sizes(32, 16, 8, 1)),
     256: (Sizes(16, 16, 4, 1), Sizes(16, 16, 4, 1), Sizes(16, 16, 4, 1)),
 }
+KERNELS = ("forward", "queries", "keys")
 
 
-def sizes(dtype: Any, width: int) -> tuple[Sizes, Sizes, Sizes]:
-    """Of the forward kernel, and of those for the gradients of queries and of keys and values."""
-    table = SINGLE if dtype == jnp.float32 else HALF
-    return next(chosen for largest, chosen in table.items() if width <= largest)
+def sizes(problem: Problem, operands: Operands) -> dict[str, Sizes]:
+    """Of each kernel: those measured on this card, or else the defaults."""
+    tuned = tuning.table().get(tuning.key("portable", problem, operands))
+    if tuned is not None:
+        return {kernel: Sizes(*tuned[kernel]) for kernel in KERNELS}
+    by_width = SINGLE if operands.q.dtype == jnp.float32 else HALF
+    chosen = next(row for width, row in by_width.items() if operands.q.shape[-1] <= width)
+    return dict(zip(KERNELS, chosen, strict=True))
 
 
-def forward(problem: Problem, operands: Operands) -> tuple[jax.Array, LogSumExp]:
-    """See `problem.Implementation`."""
-    tiling = _Tiling(problem, operands, sizes(operands.q.dtype, operands.q.shape[-1])[0])
+def forward(
+    problem: Problem, operands: Operands, chosen: Sizes | None = None
+) -> tuple[jax.Array, LogSumExp]:
+    """See `problem.Implementation`; `chosen` is for measurements, as it is below."""
+    tiling = Tiling(problem, operands, chosen or sizes(problem, operands)["forward"])
     out, logsumexp = tiling.call(
         functools.partial(_forward_kernel, tiling),
-        masks.block_lists(tiling.states),
+        tiling.lists(operands),
         tiling.inputs(operands),
         [tiling.by_query(operands.q), tiling.by_row(operands.q)],
         tiling.heads,
@@ -89,39 +81,64 @@ def backward(
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     # Without keys every weight is exp(-inf - inf) = 0.
     logsumexp = jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp)
-    _, for_queries, for_keys = sizes(operands.q.dtype, operands.q.shape[-1])
+    dq, dscore = gradient_of_queries(problem, operands, dout, logsumexp, delta)
+    dk, dv = gradient_of_keys(problem, operands, dout, logsumexp, delta)
+    return Gradients(dq, dk, dv, dscore)
 
-    tiling = _Tiling(problem, operands, for_queries)
+
+def gradient_of_queries(
+    problem: Problem,
+    operands: Operands,
+    dout: jax.Array,
+    logsumexp: jax.Array,
+    delta: jax.Array,
+    chosen: Sizes | None = None,
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    """The gradients of the queries and of the score's operands.
+
+    `delta` (batch, heads, q_time) sums the products of the output and its gradient.
+    """
+    tiling = Tiling(problem, operands, chosen or sizes(problem, operands)["queries"])
     learned = [x for x, flag in zip(operands.score, problem.learned, strict=True) if flag]
     dq, *dscore = tiling.call(
         functools.partial(_queries_kernel, tiling),
-        masks.block_lists(tiling.states),
+        tiling.lists(operands),
         tiling.inputs(operands, dout, logsumexp, delta),
         [tiling.by_query(operands.q), *map(tiling.by_row_of, learned)],
         tiling.heads,
     )
-    dq = tiling.cut(dq, tiling.q_time)
     sums = iter([jnp.sum(x, axis=(0, 2)) for x in dscore])
     score = tuple(
         next(sums).reshape(x.shape) if flag else None
         for x, flag in zip(operands.score, problem.learned, strict=True)
     )
+    return tiling.cut(dq, tiling.q_time), score
 
-    tiling = _Tiling(problem, operands, for_keys)
+
+def gradient_of_keys(
+    problem: Problem,
+    operands: Operands,
+    dout: jax.Array,
+    logsumexp: jax.Array,
+    delta: jax.Array,
+    chosen: Sizes | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of keys and values."""
+    tiling = Tiling(problem, operands, chosen or sizes(problem, operands)["keys"])
     dk, dv = tiling.call(
         functools.partial(_keys_kernel, tiling),
-        masks.block_lists(tiling.states.T),
+        tiling.lists(operands, by_keys=True),
         tiling.inputs(operands, dout, logsumexp, delta),
         [tiling.by_key(operands.k), tiling.by_key(operands.v)],
         tiling.kv_heads,
     )
-    return Gradients(dq, tiling.cut(dk, tiling.k_time), tiling.cut(dv, tiling.k_time), score)
+    return tiling.cut(dk, tiling.k_time), tiling.cut(dv, tiling.k_time)
 
 
 # --- The kernels -------------------------------------------------------------------------------
 
 
-def _forward_kernel(tiling: _Tiling, lists: Any, refs: _Inputs, out: Any, logsumexp: Any) -> None:
+def _forward_kernel(tiling: Tiling, lists: Any, refs: Inputs, out: Any, logsumexp: Any) -> None:
     i, head, batch = (pl.program_id(axis) for axis in range(3))
     place = _Place(tiling, refs, batch, head)
     q = place.queries(refs.q, i)
@@ -129,7 +146,8 @@ def _forward_kernel(tiling: _Tiling, lists: Any, refs: _Inputs, out: Any, logsum
     def step(check: bool, n: Any, carry: Any) -> Any:
         largest, total, mixed = carry
         j = lists.indices[i, n]
-        s = place.new_score(i, j, tiling.products(q, place.keys(refs.k, j)))
+        products = place.products(q, place.keys(refs.k, j))
+        s = place.new_score(i, j, products * tiling.problem.scale)
         if check:
             s = jnp.where(place.allowed(i, j), s, -jnp.inf)
         higher = jnp.maximum(largest, jnp.max(s, axis=1))
@@ -149,7 +167,7 @@ def _forward_kernel(tiling: _Tiling, lists: Any, refs: _Inputs, out: Any, logsum
     logsumexp[...] = jnp.where(some, largest + jnp.log(divisor), -jnp.inf)
 
 
-def _queries_kernel(tiling: _Tiling, lists: Any, refs: _Inputs, dq: Any, *dscore: Any) -> None:
+def _queries_kernel(tiling: Tiling, lists: Any, refs: Inputs, dq: Any, *dscore: Any) -> None:
     i, head, batch = (pl.program_id(axis) for axis in range(3))
     place = _Place(tiling, refs, batch, head)
     q, dout = place.queries(refs.q, i), place.queries(refs.dout, i)
@@ -173,13 +191,13 @@ def _queries_kernel(tiling: _Tiling, lists: Any, refs: _Inputs, dq: Any, *dscore
             ref[column] = next(numbers)
 
 
-def _keys_kernel(tiling: _Tiling, lists: Any, refs: _Inputs, dk: Any, dv: Any) -> None:
+def _keys_kernel(tiling: Tiling, lists: Any, refs: Inputs, dk: Any, dv: Any) -> None:
     j, kv_head, batch = (pl.program_id(axis) for axis in range(3))
-    shared = _Place(tiling, refs, batch, kv_head * tiling.group)
+    shared = _Place(tiling, refs, batch, kv_head * tiling.group, keys_first=True)
     k, v = shared.keys(refs.k, j), shared.keys(refs.v, j)
 
     def of_head(g: Any, carry: Any) -> Any:
-        place = _Place(tiling, refs, batch, kv_head * tiling.group + g)
+        place = _Place(tiling, refs, batch, kv_head * tiling.group + g, keys_first=True)
 
         def step(check: bool, n: Any, carry: Any) -> Any:
             dk, dv = carry
@@ -189,9 +207,8 @@ def _keys_kernel(tiling: _Tiling, lists: Any, refs: _Inputs, dk: Any, dv: Any) -
             weights, ds, _ = place.gradient(
                 check, i, j, q, k, v, dout, logsumexp, delta, learned=False
             )
-            weights = place.dropped(i, j, weights).astype(dout.dtype)
-            dv = dv + tiling.dot(weights, dout, transpose_a=True)
-            return dk + tiling.dot(ds.astype(q.dtype), q, transpose_a=True), dv
+            dv = dv + tiling.dot(place.dropped(i, j, weights).astype(dout.dtype), dout)
+            return dk + tiling.dot(ds.astype(q.dtype), q), dv
 
         return _walk(lists, j, step, carry)
 
@@ -208,11 +225,37 @@ def _walk(lists: Any, row: Any, step: Callable[..., Any], carry: Any) -> Any:
 
 
 class _Place:
-    """One head's blocks inside a kernel: what they hold, and what becomes of their scores."""
+    """One head's blocks inside a kernel: what they hold, and what becomes of their scores.
 
-    def __init__(self, tiling: _Tiling, refs: _Inputs, batch: Any, head: Any):
+    Scores are (queries, keys), or (keys, queries) where the products with them sum over queries:
+    transposing them instead costs registers, and more than there are in float32.
+    """
+
+    def __init__(
+        self, tiling: Tiling, refs: Inputs, batch: Any, head: Any, keys_first: bool = False
+    ):
         self.tiling, self.refs, self.batch, self.head = tiling, refs, batch, head
         self.member = jax.lax.rem(head, tiling.group)
+        self.keys_first = keys_first
+
+    def numbers_of_head(self) -> tuple[Any, Any]:
+        """Which batch entry and head this is, among those of all devices."""
+        if self.refs.batch_index is None:
+            return self.batch, self.head
+        return self.refs.batch_index[self.batch], self.refs.head_index[self.head]
+
+    def parameters(self, function: Callable[..., Any]) -> tuple[Any, ...]:
+        return scores.Score(function).parameters(self.refs.score, self.head)
+
+    def products(self, of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
+        a, b = (of_keys, of_queries) if self.keys_first else (of_queries, of_keys)
+        return self.tiling.dot(a, b, transpose_b=True)
+
+    def along_queries(self, numbers: jax.Array) -> jax.Array:
+        return numbers[None, :] if self.keys_first else numbers[:, None]
+
+    def along_keys(self, numbers: jax.Array) -> jax.Array:
+        return numbers[:, None] if self.keys_first else numbers[None, :]
 
     def queries(self, ref: Any, i: Any) -> jax.Array:
         return ref[pl.ds(i * self.tiling.block_q, self.tiling.block_q), self.member, :]
@@ -224,14 +267,17 @@ class _Place:
         return ref[self.member, pl.ds(i * self.tiling.block_q, self.tiling.block_q)]
 
     def index(self, i: Any, j: Any) -> tuple[jax.Array, jax.Array]:
-        shape = self.tiling.block_q, self.tiling.block_k
-        q, k = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-        return i * self.tiling.block_q + q, j * self.tiling.block_k + k
+        block_q, block_k = self.tiling.block_q, self.tiling.block_k
+        shape = (block_k, block_q) if self.keys_first else (block_q, block_k)
+        first, second = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        q, k = (second, first) if self.keys_first else (first, second)
+        return i * block_q + q, j * block_k + k
 
     def new_score(self, i: Any, j: Any, s: jax.Array) -> jax.Array:
-        problem = self.tiling.problem
-        index = (self.batch, self.head, *self.index(i, j))
-        return problem.new_score(self.refs.score, s, *index)
+        function = self.tiling.problem.score
+        if function is None:
+            return s
+        return function(s, *self.numbers_of_head(), *self.index(i, j), *self.parameters(function))
 
     def allowed(self, i: Any, j: Any) -> jax.Array:
         tiling, refs = self.tiling, self.refs
@@ -241,13 +287,14 @@ class _Place:
             return tiling.problem.allowed(q, k, k_time=k_time)
         q_segment = refs.q_segments[pl.ds(i * tiling.block_q, tiling.block_q)]
         k_segment = refs.k_segments[pl.ds(j * tiling.block_k, tiling.block_k)]
-        return tiling.problem.allowed(q, k, q_segment[:, None], k_segment[None, :], k_time)
+        segments = self.along_queries(q_segment), self.along_keys(k_segment)
+        return tiling.problem.allowed(q, k, *segments, k_time)
 
     def dropped(self, i: Any, j: Any, weights: jax.Array) -> jax.Array:
         rate = self.tiling.problem.dropout_rate
         if rate == 0.0:
             return weights
-        kept = keep(self.refs.seed[0], rate, self.batch, self.head, *self.index(i, j))
+        kept = keep(self.refs.seed[0], rate, *self.numbers_of_head(), *self.index(i, j))
         return jnp.where(kept, weights / (1.0 - rate), 0.0)
 
     def gradient(
@@ -265,11 +312,11 @@ class _Place:
     ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
         """The attention weights, the gradient of the scores, and those of the score's numbers."""
         problem = self.tiling.problem
-        s = self.tiling.products(q, k)
+        s = self.products(q, k) * problem.scale
         pull = None
         if problem.score is not None:
-            function, index = problem.score, self.index(i, j)
-            parameters = scores.Score(function).parameters(self.refs.score, self.head)
+            function, parameters = problem.score, self.parameters(problem.score)
+            index = (*self.numbers_of_head(), *self.index(i, j))
             wanted = [flag and learned for flag in problem.learned]
             chosen = [p for p, flag in zip(parameters, wanted, strict=True) if flag]
 
@@ -277,187 +324,18 @@ class _Place:
                 rest = iter(chosen)
                 pairs = zip(parameters, wanted, strict=True)
                 all_ = [next(rest) if flag else p for p, flag in pairs]
-                return function(s, self.batch, self.head, *index, *all_)
+                return function(s, *index, *all_)
 
             s, pull = jax.vjp(new_score, s, chosen)
         if check:
             s = jnp.where(self.allowed(i, j), s, -jnp.inf)
-        weights = jnp.exp(s - logsumexp[:, None])
-        dweights = self.dropped(i, j, self.tiling.dot(dout, v, transpose_b=True))
-        ds = weights * (dweights - delta[:, None])
+        weights = jnp.exp(s - self.along_queries(logsumexp))
+        dweights = self.dropped(i, j, self.products(dout, v))
+        ds = weights * (dweights - self.along_queries(delta))
         if pull is None:
             return weights, ds, []
         ds, parts = pull(ds)
         return weights, ds, jax.tree.leaves(parts)
-
-
-# --- The launch --------------------------------------------------------------------------------
-
-
-class _Inputs(NamedTuple):
-    """The arrays of a launch, and inside a kernel their parts for one batch entry and key head."""
-
-    q: Any
-    k: Any
-    v: Any
-    dout: Any
-    logsumexp: Any
-    delta: Any
-    q_segments: Any
-    k_segments: Any
-    score: tuple[Any, ...]
-    seed: Any
-
-
-class _Tiling:
-    """One problem cut into blocks: sizes, padded arrays and the launch of a kernel on them."""
-
-    def __init__(self, problem: Problem, operands: Operands, chosen: Sizes):
-        self.problem, self.chosen = problem, chosen
-        self.block_q, self.block_k = chosen.block_q, chosen.block_k
-        self.batch, self.q_time, self.heads, self.width = operands.q.shape
-        self.k_time, self.kv_heads = operands.k.shape[1:3]
-        self.group = self.heads // self.kv_heads
-        self.padded_q = -(-self.q_time // self.block_q) * self.block_q
-        self.padded_k = -(-self.k_time // self.block_k) * self.block_k
-        # Triton's tiles are powers of two, and its matrix products at least 16 wide.
-        self.padded_width = max(16, 1 << (self.width - 1).bit_length())
-        self.ragged = self.padded_k != self.k_time
-        self.states = problem.states(self.q_time, self.k_time, self.block_q, self.block_k)
-        self.precision = jax.lax.Precision.HIGHEST if operands.q.dtype == jnp.float32 else None
-
-    def inputs(
-        self,
-        operands: Operands,
-        dout: jax.Array | None = None,
-        logsumexp: jax.Array | None = None,
-        delta: jax.Array | None = None,
-    ) -> _Inputs:
-        def padded(x: Any, axis: int, size: int, filling: float = 0) -> Any:
-            if x is None:
-                return None
-            sizes = {axis: size} | ({3: self.padded_width} if x.ndim == 4 else {})
-            widths = [(0, sizes.get(a, n) - n) for a, n in enumerate(x.shape)]
-            return x if not np.any(widths) else jnp.pad(x, widths, constant_values=filling)
-
-        seed = operands.dropout_seed
-        return _Inputs(
-            padded(operands.q, 1, self.padded_q),
-            padded(operands.k, 1, self.padded_k),
-            padded(operands.v, 1, self.padded_k),
-            padded(dout, 1, self.padded_q),
-            padded(logsumexp, 2, self.padded_q, jnp.inf),  # weights of padded queries are 0
-            padded(delta, 2, self.padded_q),
-            padded(operands.q_segments, 1, self.padded_q),
-            padded(operands.k_segments, 1, self.padded_k),
-            operands.score,
-            None if seed is None else seed.reshape(1),
-        )
-
-    def cut(self, x: jax.Array, time: int) -> jax.Array:
-        """Takes the padding off an array (batch, time, heads, width)."""
-        return x[:, :time, :, : self.width]
-
-    def by_query(self, like: Any) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
-        """A result with a row of numbers for every query, head and batch entry."""
-        shape = (self.batch, self.padded_q, self.heads, self.padded_width)
-        block = (None, self.block_q, None, self.padded_width)
-        return result(shape, like.dtype, like), pl.BlockSpec(block, lambda i, h, b: (b, i, h, 0))
-
-    def by_key(self, like: Any) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
-        shape = (self.batch, self.padded_k, self.kv_heads, self.padded_width)
-        block = (None, self.block_k, None, self.padded_width)
-        return result(shape, like.dtype, like), pl.BlockSpec(block, lambda j, h, b: (b, j, h, 0))
-
-    def by_row(self, like: Any) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
-        """A result with a number for every query, head and batch entry."""
-        shape = (self.batch, self.heads, self.padded_q)
-        spec = pl.BlockSpec((None, None, self.block_q), lambda i, h, b: (b, h, i))
-        return result(shape, jnp.float32, like), spec
-
-    def by_row_of(self, operand: Any) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
-        """A part of the gradient of a score operand for every block of queries."""
-        n = operand.size // self.heads
-        shape = (self.batch, self.heads, self.padded_q // self.block_q, n)
-        spec = pl.BlockSpec((None, None, None, n), lambda i, h, b: (b, h, i, 0))
-        return result(shape, jnp.float32, operand), spec
-
-    def products(self, q: jax.Array, k: jax.Array) -> jax.Array:
-        return self.dot(q, k, transpose_b=True) * self.problem.scale
-
-    def dot(
-        self, a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False
-    ) -> jax.Array:
-        axes = (0 if transpose_a else 1,), (1 if transpose_b else 0,)
-        return jax.lax.dot_general(
-            a, b, (axes, ((), ())), precision=self.precision, preferred_element_type=jnp.float32
-        )
-
-    def call(
-        self,
-        kernel: Callable[..., None],
-        lists: masks.BlockLists,
-        inputs: _Inputs,
-        results: list[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
-        heads: int,
-    ) -> Any:
-        """Runs a kernel for every row of the lists, head (query's or key's) and batch entry."""
-        shapes, out_specs = zip(*results, strict=True)
-        grid = (len(lists.counts), heads, self.batch)
-        lists, inputs = alike((jax.tree.map(jnp.asarray, lists), inputs))
-
-        def kv_head(h: Any) -> Any:
-            return h // (heads // self.kv_heads)
-
-        def whole(x: Any) -> pl.BlockSpec:
-            return pl.BlockSpec(x.shape, lambda i, h, b: (0,) * x.ndim)
-
-        def segments(x: Any) -> pl.BlockSpec | None:
-            if x is None:
-                return None
-            return pl.BlockSpec((None, x.shape[1]), lambda i, h, b: (b if x.shape[0] > 1 else 0, 0))
-
-        group, width = self.group, self.padded_width
-        of_queries = pl.BlockSpec(
-            (None, self.padded_q, group, width), lambda i, h, b: (b, 0, kv_head(h), 0)
-        )
-        of_keys = pl.BlockSpec(
-            (None, self.padded_k, None, width), lambda i, h, b: (b, 0, kv_head(h), 0)
-        )
-        numbers = pl.BlockSpec((None, group, self.padded_q), lambda i, h, b: (b, kv_head(h), 0))
-        in_specs = _Inputs(
-            of_queries,
-            of_keys,
-            of_keys,
-            None if inputs.dout is None else of_queries,
-            None if inputs.logsumexp is None else numbers,
-            None if inputs.delta is None else numbers,
-            segments(inputs.q_segments),
-            segments(inputs.k_segments),
-            tuple(map(whole, inputs.score)),
-            None if inputs.seed is None else whole(inputs.seed),
-        )
-        launch = functools.partial(
-            pl.pallas_call,
-            kernel,
-            grid=grid,
-            in_specs=(jax.tree.map(whole, lists), in_specs),
-            out_specs=list(out_specs),
-            out_shape=list(shapes),
-            name=kernel.func.__name__.strip("_"),  # type: ignore[attr-defined]
-        )
-        return jax.lax.platform_dependent(
-            lists,
-            inputs,
-            cpu=launch(interpret=True),
-            default=launch(compiler_params=_compiler_params(self.chosen)),
-        )
-
-
-def _compiler_params(chosen: Sizes) -> Any:
-    if triton is None:
-        return None
-    return triton.CompilerParams(num_warps=chosen.num_warps, num_stages=chosen.num_stages)
 
 
 def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None:
@@ -478,4 +356,4 @@ def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None
     return None
 
 
-IMPLEMENTATION = Implementation(forward, backward, _refuses)
+IMPLEMENTATION = Implementation(*over_devices(forward, backward), _refuses)

@@ -104,6 +104,11 @@ class Operands(NamedTuple):
     k_segments: Any = None
     dropout_seed: Any = None
     """uint32 (): a weight is kept if `dropout.keep(seed, rate, batch, head, q, k)`."""
+    batch_index: Any = None
+    """int32 (batch,): which entries of the whole batch these are, for scores and dropout; the
+    first ones, in order, when left out."""
+    head_index: Any = None
+    """int32 (heads,): likewise of the query heads."""
 
 
 class Gradients(NamedTuple):
@@ -123,6 +128,18 @@ class Device(NamedTuple):
     """What the maker calls it, such as NVIDIA H200."""
 
 
+def current_device() -> Device:
+    """What the computation being traced will run on, as far as can be known."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None:
+        return Device(abstract.platform or jax.default_backend(), abstract.device_kind)
+    chosen = getattr(jax.config, "jax_default_device", None)
+    if isinstance(chosen, str):
+        chosen = jax.devices(chosen)[0]
+    device = jax.devices()[0] if chosen is None else chosen
+    return Device(device.platform, device.device_kind)
+
+
 LogSumExp = Float[Array, "batch heads q_time"]
 
 
@@ -131,12 +148,13 @@ class Implementation(NamedTuple):
 
     `forward` gives the output, in the type of q, and the float32 logarithm of the sum of the
     exponentials of each query's allowed scores, (batch, heads, q_time), -inf for a query without
-    keys (whose output is zeros). `backward` may be None: JAX then differentiates `forward`.
+    keys (whose output is zeros). `backward` may be None: JAX then differentiates `forward`, which
+    may leave the logarithm out.
     `refuses` says why it cannot solve a problem of such operands on a device, as the end of the
     sentence "it cannot, because ...", or None.
     """
 
-    forward: Callable[[Problem, Operands], tuple[jax.Array, LogSumExp]]
+    forward: Callable[[Problem, Operands], tuple[jax.Array, LogSumExp | None]]
     backward: Callable[[Problem, Operands, jax.Array, LogSumExp, jax.Array], Gradients] | None
     refuses: Callable[[Problem, Operands, Device], str | None]
 

@@ -47,7 +47,7 @@ def attention(
 
 def forward(problem: Problem, operands: Operands) -> tuple[jax.Array, LogSumExp]:
     """See `problem.Implementation`."""
-    q, k, v, *_, dropout_seed = operands
+    q, k, v = operands[:3]
     batch, q_time, heads, _ = q.shape
     batch_index, head, q_index, k_index = _indices(batch, heads, q_time, k.shape[1])
     segments = (
@@ -61,7 +61,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[jax.Array, LogSumExp]
         index = (batch_index, head, q_index, k_index)
         return problem.new_score(operands.score, s * problem.scale, *index)
 
-    return _attention(q, k, v, allowed, score, problem.dropout_rate, dropout_seed)
+    return _attention(q, k, v, allowed, score, problem.dropout_rate, operands.dropout_seed)
 
 
 def _indices(batch: int, heads: int, q_time: int, k_time: int) -> list[np.ndarray]:

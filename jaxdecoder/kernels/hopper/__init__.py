@@ -26,6 +26,7 @@ from jaxdecoder.kernels.problem import (
     result,
 )
 
+
 class KernelSizes(NamedTuple):
     """Of the forward kernel, of the one for the gradient of queries, and of those for the
     gradients of keys and values, by which of them a kernel computes."""

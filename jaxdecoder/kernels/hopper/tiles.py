@@ -21,9 +21,7 @@ from jaxdecoder.kernels.scores import Score
 
 ROWS = 64  # of one `wgmma`, and of a compute warpgroup's tile
 CONSUMERS = 2  # compute warpgroups of a block; one more moves memory
-COMPILER = plgpu.CompilerParams(
-    approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-)
+COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 LOG2E = math.log2(math.e)
 
 # Where the tensor cores leave a product in the registers of a warpgroup.

@@ -1,0 +1,68 @@
+"""Block sizes as measured on cards: `tuned.json`, which `benchmarks/tune_attention.py` makes.
+
+A row holds for one implementation, card, type, width and kind of mask; where there is none, each
+implementation has sizes that compile and run everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdecoder.kernels import masks
+from jaxdecoder.kernels.problem import Operands, Problem, current_device
+
+PATH = Path(__file__).with_name("tuned.json")
+SMALLEST_WIDTH = 64
+BLOCK = 128
+
+
+class Key(NamedTuple):
+    """What the best sizes depend on."""
+
+    implementation: str
+    card: str
+    dtype: str
+    width: int
+    mask: str
+
+
+Table = dict[Key, dict[str, list[int]]]
+"""For each key, the sizes of each of the implementation's kernels, by the kernel's name."""
+
+
+def key(implementation: str, problem: Problem, operands: Operands) -> Key:
+    """The row that a problem belongs to, on the present device."""
+    _, q_time, _, width = operands.q.shape
+    return Key(
+        implementation,
+        current_device().kind,
+        jnp.dtype(operands.q.dtype).name,
+        max(SMALLEST_WIDTH, 1 << (width - 1).bit_length()),
+        mask_kind(problem, q_time, operands.k.shape[1]),
+    )
+
+
+def mask_kind(problem: Problem, q_time: int, k_time: int) -> str:
+    """ "full" if most blocks with any work need no check, "partial" if most need one."""
+    states = problem.states(q_time, k_time, BLOCK, BLOCK)
+    full, partial = (np.count_nonzero(states == state) for state in (masks.FULL, masks.PARTIAL))
+    return "full" if full >= partial else "partial"
+
+
+@functools.cache
+def table(path: Path = PATH) -> Table:
+    """What has been measured so far."""
+    rows = json.loads(path.read_text())
+    return {Key(**{name: row[name] for name in Key._fields}): row["sizes"] for row in rows}
+
+
+def write(tuned: Table, path: Path = PATH) -> None:
+    """Replaces the file, one row a line."""
+    rows = [json.dumps({**key._asdict(), "sizes": sizes}) for key, sizes in sorted(tuned.items())]
+    path.write_text("[\n" + ",\n".join(rows) + "\n]\n" if rows else "[]\n")
