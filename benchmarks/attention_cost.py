@@ -12,7 +12,7 @@ than the clock on the wall; mechanisms take turns, and medians count. Growth is 
 through the logarithms: 1 is linear, 2 is the square. Windows, blocks and ranks stay as they are
 while the context grows; linformer's rank r and block b are such that its compressed pairs, which
 grow with the square, reach the number of its exact ones at T = b^2 / r = 8192, the end of what is
-measured. Writes benchmarks/results/attention_cost.json and docs/pictures/attention_cost.png.
+measured. Writes benchmarks/results/attention_cost.json and docs/attention_cost.png.
 """
 
 from __future__ import annotations
@@ -180,9 +180,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "attention_cost.json"
     )
-    parser.add_argument(
-        "--picture", type=Path, default=ROOT / "docs" / "pictures" / "attention_cost.png"
-    )
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "attention_cost.png")
     options = parser.parse_args()
 
     described = describe(shape=SHAPE, rounds=options.rounds)
