@@ -498,7 +498,7 @@ CPU = Device("cpu", "cpu")
     [
         (CPU, 32, Case(), "reference"),
         (CPU, 1024, Case(), "chunked"),
-        (GPU, 1024, Case(), "portable"),
+        (GPU, 1024, Case(mask="strided"), "portable"),
         (GPU, 1024, Case(width=272), "chunked"),
     ],
 )
