@@ -26,6 +26,7 @@ from jaxdecoder.kernels.problem import (
     result,
 )
 
+
 class KernelSizes(NamedTuple):
     """Of the forward kernel, of the one for the gradient of queries, and of those for the
     gradients of keys and values, by which of them a kernel computes."""
@@ -49,7 +50,7 @@ OTHERS = {
 DTYPES = (jnp.bfloat16, jnp.float16)
 # What the registers hold, beside the accumulators.
 LARGEST_WIDTH = 128
-MOST_NUMBERS = 2
+MOST_NUMBERS = 1
 HOPPER = {"H100", "H200", "H800", "H20", "GH200"}
 
 
@@ -87,11 +88,11 @@ def backward(
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     # Without keys every weight is 2^(-inf - inf) = 0.
     logsumexp = jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp / math.log(2))
-    of_queries = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (logsumexp, delta)]
+    rows = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (logsumexp, delta)]
     if operands.q_segments is not None:
         segments = operands.q_segments[:, None].astype(jnp.int32)
-        of_queries.append(jnp.broadcast_to(segments, delta.shape))
-    of_queries = jnp.stack(of_queries, axis=2)
+        rows.append(jnp.broadcast_to(segments, delta.shape))
+    of_queries = jnp.stack(rows, axis=2)
     chosen = sizes(problem, operands.q.shape[-1])
 
     launch = Launch(backward_kernels.QUERIES, problem, operands, chosen.queries, interpret)
@@ -102,14 +103,14 @@ def backward(
         shape = (launch.batch, launch.heads, n, launch.q_whole)
         results.append(result(shape, jnp.float32, operands.q))
     dq, *dscore = launch(arrays, results)
-    sums = jnp.sum(dscore[0], axis=(0, 3)) if n else None
-    score, start = [], 0
+    numbers = jnp.sum(dscore[0], axis=(0, 3)) if n else jnp.zeros((launch.heads, 0))
+    score: list[Any] = []
     for x, learned in zip(operands.score, problem.learned, strict=True):
-        end = start + (x.size // launch.heads if learned else 0)
-        score.append(sums[:, start:end].reshape(x.shape) if learned else None)
-        start = end
+        size = x.size // launch.heads if learned else 0
+        score.append(numbers[:, :size].reshape(x.shape) if learned else None)
+        numbers = numbers[:, size:]
 
-    found = {}
+    found: dict[str, jax.Array] = {}
     for wanted, key_sizes in chosen.keys.items():
         kernel = backward_kernels.KEYS[wanted]
         launch = Launch(kernel, problem, operands, key_sizes, interpret)
@@ -131,7 +132,7 @@ def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None
     if width % 16 or width > LARGEST_WIDTH:
         return f"its heads are multiples of 16 wide, up to {LARGEST_WIDTH}, not {width}"
     if numbers > MOST_NUMBERS:
-        return f"its scores read at most {MOST_NUMBERS} numbers a head, not {numbers}"
+        return f"its scores read at most {MOST_NUMBERS} number a head, not {numbers}"
     if not masks.is_positional(problem.positional_mask):
         return "a kernel has no array to look documents up in, unless they are joined by & alone"
     if captured is not None:

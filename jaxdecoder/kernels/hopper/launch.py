@@ -137,7 +137,7 @@ class Launch:
         together = self._heads_together()
 
         def body(*refs: Any, memory: Any) -> None:
-            work, arrays = tree.unflatten(refs[: len(operands)])
+            work, arrays = jax.tree.unflatten(tree, refs[: len(operands)])
 
             def here() -> At:
                 # A barrier keeps the compiler from keeping the answer, at the price of registers.
@@ -189,7 +189,7 @@ class Step(NamedTuple):
     What is not asked for is not computed.
     """
 
-    count: Any
+    number: Any
     within: Any
     first: Any
     span: Any
@@ -216,10 +216,11 @@ def walk(work: Work, row: Any, members: int, visit: Callable[..., Any], carry: A
     for check, first, last in ((False, jnp.int32(0), full), (True, full, end)):
         span = last - first
 
-        def body(t: Any, carry: Any, check: bool = check, first: Any = first, span: Any = span):
+        def body(t: Any, carry: Any, check: bool, first: Any, span: Any) -> Any:
             return visit(check, Step(first * members + t, t, first, span, members), carry)
 
-        carry = lax.fori_loop(0, span * members, body, carry)
+        one = functools.partial(body, check=check, first=first, span=span)
+        carry = lax.fori_loop(0, span * members, one, carry)
     return carry
 
 
