@@ -471,7 +471,8 @@ CPU = Device("cpu", "cpu")
     [
         (CPU, 32, Case(), "reference"),
         (CPU, 1024, Case(), "chunked"),
-        (GPU, 1024, Case(), "portable"),
+        (GPU, 1024, Case(), "hopper"),
+        (GPU, 1024, Case(width=256), "portable"),
         (GPU, 1024, Case(width=272), "chunked"),
     ],
 )

@@ -1,4 +1,11 @@
-"""Attention as Pallas Mosaic GPU kernels for Hopper cards: TMA, `wgmma`, specialised warpgroups."""
+"""Attention as Pallas Mosaic GPU kernels for Hopper cards: TMA, `wgmma`, specialised warpgroups.
+
+`launch.py` cuts a problem into blocks and gives the warpgroups their roles, `tiles.py` is what the
+kernels share inside, `forward.py` and `backward.py` are the kernels. Given `interpret`, parameters
+of Mosaic's interpreter, they run on a CPU; factors that the tensor cores would take from registers
+then go by way of shared memory. The compiler is allowed the card's approximate functions (2^x,
+log, tanh).
+"""
 
 from __future__ import annotations
 
