@@ -21,7 +21,8 @@ from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.hopper import backward as backward_kernels
 from jaxdecoder.kernels.hopper import forward as forward_kernel
 from jaxdecoder.kernels.hopper import tiles
-from jaxdecoder.kernels.hopper.launch import Launch, Sizes
+from jaxdecoder.kernels.hopper.launch import Launch, Sizes, padded, up
+from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS
 from jaxdecoder.kernels.problem import (
     Device,
     Gradients,
@@ -95,9 +96,12 @@ def backward(
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     # Without keys every weight is 2^(-inf - inf) = 0.
     logsumexp = jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp / math.log(2))
+    # Nor have queries that only fill a block any weights, whatever the score makes of them.
+    whole = up(operands.q.shape[1], CONSUMERS * ROWS)
+    logsumexp, delta = padded(logsumexp, 2, whole, jnp.inf), padded(delta, 2, whole)
     rows = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (logsumexp, delta)]
     if operands.q_segments is not None:
-        segments = operands.q_segments[:, None].astype(jnp.int32)
+        segments = padded(operands.q_segments, 1, whole)[:, None]
         rows.append(jnp.broadcast_to(segments, delta.shape))
     of_queries = jnp.stack(rows, axis=2)
     chosen = sizes(problem, operands.q.shape[-1])
