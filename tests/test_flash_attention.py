@@ -498,7 +498,8 @@ CPU = Device("cpu", "cpu")
     [
         (CPU, 32, Case(), "reference"),
         (CPU, 1024, Case(), "chunked"),
-        (GPU, 1024, Case(mask="strided"), "portable"),
+        (GPU, 1024, Case(mask="strided"), "hopper"),
+        (GPU, 1024, Case(mask="strided", width=256), "portable"),
         (GPU, 1024, Case(width=272), "chunked"),
     ],
 )

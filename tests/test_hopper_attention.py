@@ -114,7 +114,7 @@ def sorted_scores(score, batch, head, q_index, k_index):
         ({"dtype": "float32"}, "bfloat16 and float16, not in float32"),
         ({"width": 72}, "multiples of 16 wide, up to 128, not 72"),
         ({"width": 256}, "up to 128, not 256"),
-        ({"score": scores.relative_bias(np.ones((4, 32)))}, "numbers a head, not 32"),
+        ({"score": scores.relative_bias(np.ones((4, 32)))}, "number a head, not 32"),
         (
             {"mask": masks.first(3) | masks.documents(np.zeros(256, np.int32))},
             "unless they are joined by &",

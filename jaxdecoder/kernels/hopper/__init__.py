@@ -1,4 +1,11 @@
-"""Attention as Pallas Mosaic GPU kernels for Hopper cards: TMA, `wgmma`, specialised warpgroups."""
+"""Attention as Pallas Mosaic GPU kernels for Hopper cards: TMA, `wgmma`, specialised warpgroups.
+
+`launch.py` cuts a problem into blocks and gives the warpgroups their roles, `tiles.py` is what the
+kernels share inside, `forward.py` and `backward.py` are the kernels. Given `interpret`, parameters
+of Mosaic's interpreter, they run on a CPU; factors that the tensor cores would take from registers
+then go by way of shared memory. The compiler is allowed the card's approximate functions (2^x,
+log, tanh).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +21,8 @@ from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.hopper import backward as backward_kernels
 from jaxdecoder.kernels.hopper import forward as forward_kernel
 from jaxdecoder.kernels.hopper import tiles
-from jaxdecoder.kernels.hopper.launch import Launch, Sizes
+from jaxdecoder.kernels.hopper.launch import Launch, Sizes, padded, up
+from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS
 from jaxdecoder.kernels.problem import (
     Device,
     Gradients,
@@ -50,7 +58,7 @@ OTHERS = {
 DTYPES = (jnp.bfloat16, jnp.float16)
 # What the registers hold, beside the accumulators.
 LARGEST_WIDTH = 128
-MOST_NUMBERS = 2
+MOST_NUMBERS = 1
 HOPPER = {"H100", "H200", "H800", "H20", "GH200"}
 
 
@@ -88,11 +96,14 @@ def backward(
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     # Without keys every weight is 2^(-inf - inf) = 0.
     logsumexp = jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp / math.log(2))
-    of_queries = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (logsumexp, delta)]
+    # Nor have queries that only fill a block any weights, whatever the score makes of them.
+    whole = up(operands.q.shape[1], CONSUMERS * ROWS)
+    logsumexp, delta = padded(logsumexp, 2, whole, jnp.inf), padded(delta, 2, whole)
+    rows = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (logsumexp, delta)]
     if operands.q_segments is not None:
-        segments = operands.q_segments[:, None].astype(jnp.int32)
-        of_queries.append(jnp.broadcast_to(segments, delta.shape))
-    of_queries = jnp.stack(of_queries, axis=2)
+        segments = padded(operands.q_segments, 1, whole)[:, None]
+        rows.append(jnp.broadcast_to(segments, delta.shape))
+    of_queries = jnp.stack(rows, axis=2)
     chosen = sizes(problem, operands.q.shape[-1])
 
     launch = Launch(backward_kernels.QUERIES, problem, operands, chosen.queries, interpret)
@@ -103,14 +114,14 @@ def backward(
         shape = (launch.batch, launch.heads, n, launch.q_whole)
         results.append(result(shape, jnp.float32, operands.q))
     dq, *dscore = launch(arrays, results)
-    sums = jnp.sum(dscore[0], axis=(0, 3)) if n else None
-    score, start = [], 0
+    numbers = jnp.sum(dscore[0], axis=(0, 3)) if n else jnp.zeros((launch.heads, 0))
+    score: list[Any] = []
     for x, learned in zip(operands.score, problem.learned, strict=True):
-        end = start + (x.size // launch.heads if learned else 0)
-        score.append(sums[:, start:end].reshape(x.shape) if learned else None)
-        start = end
+        size = x.size // launch.heads if learned else 0
+        score.append(numbers[:, :size].reshape(x.shape) if learned else None)
+        numbers = numbers[:, size:]
 
-    found = {}
+    found: dict[str, jax.Array] = {}
     for wanted, key_sizes in chosen.keys.items():
         kernel = backward_kernels.KEYS[wanted]
         launch = Launch(kernel, problem, operands, key_sizes, interpret)
@@ -132,7 +143,7 @@ def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None
     if width % 16 or width > LARGEST_WIDTH:
         return f"its heads are multiples of 16 wide, up to {LARGEST_WIDTH}, not {width}"
     if numbers > MOST_NUMBERS:
-        return f"its scores read at most {MOST_NUMBERS} numbers a head, not {numbers}"
+        return f"its scores read at most {MOST_NUMBERS} number a head, not {numbers}"
     if not masks.is_positional(problem.positional_mask):
         return "a kernel has no array to look documents up in, unless they are joined by & alone"
     if captured is not None:

@@ -69,8 +69,8 @@ def _queries_load(
         keys = pl.ds(work.indices[at.row, step.column] * launch.k_block, launch.k_block)
         place = at.batch, keys, lax.div(at.head, jnp.int32(launch.group))
         segments = launch.segments(arrays.k_segments, at.batch, keys)
-        memory.keys.fill(step.count, k=arrays.k.at[place], segments=segments)
-        memory.values.fill(step.count, v=arrays.v.at[place])
+        memory.keys.fill(step.number, k=arrays.k.at[place], segments=segments)
+        memory.values.fill(step.number, v=arrays.v.at[place])
 
     walk(work, at.row, 1, fill)
     steps = work.counts[at.row]
@@ -96,7 +96,7 @@ def _queries_compute(
     logsumexp, delta = (tiles.floats_along(0, numbers.at[i]) for i in range(2))
 
     def visit(check: bool, step: Step, carry: Any) -> Any:
-        n = step.count
+        n = step.number
         dq, sums = carry
         k_start = jnp.int32(0)
         if check or head.needs_index:
@@ -174,11 +174,11 @@ def _keys_load(launch: Launch, arrays: Arrays, work: Work, at: At, memory: _Keys
         head = at.head * launch.group + step.member
         queries = pl.ds(work.indices[at.row, step.column] * launch.q_block, launch.q_block)
         memory.queries.fill(
-            step.count,
+            step.number,
             q=arrays.q.at[at.batch, queries, head],
             numbers=arrays.of_queries.at[at.batch, head, :, queries],
         )
-        memory.douts.fill(step.count, dout=arrays.dout.at[at.batch, queries, head])
+        memory.douts.fill(step.number, dout=arrays.dout.at[at.batch, queries, head])
 
     walk(work, at.row, launch.group, fill)
     steps = work.counts[at.row] * launch.group
@@ -213,7 +213,7 @@ def _keys_compute(
         q_start = jnp.int32(0)
         if check or head.needs_index:
             q_start = work.indices[at.row, step.column] * launch.q_block
-        queries = memory.queries.take(step.count)
+        queries = memory.queries.take(step.number)
         [products] = tiles.multiply((owned["k"], tiles.transposed(queries["q"])))
         numbers = queries["numbers"]
         segments = launch.segments_of(numbers), owned.get("segments")
@@ -222,7 +222,7 @@ def _keys_compute(
         weights = jnp.exp2(s - tiles.spread(tiles.floats_along(1, numbers.at[0]), 1, shape))
         dropped = tile.dropout()
         rounded = weights.astype(launch.dtype)
-        dout = memory.douts.take(step.count)["dout"]
+        dout = memory.douts.take(step.number)["dout"]
         of_weights = [(owned["v"], tiles.transposed(dout))] * ("k" in wanted)
         if "v" in wanted:
             sums["v"], *dweights = tiles.add_product(
@@ -230,14 +230,14 @@ def _keys_compute(
             )
         else:
             dweights = tiles.multiply(*of_weights)
-        memory.douts.release(step.count)
+        memory.douts.release(step.number)
         if "k" in wanted:
             # Half as many registers hold them while the products are under way.
             weights = lax.optimization_barrier(rounded).astype(jnp.float32)
             delta = tiles.spread(tiles.floats_along(1, numbers.at[1]), 1, shape)
             ds, _ = pull(weights * (dropped(*dweights) - delta))
             [sums["k"]] = tiles.add_product(sums["k"], ds, queries["q"], stage=stage)
-        memory.queries.release(step.count)
+        memory.queries.release(step.number)
         return sums
 
     sums = {name: tiles.zeros(ROWS, launch.width) for name in wanted}

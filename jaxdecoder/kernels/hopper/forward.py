@@ -55,8 +55,8 @@ def _load(launch: Launch, arrays: Arrays, work: Work, at: At, memory: _Memory) -
         keys = pl.ds(work.indices[at.row, step.column] * launch.k_block, launch.k_block)
         place = at.batch, keys, lax.div(at.head, jnp.int32(launch.group))
         segments = launch.segments(arrays.k_segments, at.batch, keys)
-        memory.keys.fill(step.count, k=arrays.k.at[place], segments=segments)
-        memory.values.fill(step.count, v=arrays.v.at[place])
+        memory.keys.fill(step.number, k=arrays.k.at[place], segments=segments)
+        memory.values.fill(step.number, v=arrays.v.at[place])
 
     walk(work, at.row, 1, fill)
     steps = work.counts[at.row]
@@ -84,7 +84,7 @@ def _compute(
         plgpu.barrier_wait(memory.turn)
 
     def visit(check: bool, step: Step, carry: Any) -> Any:
-        n = step.count
+        n = step.number
         largest, total, mixed = carry
         k_start = jnp.int32(0)
         if check or head.needs_index:

@@ -70,20 +70,20 @@ class Launch:
         self.segments_shared = self.segmented and operands.q_segments.shape[0] == 1
         rows, columns = CONSUMERS * ROWS, sizes.columns
         self.q_block, self.k_block = (columns, rows) if kernel.rows_are_keys else (rows, columns)
-        self.q_whole, self.k_whole = _up(self.q_time, self.q_block), _up(self.k_time, self.k_block)
+        self.q_whole, self.k_whole = up(self.q_time, self.q_block), up(self.k_time, self.k_block)
 
     def arrays(self, operands: Operands, dout: Any = None, of_queries: Any = None) -> Arrays:
         # The copy engine reads zeros past the end of an array, but moves whole groups of 8 rows.
-        q_time, k_time = _up(self.q_time, 8), _up(self.k_time, 8)
+        q_time, k_time = up(self.q_time, 8), up(self.k_time, 8)
         seed = operands.dropout_seed
         return Arrays(
-            _padded(operands.q, 1, q_time),
-            _padded(operands.k, 1, k_time),
-            _padded(operands.v, 1, k_time),
-            _padded(dout, 1, q_time),
-            _padded(of_queries, 3, self.q_whole),
-            _padded(operands.q_segments, 1, self.q_whole) if dout is None else None,
-            _padded(operands.k_segments, 1, self.k_whole),
+            padded(operands.q, 1, q_time),
+            padded(operands.k, 1, k_time),
+            padded(operands.v, 1, k_time),
+            padded(dout, 1, q_time),
+            of_queries,
+            padded(operands.q_segments, 1, self.q_whole) if dout is None else None,
+            padded(operands.k_segments, 1, self.k_whole),
             operands.score,
             None if seed is None else seed.reshape(1),
         )
@@ -137,7 +137,7 @@ class Launch:
         together = self._heads_together()
 
         def body(*refs: Any, memory: Any) -> None:
-            work, arrays = tree.unflatten(refs[: len(operands)])
+            work, arrays = jax.tree.unflatten(tree, refs[: len(operands)])
 
             def here() -> At:
                 # A barrier keeps the compiler from keeping the answer, at the price of registers.
@@ -189,7 +189,7 @@ class Step(NamedTuple):
     What is not asked for is not computed.
     """
 
-    count: Any
+    number: Any
     within: Any
     first: Any
     span: Any
@@ -216,18 +216,20 @@ def walk(work: Work, row: Any, members: int, visit: Callable[..., Any], carry: A
     for check, first, last in ((False, jnp.int32(0), full), (True, full, end)):
         span = last - first
 
-        def body(t: Any, carry: Any, check: bool = check, first: Any = first, span: Any = span):
+        def body(t: Any, carry: Any, check: bool, first: Any, span: Any) -> Any:
             return visit(check, Step(first * members + t, t, first, span, members), carry)
 
-        carry = lax.fori_loop(0, span * members, body, carry)
+        one = functools.partial(body, check=check, first=first, span=span)
+        carry = lax.fori_loop(0, span * members, one, carry)
     return carry
 
 
-def _padded(x: Any, axis: int, size: int) -> Any:
+def padded(x: Any, axis: int, size: int, filling: float = 0) -> Any:
     if x is None or x.shape[axis] == size:
         return x
-    return jnp.pad(x, [(0, size - n if a == axis else 0) for a, n in enumerate(x.shape)])
+    widths = [(0, size - n if a == axis else 0) for a, n in enumerate(x.shape)]
+    return jnp.pad(x, widths, constant_values=filling)
 
 
-def _up(n: int, multiple: int) -> int:
+def up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -233,7 +232,7 @@ class Tile(NamedTuple):
     """In shared memory."""
     k_segments: Any = None
 
-    def index(self) -> tuple[jax.Array, jax.Array]:
+    def positions(self) -> tuple[jax.Array, jax.Array]:
         q, k = (
             plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=TILE)
             for axis in (self.query_axis, 1 - self.query_axis)
@@ -246,7 +245,11 @@ class Tile(NamedTuple):
             axes = self.query_axis, 1 - self.query_axis
             pairs = zip(axes, (self.q_segments, self.k_segments), strict=True)
             segments = tuple(spread(along(axis, ref), axis, self.shape) for axis, ref in pairs)
-        allowed = self.head.problem.allowed(*self.index(), *segments, self.head.k_time)
+        q_segments, k_segments = segments
+        positions = self.positions()
+        allowed = self.head.problem.allowed(
+            *positions, q_segments, k_segments, k_time=self.head.k_time
+        )
         return jnp.broadcast_to(allowed, self.shape)
 
     def base_two_scores(self, products: jax.Array) -> jax.Array:
@@ -254,7 +257,7 @@ class Tile(NamedTuple):
         head, problem = self.head, self.head.problem
         if problem.score is None:
             return products * (problem.scale * LOG2E)
-        place = head.batch, head.head, *self.index()
+        place = head.batch, head.head, *self.positions()
         return problem.score(products * problem.scale, *place, *head.parameters) * LOG2E
 
     def scores(
@@ -270,7 +273,7 @@ class Tile(NamedTuple):
         head, problem = self.head, self.head.problem
         if problem.score is None:
             return self.base_two_scores(products), lambda ds: (ds, [])
-        function, index = problem.score, self.index()
+        function, index = problem.score, self.positions()
         wanted = [learned and flag for flag in problem.learned]
         chosen = [p for p, flag in zip(head.parameters, wanted, strict=True) if flag]
         # One copy for every score, so that their gradients are not summed yet.
@@ -299,7 +302,7 @@ class Tile(NamedTuple):
         head, rate = self.head, self.head.problem.dropout_rate
         if rate == 0.0:
             return lambda weights: weights
-        kept = keep(head.seed, rate, head.batch, head.head, *self.index())
+        kept = keep(head.seed, rate, head.batch, head.head, *self.positions())
         return lambda weights: jnp.where(kept, weights * (1.0 / (1.0 - rate)), 0.0)
 
 
@@ -324,11 +327,9 @@ def try_out(problem: Problem, score: tuple[Any, ...]) -> None:
 
 def _lowerable(function: Any, *arguments: Any) -> Any:
     """`function(*arguments)`, its sums of derivatives as plain sums, which Mosaic can lower."""
-    leaves, tree = jax.tree.flatten(arguments)
-    jaxpr, shape = jax.make_jaxpr(lambda *xs: function(*tree.unflatten(xs)), return_shape=True)(
-        *leaves
-    )
-    results = _evaluate(jaxpr, *leaves)
+    jaxpr = jax.make_jaxpr(function)(*arguments)
+    shape = jax.eval_shape(function, *arguments)
+    results = _evaluate(jaxpr, *jax.tree.leaves(arguments))
     return jax.tree.unflatten(jax.tree.structure(shape), results)
 
 

@@ -1,0 +1,67 @@
+"""The Hopper kernels compile for an H200: with tensor core instructions, and without spills."""
+
+import gpu_compile
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdecoder.kernels import flash, masks, scores
+
+pytestmark = gpu_compile.needs_cuda_packages
+
+TIME, HEADS = 2048, 4
+DOCUMENTS = masks.documents(np.repeat([0, 1, 2], [700, 800, 548]))
+MASKS = {
+    "causal": masks.causal(),
+    "window": masks.causal() & masks.sliding_window(300),
+    "longformer": masks.causal() & (masks.sliding_window(300) | masks.first(100)),
+    "strided": masks.causal() & (masks.sliding_window(64) | masks.strided(64)),
+    "documents": masks.causal() & DOCUMENTS,
+    "fixed_blocks": masks.causal() & masks.fixed_blocks(128, 8),
+}
+SCORES = {
+    "none": None,
+    "soft_cap": scores.soft_cap(50.0),
+    "alibi": scores.alibi(np.ones(HEADS, np.float32), learned=True),
+}
+# Every row of the tables of sizes, and what presses hardest on the registers.
+CASES = [
+    (128, "causal", "none", 0.0, "float16"),
+    *[(128, mask, "none", 0.0, "bfloat16") for mask in MASKS],
+    *[(64, mask, "none", 0.0, "bfloat16") for mask in ("causal", "documents", "fixed_blocks")],
+    *[(width, "documents", score, 0.1, "bfloat16") for width in (64, 128) for score in SCORES],
+    (16, "causal", "none", 0.0, "bfloat16"),
+    (80, "documents", "alibi", 0.1, "float16"),
+]
+
+
+@pytest.mark.parametrize(("width", "mask", "score", "rate", "dtype"), CASES)
+def test_uses_tensor_cores_and_spills_nothing(width, mask, score, rate, dtype):
+    q = jax.ShapeDtypeStruct((1, TIME, HEADS, width), dtype)
+    k = jax.ShapeDtypeStruct((1, TIME, HEADS // 2, width), dtype)
+
+    def gradients(q, k, v, dout):
+        def attended(q, k, v):
+            return flash.flash_attention(
+                q,
+                k,
+                v,
+                mask=MASKS[mask],
+                score=SCORES[score],
+                dropout_rate=rate,
+                dropout_seed=jnp.uint32(1),
+                implementation="hopper",
+            )
+
+        return jax.vjp(attended, q, k, v)[1](dout)
+
+    record = gpu_compile.compile_for_h200(gradients, q, k, k, q)
+    kernels = {kernel.name: kernel for kernel in record.kernels if "mosaic" in kernel.name}
+    machine_code = dict(x.split(",", 1) for x in record.log.split(".section\t.text.")[1:])
+    assert {"attention_forward", "attention_queries_gradient"} < {
+        name.removesuffix("_mosaic_gpu_kernel") for name in kernels
+    }
+    for name, kernel in kernels.items():
+        assert "HGMMA" in machine_code[name]
+        assert kernel.stack == kernel.spill_stores == kernel.spill_loads == 0, kernel
