@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxdecoder.config import ConfigError, ModelConfig
 from jaxdecoder.layers import serial
 from jaxdecoder.layers.cache import Cache, Caches, Cursor
+from jaxdecoder.layers.depth import Passed
 from jaxdecoder.layers.linear import embedding_initializer, linear, product
 from jaxdecoder.layers.positions import POSITIONS
 
@@ -21,7 +22,7 @@ class Layout(NamedTuple):
     """How the layers between embedding and head are wired.
 
     body: (config, dtype, unrolled) -> module from (x, positions, caches, cursor, deterministic) to
-        what the head sees and the extended caches.
+        a `Passed`: what the head sees, the extended caches and more.
     unroll: (params, config) -> the body's parameters as `unrolled` takes them.
     empty_caches: (config, batch, dtype) -> the body's caches with nothing in them.
     width: (config) -> the width of what the head sees.
@@ -83,24 +84,40 @@ class Decoder(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "batch time"]:
-        """What training minimises at each of `tokens`, in nats: that of the next token."""
-        logits = self(tokens, deterministic=deterministic)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        """What training minimises at each of `tokens`, in nats: the loss of the next token.
+
+        Unless `deterministic`, those of early exits have their shares in it, and the routers of a
+        mixture of depths add theirs.
+        """
+        passed = self._pass(tokens, deterministic)
+        share = 1.0 - sum(share for share, _ in passed.exits)
+        losses = share * self._cross_entropy(passed.features, targets)
+        for share, features in passed.exits:
+            losses += share * self._cross_entropy(features, targets)
+        return losses + passed.penalty
 
     def features(
         self, tokens: Int[Array, "batch time"], *, deterministic: bool = True
     ) -> Float[Array, "batch time width"]:
         """What the head sees."""
+        return self._pass(tokens, deterministic).features
+
+    def _pass(self, tokens: Int[Array, "batch time"], deterministic: bool) -> Passed:
         c = self.config
         if tokens.shape[1] > c.context_length:
             raise ConfigError(
                 "model.context_length", c.context_length, f"{tokens.shape[1]} tokens do not fit"
             )
         positions = jnp.arange(tokens.shape[1])[None]
-        features, _ = self.body(
-            self._embed(tokens, positions), positions, None, None, deterministic
-        )
-        return features
+        x = self._embed(tokens, positions)
+        passed: Passed = self.body(x, positions, None, None, deterministic)
+        return passed
+
+    def _cross_entropy(
+        self, features: Float[Array, "batch time width"], targets: Int[Array, "batch time"]
+    ) -> Float[Array, "batch time"]:
+        logits = self.logits(features)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
     def extend(
         self, tokens: Int[Array, "batch time"], cache: Cache, *, last: bool = False
@@ -119,9 +136,11 @@ class Decoder(nn.Module):
         time = tokens.shape[1]
         positions = cache.cursor.query_positions(time)
         x = self._embed(tokens, positions)
-        features, layers = self.body(x, positions, cache.layers, cache.cursor, True)
+        passed: Passed = self.body(x, positions, cache.layers, cache.cursor, True)
+        features = passed.features[:, -1:] if last else passed.features
         cursor = Cursor(cache.cursor.length + time, cache.cursor.start)
-        return self.logits(features[:, -1:] if last else features), Cache(cursor, layers)
+        assert passed.caches is not None
+        return self.logits(features), Cache(cursor, passed.caches)
 
     def logits(
         self, features: Float[Array, "batch time width"]

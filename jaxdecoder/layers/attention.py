@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels import masks, scores
@@ -72,6 +72,10 @@ MASKS: dict[str, Callable[[ModelConfig], masks.Mask]] = {
 }
 
 
+Seen = Callable[[Int[Array, "batch keys"]], Bool[Array, "batch keys"]]
+"""Which keys, given by their positions, there are to see at all."""
+
+
 class Heads(NamedTuple):
     """What a mechanism mixes: the heads of a layer and how positions reach them."""
 
@@ -83,6 +87,8 @@ class Heads(NamedTuple):
     rotate: Callable[[jax.Array], jax.Array]
     """Turns queries or keys by their positions; the identity where positions do not rotate."""
     score: scores.Score | None
+    seen: Seen | None = None
+    """None: all keys, and positions are consecutive."""
 
 
 class Mechanism(NamedTuple):
@@ -116,8 +122,12 @@ class MaskedMixing(nn.Module):
         c = self.config
         q, k, v = heads.rotate(heads.q), heads.rotate(heads.k), heads.v
         time, scale = q.shape[1], q.shape[-1] ** -0.5
-        if cache is None or cursor is None:
-            dropped = c.dropout > 0 and not deterministic
+        dropped = c.dropout > 0 and not deterministic
+        dropout: dict[str, Any] = {
+            "dropout_rate": c.dropout if dropped else 0.0,
+            "dropout_seed": dropout_seed(self) if dropped else None,
+        }
+        if cache is None and heads.seen is None:
             mixed = flash_attention(
                 q,
                 k,
@@ -125,23 +135,26 @@ class MaskedMixing(nn.Module):
                 mask=self.mask,
                 score=heads.score,
                 scale=scale,
-                dropout_rate=c.dropout if dropped else 0.0,
-                dropout_seed=dropout_seed(self) if dropped else None,
                 implementation=c.attention_implementation,
+                **dropout,
             )
             return mixed, None
-        cache = write(cache, k, v, cursor)
-        held = cursor.slot_positions(time, cache.slots)
-        allowed = self.mask(heads.positions[:, :, None], held[:, None, :])
+        held = heads.positions
+        if cache is not None and cursor is not None:
+            cache = write(cache, k, v, cursor)
+            held = cursor.slot_positions(time, cache.slots)
+            k, v = cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2)
+        there = held >= 0 if heads.seen is None else (held >= 0) & heads.seen(held)
         mixed = attention(
             q,
-            cache.k.swapaxes(1, 2),
-            cache.v.swapaxes(1, 2),
-            (allowed & (held >= 0)[:, None, :])[:, None],
+            k,
+            v,
+            (self.mask(heads.positions[:, :, None], held[:, None, :]) & there[:, None, :])[:, None],
             scale=scale,
             score=heads.score,
             q_index=heads.positions,
             k_index=held,
+            **dropout,
         )
         return mixed, cache
 
@@ -170,6 +183,7 @@ class Attention(nn.Module):
         cursor: Cursor | None = None,
         *,
         deterministic: bool = True,
+        seen: Seen | None = None,
     ) -> tuple[Float[Array, "batch time d_model"], Any]:
         """Attends within x, or, given a cache, from x to the cache with x written to it."""
         c = self.config.resolve()
@@ -196,7 +210,7 @@ class Attention(nn.Module):
         score = None if position.score is None else position.score(c, name="positions")()
         mixing = ATTENTIONS[self.mechanism].mixing(c, name="mixing")
         mixed, cache = mixing(
-            Heads(q, k, v, positions, rotate, score), cache, cursor, deterministic
+            Heads(q, k, v, positions, rotate, score, seen), cache, cursor, deterministic
         )
 
         out = mixed.reshape(batch, time, c.n_heads * d_head)
