@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,8 +22,9 @@ from jaxdecoder.layers.positions import POSITIONS
 class Layout(NamedTuple):
     """How the layers between embedding and head are wired.
 
-    body: (config, dtype, unrolled) -> module from (x, positions, caches, cursor, deterministic) to
-        a `Passed`: what the head sees, the extended caches and more.
+    body: (config, dtype, unrolled) -> module from (x, positions, caches, cursor, deterministic,
+        head) to a `Passed`: what the head sees, the extended caches and more. `head`, from features
+        to logits, is for bodies that have to ask it on the way.
     unroll: (params, config) -> the body's parameters as `unrolled` takes them.
     empty_caches: (config, batch, dtype) -> the body's caches with nothing in them.
     width: (config) -> the width of what the head sees.
@@ -136,11 +138,16 @@ class Decoder(nn.Module):
         time = tokens.shape[1]
         positions = cache.cursor.query_positions(time)
         x = self._embed(tokens, positions)
-        passed: Passed = self.body(x, positions, cache.layers, cache.cursor, True)
-        features = passed.features[:, -1:] if last else passed.features
+        head = functools.partial(
+            self.clone(parent=None, name=None).apply, self.variables, method="logits"
+        )
+        passed: Passed = self.body(x, positions, cache.layers, cache.cursor, True, head)
+        logits = passed.logits
+        if logits is None:
+            logits = self.logits(passed.features[:, -1:] if last else passed.features)
         cursor = Cursor(cache.cursor.length + time, cache.cursor.start)
         assert passed.caches is not None
-        return self.logits(features), Cache(cursor, passed.caches)
+        return logits, Cache(cursor, passed.caches)
 
     def logits(
         self, features: Float[Array, "batch time width"]

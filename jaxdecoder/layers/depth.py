@@ -7,6 +7,8 @@ blocks choose the tokens that these blocks take, and the others pass by.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -82,6 +84,98 @@ DEPTHS: dict[str, Depth] = {
     "early_exit": Depth(early_exits, none_routed),
     "mixture_of_depths": Depth(last_only, last_routed),
 }
+
+
+def exits_of(config: ModelConfig) -> dict[int, float]:
+    """The depths at which a token may stop, each with its share of the training loss."""
+    return DEPTHS[config.depth].exits(config)
+
+
+# --- Early exits ---------------------------------------------------------------------------------
+
+Head = Callable[[Stream], Float[Array, "batch time vocab"]]
+Layer = Callable[[Stream, Any], tuple[Stream, Any]]
+
+
+def probability(logits: Float[Array, "*rows vocab"]) -> Float[Array, "*rows"]:
+    """That of the likeliest token."""
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    return 1.0 / jnp.sum(jnp.exp(logits - largest), axis=-1)
+
+
+def margin(logits: Float[Array, "*rows vocab"]) -> Float[Array, "*rows"]:
+    """By how much the likeliest token is more probable than the second (arXiv 2207.07061)."""
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    # Without the one likeliest, so that of two that are equally likely one remains.
+    others = jnp.arange(logits.shape[-1]) != jnp.argmax(logits, axis=-1)[..., None]
+    second = jnp.max(jnp.where(others, logits, -jnp.inf), axis=-1, keepdims=True)
+    return probability(logits) * (1.0 - jnp.exp(second - largest)[..., 0])
+
+
+CONFIDENCES: dict[str, Callable[[Float[Array, "*rows vocab"]], Float[Array, "*rows"]]] = {
+    "probability": probability,
+    "margin": margin,
+}
+
+
+class Stopping(NamedTuple):
+    """Where a row of a batch is on its way up, one token each."""
+
+    x: Float[Array, "batch 1 d_model"]
+    logits: Float[Array, "batch 1 vocab"]
+    """What the head said at the last exit."""
+    going: Bool[Array, "batch"]
+    depth: Int[Array, "batch"]
+    """Blocks passed."""
+
+
+def stop_early(
+    config: ModelConfig,
+    layers: Sequence[Layer],
+    head: Head,
+    x: Float[Array, "batch 1 d_model"],
+    caches: Caches,
+) -> tuple[Stopping, Caches]:
+    """Takes one token of each row through the blocks, until it is sure of the next.
+
+    A row that has stopped keeps its residual stream, from which the blocks it skips take the keys
+    and values that later tokens will look for (the state propagation of CALM, arXiv 2207.07061).
+    Once all rows have stopped, nothing else is computed.
+
+    This is a chain of conditionals, not a loop over layers: there each turn would copy the layer's
+    slice of the stacked weights, or all the caches through a switch.
+    """
+    exits = exits_of(config)
+    confidence = CONFIDENCES[config.exit_confidence]
+
+    def go_on(first: int, last: int, s: Stopping, held: Caches) -> tuple[Stopping, Caches]:
+        stream, extended = s.x, []
+        for layer, cache in zip(layers[first:last], held, strict=True):
+            out, cache = layer(stream, cache)
+            stream = jnp.where(s.going[:, None, None], out, stream)
+            extended.append(cache)
+        logits = jnp.where(s.going[:, None, None], head(stream), s.logits)
+        going = s.going & (confidence(logits)[:, 0] <= config.exit_threshold)
+        return Stopping(stream, logits, going, jnp.where(s.going, last, s.depth)), tuple(extended)
+
+    def skip(first: int, last: int, s: Stopping, held: Caches) -> tuple[Stopping, Caches]:
+        # XLA leaves out what only the discarded outputs need.
+        return s, tuple(
+            layer(s.x, cache)[1] for layer, cache in zip(layers[first:last], held, strict=True)
+        )
+
+    rows = len(x)
+    unknown = jnp.zeros_like(head(x))
+    state = Stopping(x, unknown, jnp.ones(rows, bool), jnp.zeros(rows, jnp.int32))
+    extended: Caches = ()
+    for first, last in itertools.pairwise((0, *exits)):
+        ways = [functools.partial(way, first, last) for way in (go_on, skip)]
+        state, held = jax.lax.cond(jnp.any(state.going), *ways, state, caches[first:last])
+        extended += held
+    return state, extended
+
+
+# --- Mixture of depths ---------------------------------------------------------------------------
 
 
 class RoutedCache(NamedTuple):

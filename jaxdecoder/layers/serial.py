@@ -15,7 +15,16 @@ from jaxdecoder.config import ModelConfig
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import Block
 from jaxdecoder.layers.cache import Caches, Cursor
-from jaxdecoder.layers.depth import DEPTHS, Passed, Routed, empty_routed_cache
+from jaxdecoder.layers.depth import (
+    DEPTHS,
+    Head,
+    Layer,
+    Passed,
+    Routed,
+    empty_routed_cache,
+    exits_of,
+    stop_early,
+)
 from jaxdecoder.layers.norms import NORMS
 
 
@@ -60,7 +69,7 @@ class Period(nn.Module):
         training = not deterministic
         return x, Trail(
             None if caches is None else tuple(extended),
-            jnp.stack(streams) if training and len(DEPTHS[c.depth].exits(c)) > 1 else None,
+            jnp.stack(streams) if training and len(exits_of(c)) > 1 else None,
             sum(penalties) if training and penalties else None,
         )
 
@@ -85,33 +94,48 @@ class Serial(nn.Module):
         caches: Caches | None,
         cursor: Cursor | None,
         deterministic: bool,
+        head: Head | None = None,
     ) -> Passed:
-        """What the head sees; only `unrolled` takes caches."""
+        """What the head sees; only `unrolled` takes caches, and is for inference."""
         c = self.config
-        count, blocks = periods(c), len(turn(c))
-        if self.unrolled:
-            extended: list[Any] = []
-            for i in range(count):
-                held = None if caches is None else caches[i * blocks : (i + 1) * blocks]
-                period = Period(c, self.dtype, name=f"blocks_{i}")
-                x, trail = period(x, positions, held, cursor, deterministic)
-                extended += trail.caches or ()
-        else:
+        norm = NORMS[c.norm](c, self.dtype, name="final_norm")
+        if not self.unrolled:
             assert caches is None
-            scanned = nn.scan(
+            blocks = nn.scan(
                 Period,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
-                length=count,
-                unroll=count if jax.default_backend() == "cpu" else 1,
+                length=periods(c),
+                unroll=periods(c) if jax.default_backend() == "cpu" else 1,
             )(c, self.dtype, name="blocks")
-            x, trail = scanned(x, positions, None, None, deterministic)
-        norm = NORMS[c.norm](c, self.dtype, name="final_norm")
-        x = norm(x)
-        if caches is not None:
-            return Passed(x, tuple(extended))
-        return Passed(x, None, *self._trained(norm, trail))
+            x, trail = blocks(x, positions, None, None, deterministic)
+            return Passed(norm(x), None, *self._trained(norm, trail))
+        if caches is not None and head is not None and x.shape[1] == 1 and len(exits_of(c)) > 1:
+            return self._stop_early(lambda x: head(norm(x)), x, positions, caches, cursor)
+        extended: list[Any] = []
+        for i in range(periods(c)):
+            held = None if caches is None else caches[i * len(turn(c)) : (i + 1) * len(turn(c))]
+            period = Period(c, self.dtype, name=f"blocks_{i}")
+            x, trail = period(x, positions, held, cursor, deterministic)
+            extended += trail.caches or ()
+        return Passed(norm(x), None if caches is None else tuple(extended))
+
+    def _stop_early(
+        self, head: Head, x: jax.Array, positions: jax.Array, caches: Caches, cursor: Cursor | None
+    ) -> Passed:
+        """One token of each row, through as many blocks as it needs."""
+        c = self.config
+
+        def layer(number: int) -> Layer:
+            period, place = divmod(number, len(turn(c)))
+            block = Block(c, turn(c)[place][0], self.dtype, parent=None)
+            params = self.variables["params"][f"blocks_{period}"][f"block_{place}"]
+            return lambda x, cache: block.apply({"params": params}, x, positions, cache, cursor)
+
+        stopped, extended = stop_early(c, [*map(layer, range(c.n_layers))], head, x, caches)
+        self.sow("intermediates", "exit_depth", stopped.depth)
+        return Passed(stopped.x, extended, logits=stopped.logits)
 
     def _trained(self, norm: Callable[[jax.Array], jax.Array], trail: Trail) -> tuple[Any, Any]:
         """The exits and the penalty of `Passed`, from what all periods left behind."""
@@ -119,7 +143,7 @@ class Serial(nn.Module):
         exits: tuple[Any, ...] = ()
         if trail.streams is not None:
             streams = trail.streams.reshape(c.n_layers, *trail.streams.shape[2:])
-            shares = DEPTHS[c.depth].exits(c).items()
+            shares = exits_of(c).items()
             exits = tuple((s, norm(streams[d - 1])) for d, s in shares if d < c.n_layers)
         routed = sum(routed for _, routed in turn(c)) * periods(c)
         if trail.penalty is None:
