@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxdecoder.config import ConfigError, ModelConfig
 from jaxdecoder.layers import serial
 from jaxdecoder.layers.cache import Cache, Caches, Cursor
-from jaxdecoder.layers.depth import Passed
+from jaxdecoder.layers.depth import Passed, exits_of
 from jaxdecoder.layers.linear import embedding_initializer, linear, product
 from jaxdecoder.layers.positions import POSITIONS
 
@@ -22,9 +22,9 @@ from jaxdecoder.layers.positions import POSITIONS
 class Layout(NamedTuple):
     """How the layers between embedding and head are wired.
 
-    body: (config, dtype, unrolled) -> module from (x, positions, caches, cursor, deterministic,
-        head) to a `Passed`: what the head sees, the extended caches and more. `head`, from features
-        to logits, is for bodies that have to ask it on the way.
+    body: (config, dtype, unrolled) -> module from (x, positions, caches, cursor, deterministic) to
+        what the head sees and the extended caches, or to a whole `Passed`. One that has exits takes
+        the head too, as a function from features to logits.
     unroll: (params, config) -> the body's parameters as `unrolled` takes them.
     empty_caches: (config, batch, dtype) -> the body's caches with nothing in them.
     width: (config) -> the width of what the head sees.
@@ -112,8 +112,7 @@ class Decoder(nn.Module):
             )
         positions = jnp.arange(tokens.shape[1])[None]
         x = self._embed(tokens, positions)
-        passed: Passed = self.body(x, positions, None, None, deterministic)
-        return passed
+        return Passed(*self.body(x, positions, None, None, deterministic))
 
     def _cross_entropy(
         self, features: Float[Array, "batch time width"], targets: Int[Array, "batch time"]
@@ -138,10 +137,10 @@ class Decoder(nn.Module):
         time = tokens.shape[1]
         positions = cache.cursor.query_positions(time)
         x = self._embed(tokens, positions)
-        head = functools.partial(
-            self.clone(parent=None, name=None).apply, self.variables, method="logits"
-        )
-        passed: Passed = self.body(x, positions, cache.layers, cache.cursor, True, head)
+        unbound = self.clone(parent=None, name=None)
+        head = functools.partial(unbound.apply, self.variables, method="logits")
+        asks = (head,) if len(exits_of(self.config)) > 1 else ()
+        passed = Passed(*self.body(x, positions, cache.layers, cache.cursor, True, *asks))
         logits = passed.logits
         if logits is None:
             logits = self.logits(passed.features[:, -1:] if last else passed.features)

@@ -13,11 +13,13 @@ from jaxdecoder import Decoder
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
+from jaxdecoder.layers.depth import DEPTHS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.norms import NORMS
 from jaxdecoder.layers.positions import POSITIONS
 
-# Whatever bounds how far attention sees is short enough to bound it in this context.
+# Whatever bounds how far attention sees is short enough to bound it in this context. No token stops
+# early, so that decoding gives what the full pass does.
 SMALL = ModelConfig(
     vocab_size=13,
     context_length=8,
@@ -29,6 +31,8 @@ SMALL = ModelConfig(
     attention_block=3,
     position_buckets=4,
     position_max_distance=5,
+    exit_threshold=1.0,
+    mod_capacity=0.4,
 )
 
 # Small models spend their time in the compiler, and half of that in optimisation.
@@ -81,7 +85,7 @@ def covering_configs():
     attention, and every pair of norm and placement. Both layers have their own attention."""
     wirings = itertools.product(NORMS, PLACEMENTS)
     sights = itertools.product(POSITIONS, zip_cycled(*halves(list(ATTENTIONS))))
-    rows = zip_cycled(list(wirings), list(sights), list(ACTIVATIONS))
+    rows = zip_cycled(list(wirings), list(sights), list(ACTIVATIONS), list(DEPTHS))
     return [
         small(
             norm=norm,
@@ -89,8 +93,9 @@ def covering_configs():
             position=position,
             attention=attention,
             activation=activation,
+            depth=depth,
         )
-        for (norm, placement), (position, attention), activation in rows
+        for (norm, placement), (position, attention), activation, depth in rows
     ]
 
 

@@ -71,15 +71,83 @@ def defines(config):
 
 def decode(config, params, tokens, window=None):
     """Logits (time, vocab) of one sequence; `window` bounds how far back any layer sees."""
+    c, params, x = begin(config, params, tokens)
+    for layer in range(c.n_layers):
+        x, _ = one_layer(c, params, layer, x, window)
+    return head(c, params, x)
+
+
+def decode_stopping(config, params, tokens, at_once=0, window=None):
+    """Logits, and the blocks each token passed: it stops at the first exit that is confident.
+
+    The first `at_once` tokens pass all blocks. Where a token has stopped, the blocks above have its
+    residual stream of then for an input.
+    """
+    c, params, embedded = begin(config, params, tokens)
+    inputs = [[] for _ in range(c.n_layers)]
+    logits, depths = [], []
+    for t, x in enumerate(embedded):
+        depth = None
+        for layer in range(c.n_layers):
+            inputs[layer].append(x)
+            if depth is not None:
+                continue
+            x = one_layer(c, params, layer, np.stack(inputs[layer]), window)[0][-1]
+            passed = layer + 1
+            may_stop = passed >= c.exit_minimum and (passed - c.exit_minimum) % c.exit_every == 0
+            sure = confidence(c, head(c, params, x)) > c.exit_threshold
+            if passed == c.n_layers or (may_stop and sure and t >= at_once):
+                depth = passed
+        logits.append(head(c, params, x))
+        depths.append(depth)
+    return np.stack(logits), depths
+
+
+def confidence(c, logits):
+    """The largest probability, or how far it is above the second."""
+    weights = np.sort(np.exp(logits - logits.max()))[::-1] / np.exp(logits - logits.max()).sum()
+    return weights[0] if c.exit_confidence == "probability" else weights[0] - weights[1]
+
+
+def training_losses(config, params, tokens, targets):
+    """What training minimises at each token of one sequence."""
+    c, params, x = begin(config, params, tokens)
+    loss, weights, router_loss, routers = 0.0, 0.0, 0.0, 0
+    for layer in range(c.n_layers):
+        x, score = one_layer(c, params, layer, x, None, training=True)
+        depth = layer + 1
+        is_exit = (
+            depth >= c.exit_minimum and (depth - c.exit_minimum) % c.exit_every == 0
+            if c.depth == "early_exit"
+            else False
+        )
+        if is_exit or depth == c.n_layers:
+            weight = depth**c.exit_loss_power
+            loss = loss + weight * cross_entropy(head(c, params, x), targets)
+            weights += weight
+        if score is not None:
+            taken = highest(score, c.mod_capacity)
+            router_loss = router_loss - np.log(sigmoid(np.where(taken, score, -score)))
+            routers += 1
+    return loss / weights + c.mod_loss_weight * router_loss / max(1, routers)
+
+
+def cross_entropy(logits, targets):
+    return np.array(
+        [np.log(np.exp(row).sum()) - row[target] for row, target in zip(logits, targets, strict=True)]
+    )
+
+
+def begin(config, params, tokens):
+    """The config in full, the parameters in float64, and what the first block sees."""
     c = config.resolve()
     params = to_float64(params)
     x = [params["embedding"][token] for token in tokens]
-    x = np.stack([row + added_position(c, params, t) for t, row in enumerate(x)])
-    pattern = c.attention_pattern
-    for layer in range(c.n_layers):
-        period, place = divmod(layer, len(pattern))
-        block = slice_of(params["body"]["blocks"][f"block_{place}"], period)
-        x = one_block(c, block, pattern[place], x, window)
+    return c, params, np.stack([row + added_position(c, params, t) for t, row in enumerate(x)])
+
+
+def head(c, params, x):
+    """Logits, of one token or of many."""
     x = norm(c, params["body"].get("final_norm"), x)
     logits = x @ params["embedding"].T if c.tie_embeddings else linear(params["head"], x)
     if c.logit_softcap is not None:
@@ -87,11 +155,38 @@ def decode(config, params, tokens, window=None):
     return logits
 
 
-def one_block(c, p, mechanism, x, window):
-    """Attention and feed-forward, wired by the norms' placement."""
+def one_layer(c, params, layer, x, window, training=False):
+    """The block of this number, and its router's scores where it has a router."""
+    every = c.mod_every if c.depth == "mixture_of_depths" else 1
+    period, place = divmod(layer, math.lcm(len(c.attention_pattern), every))
+    p = slice_of(params["body"]["blocks"][f"block_{place}"], period)
+    mechanism = c.attention_pattern[layer % len(c.attention_pattern)]
+    if c.depth != "mixture_of_depths" or (layer + 1) % every:
+        return one_block(c, p, mechanism, x, window, range(len(x))), None
+    score = linear(p["router"], x)[:, 0]
+    places = np.flatnonzero(highest(score, c.mod_capacity) if training else score > 0)
+    new = x.copy()
+    if len(places):
+        out = one_block(c, p["block"], mechanism, x[places], window, places)
+        new[places] += sigmoid(score[places])[:, None] * (out - x[places])
+    return new, score
+
+
+def highest(score, share):
+    """Where the highest scores are."""
+    count = max(1, round(share * len(score)))
+    return score >= np.sort(score)[-count]
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def one_block(c, p, mechanism, x, window, places):
+    """Attention and feed-forward, wired by the norms' placement, of tokens at these places."""
 
     def attend(h):
-        return attention(c, p["attention"], mechanism, h, window)
+        return attention(c, p["attention"], mechanism, h, window, places)
 
     def feed(h):
         return feed_forward(c, p["feed_forward"], h)
@@ -124,7 +219,7 @@ def one_block(c, p, mechanism, x, window):
     return x
 
 
-def attention(c, p, mechanism, x, window):
+def attention(c, p, mechanism, x, window, places):
     """Softmax over visible keys, for each head and each query by itself."""
     time, d = len(x), c.d_head
     q, k, v = (linear(p[name], x) for name in ("query", "key", "value"))
@@ -138,16 +233,17 @@ def attention(c, p, mechanism, x, window):
             queries = root_mean_square(c, queries) * p["query_norm"]["scale"]
             keys = root_mean_square(c, keys) * p["key_norm"]["scale"]
         if c.position == "rope":
-            queries = np.stack([turned(c, row, t) for t, row in enumerate(queries)])
-            keys = np.stack([turned(c, row, t) for t, row in enumerate(keys)])
+            queries = np.stack([turned(c, *row) for row in zip(queries, places, strict=True)])
+            keys = np.stack([turned(c, *row) for row in zip(keys, places, strict=True)])
         for query in range(time):
             seen = [
                 key
                 for key in range(query + 1)
-                if VISIBLE[mechanism](c, query, key) and (window is None or query - key < window)
+                if VISIBLE[mechanism](c, places[query], places[key])
+                and (window is None or places[query] - places[key] < window)
             ]
             scores = np.array([queries[query] @ keys[key] / math.sqrt(d) for key in seen])
-            scores += [position_bias(c, p, head, query - key) for key in seen]
+            scores += [position_bias(c, p, head, places[query] - places[key]) for key in seen]
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
             mixed = sum(weight * values[key] for weight, key in zip(weights, seen, strict=True))
