@@ -27,7 +27,9 @@ from jaxdecoder.config import Config, ConfigError, ModelConfig, load
 from jaxdecoder.errors import UserError, friendly
 from jaxdecoder.kernels import masks
 from jaxdecoder.layers.attention import MASKS
+from jaxdecoder.layers.depth import capacity, exits_of
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
+from jaxdecoder.layers.serial import periods, turn
 
 # --- Tables: a row for each entry of each component's dict ---------------------------------------
 
@@ -129,29 +131,78 @@ def parameters(config: ModelConfig) -> dict[str, int]:
         "norms": (block_norms + 1) * NORM_PARAMETERS[c.norm](c),
         "head": 0 if c.tie_embeddings else (c.d_model + c.head_bias) * vocab_size,
     }
+    if routed := _routed_blocks(c):
+        counts["routers"] = routed * (c.d_model + 1)
     return {**counts, "total": sum(counts.values())}
 
 
 def forward_flops(
-    config: ModelConfig, tokens: int, *, start: int = 0, dense: bool = False
-) -> dict[str, int]:
+    config: ModelConfig,
+    tokens: int,
+    *,
+    start: int = 0,
+    dense: bool = False,
+    training: bool = False,
+) -> dict[str, float]:
     """FLOPs by part, and the total, of a forward pass over `tokens` tokens of one sequence.
 
-    `start` tokens before them are in the cache. The head is counted for every token.
+    `start` tokens before them are in the cache. The head is counted for every token. In `training`
+    it is asked at every exit, and a block with a router takes its capacity of tokens, whose pairs
+    are counted as if it took them at random; elsewhere every token passes every block.
     """
     c, vocab_size = config.resolve(), _vocab_size(config)
     _, width, _ = _widths(c)
     feed_forward = c.feed_forward * (HIDDEN_MATRICES[c.activation] + 1) * c.d_model * _d_ff(c)
 
-    def pairs(costs: AttentionCosts) -> int:
-        return tokens * (start + tokens) if dense else costs.pairs(c, tokens, start)
+    def pairs(costs: AttentionCosts, entering: int) -> float:
+        if dense:
+            return entering * (start + entering)
+        allowed = costs.pairs(c, tokens, start)
+        if entering == tokens:
+            return allowed
+        # A token always sees itself, and another one only if that was chosen as well.
+        both = entering * (entering - 1) / (tokens * (tokens - 1))
+        return entering + (allowed - tokens) * both
 
+    blocks = [
+        (ATTENTION_COSTS[name], capacity(c, tokens) if routed and training else tokens)
+        for name, routed in turn(c) * periods(c)
+    ]
+    exits = len(exits_of(c)) if training else 1
     flops = {
-        "attention_projections": 2 * tokens * _over_layers(c, lambda costs: costs.weights(c)),
+        "attention_projections": 2 * sum(n * costs.weights(c) for costs, n in blocks),
         # A pair is one product for its score and one for its value.
-        "attention": 2 * 2 * width * _over_layers(c, pairs),
-        "feed_forward": 2 * tokens * c.n_layers * feed_forward,
-        "head": 2 * tokens * c.d_model * vocab_size,
+        "attention": 2 * 2 * width * sum(pairs(costs, n) for costs, n in blocks),
+        "feed_forward": 2 * sum(n for _, n in blocks) * feed_forward,
+        "head": 2 * tokens * exits * c.d_model * vocab_size,
+    }
+    if routed := _routed_blocks(c):
+        flops["routers"] = 2 * tokens * routed * c.d_model
+    return {**flops, "total": sum(flops.values())}
+
+
+def early_exit_flops(
+    config: ModelConfig, mean_depth: float, *, start: int, dense: bool = False
+) -> dict[str, float]:
+    """FLOPs of decoding one token with `start` before it, by part, and the total.
+
+    Tokens stop after `mean_depth` blocks on average. The blocks above only make keys and values.
+    The head is asked at every exit up to there, between two exits in proportion.
+    """
+    c = config.resolve()
+    _, _, kv_width = _widths(c)
+    whole = forward_flops(c, 1, start=start, dense=dense)
+    share = mean_depth / c.n_layers
+    exits = tuple(exits_of(c))
+    below = max((depth for depth in exits if depth <= mean_depth), default=exits[0])
+    above = min((depth for depth in exits if depth >= mean_depth), default=exits[-1])
+    asked = exits.index(below) + 1 + (mean_depth - below) / max(1, above - below)
+    flops = {
+        "attention_projections": share * whole["attention_projections"],
+        "attention": share * whole["attention"],
+        "feed_forward": share * whole["feed_forward"],
+        "keys_and_values_of_skipped": 2 * (c.n_layers - mean_depth) * c.d_model * 2 * kv_width,
+        "head": asked * whole["head"],
     }
     return {**flops, "total": sum(flops.values())}
 
@@ -171,9 +222,10 @@ def flops_per_token(config: ModelConfig, *, dense: bool = False) -> FlopsPerToke
     """FLOPs a token when training, prefilling and decoding."""
     length = config.context_length
     forward = forward_flops(config, length, dense=dense)
+    train = forward_flops(config, length, dense=dense, training=True)
     decode = forward_flops(config, 1, start=length - 1, dense=dense)
     return FlopsPerToken(
-        {part: 3 * flops / length for part, flops in forward.items()},
+        {part: 3 * flops / length for part, flops in train.items()},
         {part: flops / length for part, flops in forward.items()},
         {part: float(flops) for part, flops in decode.items()},
     )
@@ -185,9 +237,17 @@ def weight_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
 
 
 def cache_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
-    """Bytes of keys and values that one sequence of context_length tokens keeps in the cache."""
+    """Bytes of keys and values that one sequence of context_length tokens keeps in the cache.
+
+    A block with a router notes in one more byte a token whether it took it.
+    """
     c = config.resolve()
-    return bytes_per_number * _over_layers(c, lambda costs: costs.cache(c))
+    noted = _routed_blocks(c) * c.context_length
+    return bytes_per_number * _over_layers(c, lambda costs: costs.cache(c)) + noted
+
+
+def _routed_blocks(c: ModelConfig) -> int:
+    return periods(c) * sum(routed for _, routed in turn(c))
 
 
 def _over_layers(c: ModelConfig, count: Callable[[AttentionCosts], int]) -> int:
@@ -258,6 +318,10 @@ def _flops_table(config: ModelConfig) -> Table:
     for part in flops.train:
         _add(table, part, *(_short(column[part]) for column in flops))
     _add(table, "total, dense attention", *(_short(column["total"]) for column in dense))
+    exits = exits_of(config)
+    for depth in exits if len(exits) > 1 else ():
+        early = early_exit_flops(config, depth, start=config.context_length - 1)["total"]
+        _add(table, f"total, stopping at depth {depth}", "", "", _short(early))
     table.caption = (
         "Matrix products, 2 a multiply-add; attention over the pairs its mask allows; train is "
         f"forward and backward; decode is the last token of {config.context_length}."

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from models import shapes, small
 from jaxdecoder import Decoder, analysis
 from jaxdecoder.config import ConfigError, ModelConfig, choices, load
 from jaxdecoder.decoder import empty_cache
-from jaxdecoder.layers.attention import ATTENTIONS
+from jaxdecoder.layers.attention import ATTENTIONS, MASKS
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.norms import NORMS
@@ -137,7 +138,8 @@ class TestParameters:
         arrays = shapes(config)
         assert counts["total"] == sum(leaf.size for leaf in jax.tree.leaves(arrays))
         for part in PARTS:
-            assert counts[part] == size_under(arrays, part), (part, config)
+            counted = counts.get("routers", 0) if part == "router" else counts[part]
+            assert counted == size_under(arrays, part), (part, config)
 
     def test_need_a_vocabulary(self):
         with pytest.raises(ConfigError, match=r"model\.vocab_size"):
@@ -196,6 +198,50 @@ class TestFlops:
         )
         assert products(step.jaxpr) == analysis.flops_per_token(config, dense=True).decode["total"]
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"depth": "early_exit", "n_layers": 4, "exit_every": 2},
+            {"depth": "mixture_of_depths", "n_layers": 4, "mod_capacity": 0.4},
+            {"depth": "mixture_of_depths", "mod_every": 1, "feed_forward": False},
+        ],
+    )
+    def test_of_training_a_dynamic_depth_are_those_of_the_traced_program(self, changes):
+        config, batch = small(attention_implementation="reference", **changes), 3
+        decoder, length = Decoder(config), config.context_length
+        tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+        def loss(params, tokens):
+            apply = partial(decoder.apply, {"params": params}, deterministic=False)
+            return jnp.sum(apply(tokens, tokens, method="losses"))
+
+        traced = jax.make_jaxpr(loss)(shapes(config), tokens)
+        forward = analysis.forward_flops(config, length, dense=True, training=True)["total"]
+        assert products(traced.jaxpr) == batch * forward
+        per_token = analysis.flops_per_token(config, dense=True).train["total"]
+        assert per_token == 3 * forward / length
+
+    def test_of_tokens_chosen_at_random_count_the_pairs_that_are_left(self):
+        """The mean over all ways to choose 3 of 8 tokens."""
+        for attention in ("full", "sliding_window"):
+            config = small(
+                attention=attention, depth="mixture_of_depths", mod_every=1, mod_capacity=3 / 8
+            )
+            mask = MASKS[attention](config)
+            ways = list(itertools.combinations(range(8), 3))
+            pairs = sum(bool(mask(q, k)) for way in ways for q in way for k in way) / len(ways)
+            flops = analysis.forward_flops(config, 8, training=True)["attention"]
+            assert flops == pytest.approx(4 * config.d_model * config.n_layers * pairs)
+
+    def test_of_stopping_early_are_those_of_the_blocks_and_exits_passed(self):
+        config = small(depth="early_exit", n_layers=4, exit_minimum=2, n_kv_heads=2, vocab_size=11)
+        d, keys = config.d_model, 8
+        block = 2 * (2 * d * d + 2 * d * 8 + 2 * d * 24) + 4 * d * keys
+        fill, head = 2 * 2 * d * 8, 2 * d * 11
+        for depth, heads in ((2, 1), (3, 2), (4, 3), (2.5, 1.5)):
+            flops = analysis.early_exit_flops(config, depth, start=7)
+            assert flops["total"] == depth * block + (4 - depth) * fill + heads * head
+
     def test_of_attention_count_allowed_pairs_only(self):
         config = small(attention="sliding_window", attention_window=3)
         pair = 4 * config.d_model * config.n_layers
@@ -236,12 +282,12 @@ class TestBytes:
         for config in (
             small(),
             small(n_kv_heads=2, d_head=6, attention=("full", "sliding_window")),
+            small(depth="mixture_of_depths", n_layers=4),
         ):
             for dtype in (jnp.float32, jnp.bfloat16):
                 cache = jax.eval_shape(lambda c=config, d=dtype: empty_cache(c, 1, dtype=d))
-                size = (
-                    sum(leaf.size for leaf in jax.tree.leaves(cache.layers)) * dtype.dtype.itemsize
-                )
+                leaves = jax.tree.leaves(cache.layers)
+                size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
                 assert analysis.cache_bytes(config, dtype.dtype.itemsize) == size
 
     def test_of_the_weights_are_four_each(self):
@@ -304,7 +350,9 @@ def any_config(draw):
         vocab_size=draw(st.integers(1, 20)),
         context_length=draw(st.integers(2, 12)),
         d_model=draw(st.integers(2, 20)) if projects else n_heads * width,
-        n_layers=len(pattern) * draw(st.integers(1, 2)),
+        n_layers=len(pattern) * draw(st.integers(1, 2)) * 2,
+        depth=draw(st.sampled_from(choices(ModelConfig, "depth"))),
+        mod_every=draw(st.integers(1, 2)),
         n_heads=n_heads,
         n_kv_heads=draw(st.sampled_from([n for n in (1, 2, 4) if n_heads % n == 0])),
         d_head=width,
@@ -319,7 +367,7 @@ def any_config(draw):
     )
 
 
-PARTS = ("embedding", "positions", "attention", "feed_forward", "head")
+PARTS = ("embedding", "positions", "attention", "feed_forward", "head", "router")
 
 
 def size_under(arrays, name):

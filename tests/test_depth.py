@@ -11,7 +11,7 @@ import pytest
 from models import quick_jit, random_params, random_tokens, small
 
 from jaxdecoder import Decoder
-from jaxdecoder.config import ConfigError, ExitConfidence
+from jaxdecoder.config import ConfigError
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.decoder import empty_cache, unroll_params
 from jaxdecoder.layers.depth import CONFIDENCES, DEPTHS, exits_of
@@ -177,9 +177,6 @@ class TestConfidence:
             config = small(depth="early_exit", exit_confidence=name)
             expected = [naive.confidence(config, row.astype(np.float64)) for row in logits]
             np.testing.assert_allclose(confidence(jnp.asarray(logits)), expected, atol=1e-6)
-
-    def test_has_the_names_of_the_config(self):
-        assert list(ExitConfidence.__args__) == list(CONFIDENCES)
 
 
 class TestTraining:
