@@ -134,7 +134,10 @@ def training_losses(config, params, tokens, targets):
 
 def cross_entropy(logits, targets):
     return np.array(
-        [np.log(np.exp(row).sum()) - row[target] for row, target in zip(logits, targets, strict=True)]
+        [
+            np.log(np.exp(row).sum()) - row[target]
+            for row, target in zip(logits, targets, strict=True)
+        ]
     )
 
 

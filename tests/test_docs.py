@@ -8,6 +8,7 @@ import pytest
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
+from jaxdecoder.layers.depth import DEPTHS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.norms import NORMS
 from jaxdecoder.layers.positions import POSITIONS
@@ -19,6 +20,7 @@ FAMILIES = {
     "Placements": ("norm_placement", PLACEMENTS),
     "Activations": ("activation", ACTIVATIONS),
     "Attentions": ("attention", ATTENTIONS),
+    "Depths": ("depth", DEPTHS),
 }
 
 
@@ -34,7 +36,7 @@ def test_every_entry_has_its_paragraph_in_the_order_of_its_dict(family):
 
 
 def test_fields_it_names_exist():
-    prefixes = "attention|position|norm|rope"
+    prefixes = "attention|position|norm|rope|exit|mod"
     named = set(re.findall(rf"`((?:{prefixes})_\w+)`", PAGE))
     assert named <= set(ModelConfig.__dataclass_fields__)
     fields = (name for name in ModelConfig.__dataclass_fields__ if re.match(prefixes, name))

@@ -70,7 +70,7 @@ class Period(nn.Module):
         return x, Trail(
             None if caches is None else tuple(extended),
             jnp.stack(streams) if training and len(exits_of(c)) > 1 else None,
-            sum(penalties) if training and penalties else None,
+            sum(penalties[1:], penalties[0]) if training and penalties else None,
         )
 
 
