@@ -212,9 +212,8 @@ class TestTraining:
         for _ in range(40):
             gradients = training_gradients(decoder, params, tokens)
             params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
-        _, seen = decoder.apply(
-            {"params": params}, jnp.asarray(tokens[:, :-1]), mutable=["intermediates"]
-        )
+        apply = quick_jit(functools.partial(decoder.apply, mutable=["intermediates"]))
+        _, seen = apply({"params": params}, tokens[:, :-1])
         taken = seen["intermediates"]["body"]["blocks"]["block_1"]["taken"][0]
         assert abs(np.mean(taken) - 0.25) < 0.1
 
