@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from jaxdecoder.config import ModelConfig
 from jaxdecoder.errors import UserError, friendly
 
 
@@ -34,6 +35,9 @@ class Options:
     """Choose among tokens at least this many times as probable as the likeliest."""
     repetition_penalty: float | None = None
     """Make tokens that are already there less likely, by this factor."""
+    exit_threshold: float | None = None
+    """For a model with early exits: how sure of the next token it must be to stop; 1: never early.
+    Left out: the run's own."""
     num_samples: int = 1
     """Continuations of each prompt."""
     seed: int = 0
@@ -61,6 +65,8 @@ def main() -> None:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1")
     model = load_model(options.run, options.checkpoint)
     decoder, params = model.decoder, model.params
+    if options.exit_threshold is not None:
+        decoder = decoder.clone(config=_with_threshold(model.config.model, options))
     if options.dtype != "auto":
         decoder = decoder.clone(dtype=jnp.dtype(options.dtype))
         params = jax.tree.map(lambda x: x.astype(decoder.dtype), params)
@@ -96,6 +102,18 @@ def main() -> None:
         for row, fresh in enumerate(chunk):
             texts[row] += decoders[row](fresh)
     print("\n---\n".join(texts))
+
+
+def _with_threshold(config: ModelConfig, options: Options) -> ModelConfig:
+    threshold = options.exit_threshold
+    assert threshold is not None
+    if config.depth != "early_exit":
+        raise UserError(
+            f'--exit-threshold: {options.run} has model.depth = "{config.depth}", not "early_exit"'
+        )
+    if not 0 <= threshold <= 1:
+        raise UserError(f"--exit-threshold: {threshold} is no probability; 0.9 would do")
+    return replace(config, exit_threshold=threshold)
 
 
 def _read(path: str) -> str:

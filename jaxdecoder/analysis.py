@@ -29,8 +29,10 @@ from jaxdecoder.errors import UserError, friendly
 from jaxdecoder.kernels import masks
 from jaxdecoder.layers import stacks
 from jaxdecoder.layers.attention import MASKS, SLOTS
+from jaxdecoder.layers.depth import capacity, exits_of
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.linformer import mask as linformer_mask
+from jaxdecoder.layers.serial import periods, turn
 
 FLOAT32 = 4
 
@@ -78,6 +80,8 @@ class AttentionCosts(NamedTuple):
     """(config, queries, start) -> multiply-adds of so many queries from `start` on, at best."""
     dense: Callable[[ModelConfig, int, int], int]
     """The same as plain XLA computes it: in one pass from 0 on, and later token by token."""
+    drawn: Callable[[ModelConfig, int, int], float]
+    """(config, tokens, n) -> multiply-adds of n tokens drawn at random, which see one another."""
     cache: Callable[[ModelConfig, int], int]
     """(config, bytes a number) -> bytes that decoding keeps for a sequence."""
 
@@ -105,11 +109,17 @@ def masked(mechanism: str) -> AttentionCosts:
     def dense(c: ModelConfig, queries: int, start: int) -> int:
         return _multiply_adds(c, queries * (SLOTS[mechanism](c).size if start else queries))
 
+    def drawn(c: ModelConfig, tokens: int, n: int) -> float:
+        # A token always sees itself, and another one only if that was drawn as well.
+        both = n * (n - 1) / (tokens * (tokens - 1))
+        itself = _multiply_adds(c, tokens)
+        return _multiply_adds(c, n) + (mixing(c, tokens, 0) - itself) * both
+
     def cache(c: ModelConfig, number: int) -> int:
         _, _, kv_width = _widths(c)
         return number * 2 * kv_width * SLOTS[mechanism](c).size
 
-    return AttentionCosts(projection_parameters, projection_weights, mixing, dense, cache)
+    return AttentionCosts(projection_parameters, projection_weights, mixing, dense, drawn, cache)
 
 
 def linformer() -> AttentionCosts:
@@ -149,6 +159,7 @@ def linformer() -> AttentionCosts:
         projection_weights,
         mixing,
         dense,
+        _refused,
         cache,
     )
 
@@ -169,7 +180,14 @@ def linear() -> AttentionCosts:
         d_head, _, kv_width = _widths(c)
         return FLOAT32 * kv_width * (d_head + 1)
 
-    return AttentionCosts(projection_parameters, projection_weights, mixing, dense, cache)
+    def drawn(c: ModelConfig, tokens: int, n: int) -> float:
+        return mixing(c, n, 0)
+
+    return AttentionCosts(projection_parameters, projection_weights, mixing, dense, drawn, cache)
+
+
+def _refused(c: ModelConfig, tokens: int, n: int) -> float:
+    raise AssertionError("a config that draws tokens from this mechanism is refused")
 
 
 def _multiply_adds(c: ModelConfig, pairs: int) -> int:
@@ -255,27 +273,76 @@ def parameters(config: ModelConfig) -> dict[str, int]:
         **layout.parameters(c),
         "head": 0 if c.tie_embeddings else (layout.width(c) + c.head_bias) * vocab_size,
     }
+    if routed := _routed_blocks(c):
+        counts["routers"] = routed * (c.d_model + 1)
     return {**counts, "total": sum(counts.values())}
 
 
 def forward_flops(
-    config: ModelConfig, tokens: int, *, start: int = 0, dense: bool = False
-) -> dict[str, int]:
+    config: ModelConfig,
+    tokens: int,
+    *,
+    start: int = 0,
+    dense: bool = False,
+    training: bool = False,
+) -> dict[str, float]:
     """FLOPs by part, and the total, of a forward pass over `tokens` tokens of one sequence.
 
-    `start` tokens before them are in the cache. The head is counted for every token.
+    `start` tokens before them are in the cache. The head is counted for every token. In `training`
+    it is asked at every exit, and a block with a router takes its capacity of tokens, whose pairs
+    are counted as if it took them at random; elsewhere every token passes every block.
     """
     c, vocab_size = config.resolve(), _vocab_size(config)
     layout = LAYOUT_COSTS[c.layout]
 
-    def mixing(costs: AttentionCosts) -> int:
-        return (costs.dense if dense else costs.mixing)(c, tokens, start)
+    def mixing(costs: AttentionCosts, entering: int) -> float:
+        if dense:
+            return costs.dense(c, entering, start)
+        if entering < tokens:
+            return costs.drawn(c, tokens, entering)
+        return costs.mixing(c, tokens, start)
 
+    blocks = [
+        (ATTENTION_COSTS[name], capacity(c, tokens) if routed and training else tokens)
+        for name, routed in turn(c) * periods(c)
+    ]
+    exits = len(exits_of(c)) if training else 1
     flops = {
-        "attention_projections": 2 * tokens * _over_layers(c, lambda costs: costs.weights(c)),
-        "attention": 2 * _over_layers(c, mixing),
-        **{part: 2 * tokens * weights for part, weights in layout.weights(c).items()},
-        "head": 2 * tokens * layout.width(c) * vocab_size,
+        "attention_projections": 2 * sum(n * costs.weights(c) for costs, n in blocks),
+        "attention": 2 * sum(mixing(costs, n) for costs, n in blocks),
+        **{
+            part: 2 * weights * sum(n for _, n in blocks) // c.n_layers
+            for part, weights in layout.weights(c).items()
+        },
+        "head": 2 * tokens * exits * layout.width(c) * vocab_size,
+    }
+    if routed := _routed_blocks(c):
+        flops["routers"] = 2 * tokens * routed * c.d_model
+    return {**flops, "total": sum(flops.values())}
+
+
+def early_exit_flops(
+    config: ModelConfig, mean_depth: float, *, start: int, dense: bool = False
+) -> dict[str, float]:
+    """FLOPs of decoding one token with `start` before it, by part, and the total.
+
+    Tokens stop after `mean_depth` blocks on average. The blocks above only make keys and values.
+    The head is asked at every exit up to there, between two exits in proportion.
+    """
+    c = config.resolve()
+    _, _, kv_width = _widths(c)
+    whole = forward_flops(c, 1, start=start, dense=dense)
+    share = mean_depth / c.n_layers
+    exits = tuple(exits_of(c))
+    below = max((depth for depth in exits if depth <= mean_depth), default=exits[0])
+    above = min((depth for depth in exits if depth >= mean_depth), default=exits[-1])
+    asked = exits.index(below) + 1 + (mean_depth - below) / max(1, above - below)
+    flops = {
+        "attention_projections": share * whole["attention_projections"],
+        "attention": share * whole["attention"],
+        "feed_forward": share * whole["feed_forward"],
+        "keys_and_values_of_skipped": 2 * (c.n_layers - mean_depth) * c.d_model * 2 * kv_width,
+        "head": asked * whole["head"],
     }
     return {**flops, "total": sum(flops.values())}
 
@@ -295,9 +362,10 @@ def flops_per_token(config: ModelConfig, *, dense: bool = False) -> FlopsPerToke
     """FLOPs a token when training, prefilling and decoding."""
     length = config.context_length
     forward = forward_flops(config, length, dense=dense)
+    train = forward_flops(config, length, dense=dense, training=True)
     decode = forward_flops(config, 1, start=length - 1, dense=dense)
     return FlopsPerToken(
-        {part: 3 * flops / length for part, flops in forward.items()},
+        {part: 3 * flops / length for part, flops in train.items()},
         {part: flops / length for part, flops in forward.items()},
         {part: float(flops) for part, flops in decode.items()},
     )
@@ -309,9 +377,17 @@ def weight_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
 
 
 def cache_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
-    """Bytes that one sequence keeps in the cache; sums over tokens are float32 in any case."""
+    """Bytes that one sequence keeps in the cache; sums over tokens are float32 in any case.
+
+    A block with a router notes in one more byte a token whether it took it.
+    """
     c = config.resolve()
-    return _over_layers(c, lambda costs: costs.cache(c, bytes_per_number))
+    noted = _routed_blocks(c) * c.context_length
+    return _over_layers(c, lambda costs: costs.cache(c, bytes_per_number)) + noted
+
+
+def _routed_blocks(c: ModelConfig) -> int:
+    return periods(c) * sum(routed for _, routed in turn(c))
 
 
 def _over_layers(c: ModelConfig, count: Callable[[AttentionCosts], int]) -> int:
@@ -401,6 +477,10 @@ def _flops_table(config: ModelConfig) -> Table:
     for part in flops.train:
         _add(table, part, *(_short(column[part]) for column in flops))
     _add(table, "total, dense attention", *(_short(column["total"]) for column in dense))
+    exits = exits_of(config)
+    for depth in exits if len(exits) > 1 else ():
+        early = early_exit_flops(config, depth, start=config.context_length - 1)["total"]
+        _add(table, f"total, stopping at depth {depth}", "", "", _short(early))
     table.caption = (
         "Matrix products, 2 a multiply-add; attention over the pairs its mask allows; train is "
         f"forward and backward; decode is the last token of {config.context_length}."

@@ -44,6 +44,8 @@ AttentionName = Literal[
     "linear",
 ]
 Layout = Literal["serial", "parallel_stacks"]
+Depth = Literal["fixed", "early_exit", "mixture_of_depths"]
+ExitConfidence = Literal["probability", "margin"]
 Initializer = Literal["normal", "uniform_fan_in", "scaled"]
 Implementation = Literal["auto", "reference", "chunked", "portable", "hopper", "cudnn"]
 
@@ -78,6 +80,27 @@ class ModelConfig:
     """For parallel_stacks: how many."""
     layers_per_stack: Positive | None = None
     """For parallel_stacks: layers in each. Left out: n_layers / n_stacks."""
+    depth: Depth = "fixed"
+    """How many of the blocks a token passes: all of them, those up to the exit it takes when it is
+    decoded, or those whose routers choose it."""
+    exit_minimum: Positive = 1
+    """For early_exit: blocks that every token passes."""
+    exit_every: Positive = 1
+    """For early_exit: blocks between one exit and the next."""
+    exit_confidence: ExitConfidence = "probability"
+    """For early_exit: what a threshold is held against, the probability of the likeliest token or
+    its margin over the second."""
+    exit_threshold: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
+    """For early_exit: a token stops at the first exit that is more confident; 1: never early."""
+    exit_loss_power: NonNegativeFloat = 1.0
+    """For early_exit: an exit's share of the training loss goes with its depth to this power."""
+    mod_every: Positive = 2
+    """For mixture_of_depths: the last of every so many blocks has a router."""
+    mod_capacity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.125
+    """For mixture_of_depths: share of a sequence's tokens that a routed block takes in training."""
+    mod_loss_weight: NonNegativeFloat = 0.01
+    """For mixture_of_depths: weight of the loss that teaches routers to choose without looking
+    ahead."""
     n_heads: Positive = 6
     """Query heads (H)."""
     n_kv_heads: Positive | None = None
@@ -207,6 +230,20 @@ class ModelConfig:
                 self.position,
                 'changes the score of each pair of tokens, and attention = "linear" never has '
                 f"one; {', '.join(would_do)} would do",
+            )
+        if self.depth == "early_exit" and self.exit_minimum >= self.n_layers:
+            raise ConfigError(
+                "model.exit_minimum",
+                self.exit_minimum,
+                f"with model.n_layers = {self.n_layers} no exit is left before the last block"
+                + (f"; at most {self.n_layers - 1} would do" if self.n_layers > 1 else ""),
+            )
+        if self.depth == "mixture_of_depths" and self.n_layers % self.mod_every:
+            divisors = [n for n in range(1, self.n_layers + 1) if self.n_layers % n == 0]
+            raise ConfigError(
+                "model.mod_every",
+                self.mod_every,
+                f"must divide model.n_layers = {self.n_layers}: one of {divisors}",
             )
         head = self.d_head or self.d_model // self.n_heads
         if self.position == "rope":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jaxdecoder.config import ConfigError, ModelConfig
 from jaxdecoder.kernels.cross_entropy import cross_entropy, head_logits
 from jaxdecoder.layers import serial, stacks
 from jaxdecoder.layers.cache import Cache, Caches, Cursor
+from jaxdecoder.layers.depth import Passed, exits_of
 from jaxdecoder.layers.linear import Weights, embedding_initializer
 from jaxdecoder.layers.positions import POSITIONS
 
@@ -22,7 +24,8 @@ class Layout(NamedTuple):
     """How the layers between embedding and head are wired.
 
     body: (config, dtype, unrolled) -> module from (x, positions, caches, cursor, deterministic) to
-        what the head sees and the extended caches.
+        what the head sees and the extended caches, or to a whole `Passed`. One that has exits takes
+        the head too, as a function from features to logits.
     unroll: (params, config) -> the body's parameters as `unrolled` takes them.
     empty_caches: (config, batch, dtype) -> the body's caches with nothing in them.
     width: (config) -> the width of what the head sees.
@@ -80,25 +83,39 @@ class Decoder(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "batch time"]:
-        """What training minimises at each of `tokens`, in nats: that of the next token."""
-        features = self.features(tokens, deterministic=deterministic)
-        softcap = self.config.logit_softcap
-        return cross_entropy(features, *self._head(), targets, logit_softcap=softcap)
+        """What training minimises at each of `tokens`, in nats: the loss of the next token.
+
+        Unless `deterministic`, those of early exits have their shares in it, and the routers of a
+        mixture of depths add theirs.
+        """
+        passed = self._pass(tokens, deterministic)
+        share = 1.0 - sum(share for share, _ in passed.exits)
+        losses = share * self._cross_entropy(passed.features, targets)
+        for share, features in passed.exits:
+            losses += share * self._cross_entropy(features, targets)
+        return losses + passed.penalty
 
     def features(
         self, tokens: Int[Array, "batch time"], *, deterministic: bool = True
     ) -> Float[Array, "batch time width"]:
         """What the head sees."""
+        return self._pass(tokens, deterministic).features
+
+    def _pass(self, tokens: Int[Array, "batch time"], deterministic: bool) -> Passed:
         c = self.config
         if tokens.shape[1] > c.context_length:
             raise ConfigError(
                 "model.context_length", c.context_length, f"{tokens.shape[1]} tokens do not fit"
             )
         positions = jnp.arange(tokens.shape[1])[None]
-        features, _ = self.body(
-            self._embed(tokens, positions), positions, None, None, deterministic
-        )
-        return features
+        x = self._embed(tokens, positions)
+        return Passed(*self.body(x, positions, None, None, deterministic))
+
+    def _cross_entropy(
+        self, features: Float[Array, "batch time width"], targets: Int[Array, "batch time"]
+    ) -> Float[Array, "batch time"]:
+        softcap = self.config.logit_softcap
+        return cross_entropy(features, *self._head(), targets, logit_softcap=softcap)
 
     def extend(
         self, tokens: Int[Array, "batch time"], cache: Cache, *, last: bool = False
@@ -117,9 +134,16 @@ class Decoder(nn.Module):
         time = tokens.shape[1]
         positions = cache.cursor.query_positions(time)
         x = self._embed(tokens, positions)
-        features, layers = self.body(x, positions, cache.layers, cache.cursor, True)
+        unbound = self.clone(parent=None, name=None)
+        head = functools.partial(unbound.apply, self.variables, method="logits")
+        asks = (head,) if len(exits_of(self.config)) > 1 else ()
+        passed = Passed(*self.body(x, positions, cache.layers, cache.cursor, True, *asks))
+        logits = passed.logits
+        if logits is None:
+            logits = self.logits(passed.features[:, -1:] if last else passed.features)
         cursor = Cursor(cache.cursor.length + time, cache.cursor.start)
-        return self.logits(features[:, -1:] if last else features), Cache(cursor, layers)
+        assert passed.caches is not None
+        return logits, Cache(cursor, passed.caches)
 
     def logits(
         self, features: Float[Array, "batch time width"]

@@ -15,11 +15,13 @@ from jaxdecoder.config import ModelConfig
 from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
+from jaxdecoder.layers.depth import DEPTHS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.norms import NORMS
 from jaxdecoder.layers.positions import POSITIONS
 
-# Whatever bounds how far attention sees is short enough to bound it in this context.
+# Whatever bounds how far attention sees is short enough to bound it in this context. No token stops
+# early, so that decoding gives what the full pass does.
 SMALL = ModelConfig(
     vocab_size=13,
     context_length=8,
@@ -31,6 +33,8 @@ SMALL = ModelConfig(
     attention_block=3,
     position_buckets=4,
     position_max_distance=5,
+    exit_threshold=1.0,
+    mod_capacity=0.4,
 )
 
 # Small models spend their time in the compiler, and half of that in optimisation.
@@ -82,17 +86,28 @@ def logits_of(decoder, params, tokens):
 REFUSED = {
     ("alibi", "linear"): "model.position",
     ("t5", "linear"): "model.position",
+    ("mixture_of_depths", "linformer"): "model.depth",
+    ("early_exit", "parallel_stacks"): "model.depth",
+    ("mixture_of_depths", "parallel_stacks"): "model.depth",
 }
 
 
 def covering_configs():
     """Configs in which every entry of every component's dict occurs, and every pair of position and
-    attention that is not refused, of norm and placement, and of activation and layout. Both layers
-    have their own attention; stacks have both side by side, twice."""
+    attention that is not refused, of norm and placement, and of activation and layout, and every
+    depth. Both layers have their own attention; stacks have both side by side, twice."""
     wirings = itertools.product(NORMS, PLACEMENTS)
     sights = itertools.product(POSITIONS, zip_cycled(*halves(list(ATTENTIONS))))
     shapes = itertools.product(ACTIVATIONS, LAYOUTS)
     rows = zip_cycled(list(wirings), list(sights), list(shapes))
+    depths = itertools.cycle(DEPTHS)
+
+    def depth_for(layout, attention):
+        """The next one that is not refused for these."""
+        others = (layout, *attention)
+        fits = (d for d in depths if not any((d, other) in REFUSED for other in others))
+        return next(fits)
+
     return [
         small(
             norm=norm,
@@ -100,6 +115,7 @@ def covering_configs():
             position=position,
             activation=activation,
             layout=layout,
+            depth=depth_for(layout, attention),
             n_layers=4 if layout == "parallel_stacks" else 2,
             **seeing(*(name for name in attention if (position, name) not in REFUSED)),
         )
@@ -144,7 +160,9 @@ def any_config(draw, turns=2):
     d_ff = draw(st.none() | st.integers(6, 30))
     layout = draw(st.sampled_from(list(LAYOUTS)))
     stacked = layout == "parallel_stacks"
-    layers = len(pattern) * draw(st.integers(1, turns))
+    depths = [d for d in DEPTHS if not any((d, x) in REFUSED for x in (layout, *pattern))]
+    depth = draw(st.sampled_from(depths))
+    layers = len(pattern) * draw(st.integers(1, turns)) * (1 if depth == "fixed" else 2)
     n_stacks = draw(st.integers(1, 2)) if stacked else 1
     d_model = draw(st.integers(4, 20)) if projects else n_heads * width
     if stacked:
@@ -158,6 +176,7 @@ def any_config(draw, turns=2):
         context_length=context,
         d_model=d_model,
         layout=layout,
+        depth=depth,
         n_stacks=n_stacks,
         n_layers=n_stacks * layers,
         n_heads=n_heads,

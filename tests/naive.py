@@ -73,30 +73,105 @@ def defines(config):
 
 def decode(config, params, tokens, window=None):
     """Logits (time, vocab) of one sequence; `window` bounds how far back any layer sees."""
+    c, params, x = begin(config, params, tokens)
+    return projected(c, params, LAYOUTS[c.layout](c, params, x, window))
+
+
+def decode_stopping(config, params, tokens, at_once=0, window=None):
+    """Logits, and the blocks each token passed: it stops at the first exit that is confident.
+
+    The first `at_once` tokens pass all blocks. Where a token has stopped, the blocks above have its
+    residual stream of then for an input.
+    """
+    c, params, embedded = begin(config, params, tokens)
+    inputs = [[] for _ in range(c.n_layers)]
+    logits, depths = [], []
+    for t, x in enumerate(embedded):
+        depth = None
+        for layer in range(c.n_layers):
+            inputs[layer].append(x)
+            if depth is not None:
+                continue
+            x = one_layer(c, params, layer, np.stack(inputs[layer]), window)[0][-1]
+            passed = layer + 1
+            may_stop = passed >= c.exit_minimum and (passed - c.exit_minimum) % c.exit_every == 0
+            sure = confidence(c, head(c, params, x)) > c.exit_threshold
+            if passed == c.n_layers or (may_stop and sure and t >= at_once):
+                depth = passed
+        logits.append(head(c, params, x))
+        depths.append(depth)
+    return np.stack(logits), depths
+
+
+def confidence(c, logits):
+    """The largest probability, or how far it is above the second."""
+    weights = np.sort(np.exp(logits - logits.max()))[::-1] / np.exp(logits - logits.max()).sum()
+    return weights[0] if c.exit_confidence == "probability" else weights[0] - weights[1]
+
+
+def training_losses(config, params, tokens, targets):
+    """What training minimises at each token of one sequence."""
+    c, params, x = begin(config, params, tokens)
+    loss, weights, router_loss, routers = 0.0, 0.0, 0.0, 0
+    for layer in range(c.n_layers):
+        x, score = one_layer(c, params, layer, x, None, training=True)
+        depth = layer + 1
+        is_exit = (
+            depth >= c.exit_minimum and (depth - c.exit_minimum) % c.exit_every == 0
+            if c.depth == "early_exit"
+            else False
+        )
+        if is_exit or depth == c.n_layers:
+            weight = depth**c.exit_loss_power
+            loss = loss + weight * cross_entropy(head(c, params, x), targets)
+            weights += weight
+        if score is not None:
+            taken = highest(score, c.mod_capacity)
+            router_loss = router_loss - np.log(sigmoid(np.where(taken, score, -score)))
+            routers += 1
+    return loss / weights + c.mod_loss_weight * router_loss / max(1, routers)
+
+
+def cross_entropy(logits, targets):
+    return np.array(
+        [
+            np.log(np.exp(row).sum()) - row[target]
+            for row, target in zip(logits, targets, strict=True)
+        ]
+    )
+
+
+def begin(config, params, tokens):
+    """The config in full, the parameters in float64, and what the first block sees."""
     c = config.resolve()
     params = to_float64(params)
     x = [params["embedding"][token] for token in tokens]
-    x = np.stack([row + added_position(c, params, t) for t, row in enumerate(x)])
-    x = LAYOUTS[c.layout](c, params["body"], x, window)
+    return c, params, np.stack([row + added_position(c, params, t) for t, row in enumerate(x)])
+
+
+def head(c, params, x):
+    """Logits of the residual stream, of one token or of many."""
+    return projected(c, params, norm(c, params["body"].get("final_norm"), x))
+
+
+def projected(c, params, x):
+    """Logits of what the head sees."""
     logits = x @ params["embedding"].T if c.tie_embeddings else linear(params["head"], x)
     if c.logit_softcap is not None:
         logits = np.tanh(logits / c.logit_softcap) * c.logit_softcap
     return logits
 
 
-def serial(c, p, x, window):
+def serial(c, params, x, window):
     """Blocks one after another, and a norm."""
-    pattern = c.attention_pattern
     for layer in range(c.n_layers):
-        period, place = divmod(layer, len(pattern))
-        block = slice_of(p["blocks"][f"block_{place}"], period)
-        x = one_block(c, block, pattern[place], x, window)
-    return norm(c, p.get("final_norm"), x)
+        x, _ = one_layer(c, params, layer, x, window)
+    return norm(c, params["body"].get("final_norm"), x)
 
 
-def parallel_stacks(c, p, x, window):
+def parallel_stacks(c, params, x, window):
     """Stacks one after another, each a row of slices."""
-    pattern = c.attention_pattern
+    p, pattern = params["body"], c.attention_pattern
     for i in range(c.n_stacks):
         x = norm(c, p.get(f"norm_{i}"), x)
         stack, slices = p[f"stack_{i}"], []
@@ -117,7 +192,7 @@ LAYOUTS = {"serial": serial, "parallel_stacks": parallel_stacks}
 
 def one_slice(c, p, mechanism, x, window):
     """What one layer of a stack adds to the features."""
-    out = attention(c, p["attention"], mechanism, first_norm(c, p, x), window)
+    out = attention(c, p["attention"], mechanism, first_norm(c, p, x), window, range(len(x)))
     if c.norm_placement == "sandwich":
         out = norm(c, p.get("attention_out_norm"), out)
     h = x + out if c.residual else out
@@ -136,11 +211,38 @@ def first_norm(c, p, x):
     return norm(c, p.get("norm"), x) if c.norm_placement == "parallel" else x
 
 
-def one_block(c, p, mechanism, x, window):
-    """Attention and feed-forward, wired by the norms' placement."""
+def one_layer(c, params, layer, x, window, training=False):
+    """The block of this number, and its router's scores where it has a router."""
+    every = c.mod_every if c.depth == "mixture_of_depths" else 1
+    period, place = divmod(layer, math.lcm(len(c.attention_pattern), every))
+    p = slice_of(params["body"]["blocks"][f"block_{place}"], period)
+    mechanism = c.attention_pattern[layer % len(c.attention_pattern)]
+    if c.depth != "mixture_of_depths" or (layer + 1) % every:
+        return one_block(c, p, mechanism, x, window, range(len(x))), None
+    score = linear(p["router"], x)[:, 0]
+    places = np.flatnonzero(highest(score, c.mod_capacity) if training else score > 0)
+    new = x.copy()
+    if len(places):
+        out = one_block(c, p["block"], mechanism, x[places], window, places)
+        new[places] += sigmoid(score[places])[:, None] * (out - x[places])
+    return new, score
+
+
+def highest(score, share):
+    """Where the highest scores are."""
+    count = max(1, round(share * len(score)))
+    return score >= np.sort(score)[-count]
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def one_block(c, p, mechanism, x, window, places):
+    """Attention and feed-forward, wired by the norms' placement, of tokens at these places."""
 
     def attend(h):
-        return attention(c, p["attention"], mechanism, h, window)
+        return attention(c, p["attention"], mechanism, h, window, places)
 
     def feed(h):
         return feed_forward(c, p["feed_forward"], h)
@@ -173,7 +275,7 @@ def one_block(c, p, mechanism, x, window):
     return x
 
 
-def attention(c, p, mechanism, x, window):
+def attention(c, p, mechanism, x, window, places):
     """Each head and each query by itself."""
     time, d = len(x), c.d_head
     q, k, v = (linear(p[name], x) for name in ("query", "key", "value"))
@@ -187,16 +289,17 @@ def attention(c, p, mechanism, x, window):
             queries = root_mean_square(c, queries) * p["query_norm"]["scale"]
             keys = root_mean_square(c, keys) * p["key_norm"]["scale"]
         if mechanism == "linear":
-            mixed = linear_attention(c, queries, keys, values)
+            mixed = linear_attention(c, queries, keys, values, places)
         else:
-            turned_queries, turned_keys = turned(c, queries), turned(c, keys)
+            turned_queries, turned_keys = turned(c, queries, places), turned(c, keys, places)
             if mechanism == "linformer":
+                assert list(places) == list(range(time))
                 seen = functools.partial(block_sums_and_own_block, c, p["mixing"])
             else:
-                seen = functools.partial(masked_keys, c, mechanism, window)
+                seen = functools.partial(masked_keys, c, mechanism, window, places)
             mixed = [
-                softmax_attention(c, p, head, query, at, seen(at, turned_keys, values))
-                for at, query in enumerate(turned_queries)
+                softmax_attention(c, p, head, query, places[i], seen(i, turned_keys, values))
+                for i, query in enumerate(turned_queries)
             ]
         out[:, head * d : (head + 1) * d] = mixed
     return linear(p["out"], out) if c.attention_projection else out
@@ -211,11 +314,12 @@ def softmax_attention(c, p, head, query, at, seen):
     return sum(weight * value for weight, (_, _, value) in zip(weights, seen, strict=True))
 
 
-def masked_keys(c, mechanism, window, at, keys, values):
-    """What the query at `at` sees."""
+def masked_keys(c, mechanism, window, places, query, keys, values):
+    """What this query sees of the keys before it and of its own."""
+    at = places[query]
     return [
-        (place, keys[place], values[place])
-        for place in range(at + 1)
+        (place, keys[key], values[key])
+        for key, place in enumerate(places[: query + 1])
         if VISIBLE[mechanism](c, at, place) and (window is None or at - place < window)
     ]
 
@@ -233,13 +337,13 @@ def block_sums_and_own_block(c, p, at, keys, values):
     return seen + [(place, keys[place], values[place]) for place in range(own * size, at + 1)]
 
 
-def linear_attention(c, queries, keys, values):
+def linear_attention(c, queries, keys, values, places):
     """Weights are products of features, over sums of unturned ones; nothing is forgotten."""
     queries, keys = features(queries), features(keys)
-    turned_queries, turned_keys = turned(c, queries), turned(c, keys)
+    turned_queries, turned_keys = turned(c, queries, places), turned(c, keys, places)
     return [
-        sum(turned_queries[at] @ turned_keys[place] * values[place] for place in range(at + 1))
-        / sum(queries[at] @ keys[place] for place in range(at + 1))
+        sum(turned_queries[at] @ turned_keys[key] * values[key] for key in range(at + 1))
+        / sum(queries[at] @ keys[key] for key in range(at + 1))
         for at in range(len(queries))
     ]
 
@@ -248,11 +352,11 @@ def features(x):
     return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
 
 
-def turned(c, rows):
+def turned(c, rows, places):
     """Each row turned by its place, where positions are rotary."""
     if c.position != "rope":
         return rows
-    return np.stack([turned_by(c, row, t) for t, row in enumerate(rows)])
+    return np.stack([turned_by(c, row, t) for row, t in zip(rows, places, strict=True)])
 
 
 def turned_by(c, row, t):

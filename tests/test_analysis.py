@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from models import REFUSED, any_config, seeing, shapes, small
 from jaxdecoder import Decoder, analysis
 from jaxdecoder.config import ConfigError, ModelConfig, load
 from jaxdecoder.decoder import LAYOUTS, empty_cache
-from jaxdecoder.layers.attention import ATTENTIONS
+from jaxdecoder.layers.attention import ATTENTIONS, MASKS
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.norms import NORMS
@@ -280,6 +281,50 @@ class TestFlops:
         )
         assert products(step.jaxpr) == analysis.flops_per_token(config, dense=True).decode["total"]
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"depth": "early_exit", "n_layers": 4, "exit_every": 2},
+            {"depth": "mixture_of_depths", "n_layers": 4, "mod_capacity": 0.4},
+            {"depth": "mixture_of_depths", "mod_every": 1, "feed_forward": False},
+        ],
+    )
+    def test_of_training_a_dynamic_depth_are_those_of_the_traced_program(self, changes):
+        config, batch = small(attention_implementation="reference", **changes), 3
+        decoder, length = Decoder(config), config.context_length
+        tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+        def loss(params, tokens):
+            apply = partial(decoder.apply, {"params": params}, deterministic=False)
+            return jnp.sum(apply(tokens, tokens, method="losses"))
+
+        traced = jax.make_jaxpr(loss)(shapes(config), tokens)
+        forward = analysis.forward_flops(config, length, dense=True, training=True)["total"]
+        assert products(traced.jaxpr) == batch * forward
+        per_token = analysis.flops_per_token(config, dense=True).train["total"]
+        assert per_token == 3 * forward / length
+
+    def test_of_tokens_chosen_at_random_count_the_pairs_that_are_left(self):
+        """The mean over all ways to choose 3 of 8 tokens."""
+        for attention in ("full", "sliding_window"):
+            config = small(
+                attention=attention, depth="mixture_of_depths", mod_every=1, mod_capacity=3 / 8
+            )
+            mask = MASKS[attention](config)
+            ways = list(itertools.combinations(range(8), 3))
+            pairs = sum(bool(mask(q, k)) for way in ways for q in way for k in way) / len(ways)
+            flops = analysis.forward_flops(config, 8, training=True)["attention"]
+            assert flops == pytest.approx(4 * config.d_model * config.n_layers * pairs)
+
+    def test_of_stopping_early_are_those_of_the_blocks_and_exits_passed(self):
+        config = small(depth="early_exit", n_layers=4, exit_minimum=2, n_kv_heads=2, vocab_size=11)
+        d, keys = config.d_model, 8
+        block = 2 * (2 * d * d + 2 * d * 8 + 2 * d * 24) + 4 * d * keys
+        fill, head = 2 * 2 * d * 8, 2 * d * 11
+        for depth, heads in ((2, 1), (3, 2), (4, 3), (2.5, 1.5)):
+            flops = analysis.early_exit_flops(config, depth, start=7)
+            assert flops["total"] == depth * block + (4 - depth) * fill + heads * head
+
     def test_of_attention_count_allowed_pairs_only(self):
         config = small(attention="sliding_window", attention_window=3)
         pair = 4 * config.d_model * config.n_layers
@@ -338,10 +383,12 @@ class TestFlops:
 
 class TestBytes:
     def test_of_the_cache_are_those_of_its_arrays(self):
-        layouts = ("serial", "parallel_stacks")
-        for attention, layout in itertools.product(ATTENTIONS, layouts):
+        wirings = ({}, {"layout": "parallel_stacks"}, {"depth": "mixture_of_depths"})
+        for attention, wiring in itertools.product(ATTENTIONS, wirings):
+            if (wiring.get("depth"), attention) in REFUSED:
+                continue
             config = small(
-                layout=layout,
+                **wiring,
                 n_layers=8,
                 n_kv_heads=2,
                 d_head=6,
@@ -393,6 +440,7 @@ class TestCommand:
 # Module -> the part that its parameters count for.
 MODULES = {name: name for name in ("embedding", "positions", "attention", "feed_forward", "head")}
 MODULES |= {"skip": "slices", "narrow": "slices"}
+MODULES["router"] = "routers"
 
 
 def size_under(arrays, name):

@@ -12,6 +12,7 @@ from jaxdecoder.config import OptimizerConfig, choices
 from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
+from jaxdecoder.layers.depth import CONFIDENCES, DEPTHS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.norms import NORMS
 from jaxdecoder.layers.positions import POSITIONS
@@ -101,6 +102,8 @@ def test_nothing_imports_a_script():
         (get_args(config.Activation), ACTIVATIONS),
         (get_args(config.AttentionName), ATTENTIONS),
         (get_args(config.Layout), LAYOUTS),
+        (get_args(config.Depth), DEPTHS),
+        (get_args(config.ExitConfidence), CONFIDENCES),
         (choices(OptimizerConfig, "name"), OPTIMIZERS),
         (choices(OptimizerConfig, "schedule"), SCHEDULES),
     ],
@@ -111,6 +114,8 @@ def test_nothing_imports_a_script():
         "activation",
         "attention",
         "layout",
+        "depth",
+        "exit_confidence",
         "optimizer",
         "schedule",
     ],

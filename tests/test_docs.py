@@ -10,6 +10,7 @@ from jaxdecoder.config import ModelConfig
 from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
+from jaxdecoder.layers.depth import DEPTHS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.norms import NORMS
 from jaxdecoder.layers.positions import POSITIONS
@@ -25,6 +26,7 @@ FAMILIES = {
     "Activations": ("activation", ACTIVATIONS),
     "Attentions": ("attention", ATTENTIONS),
     "Layouts": ("layout", LAYOUTS),
+    "Depths": ("depth", DEPTHS),
 }
 
 
@@ -64,7 +66,7 @@ def test_pictures_are_up_to_date(tmp_path):
 
 
 def test_fields_it_names_exist():
-    prefixes = "attention|position|norm|rope"
+    prefixes = "attention|position|norm|rope|exit|mod"
     named = set(re.findall(rf"`((?:{prefixes})_\w+)`", PAGE))
     assert named <= set(ModelConfig.__dataclass_fields__)
     fields = (name for name in ModelConfig.__dataclass_fields__ if re.match(prefixes, name))

@@ -116,3 +116,9 @@ def test_filters_are_refused_outside_their_range(run):
     process = script("sample.py", run, "--top-p", "1.5")
     assert process.returncode == 1
     assert "top_p = 1.5: must be in (0, 1]" in process.output
+
+
+def test_an_exit_threshold_is_for_models_with_exits(run):
+    process = script("sample.py", run, "--exit-threshold", "0.5")
+    assert process.returncode != 0
+    assert 'model.depth = "fixed"' in process.output

@@ -22,7 +22,7 @@ from jaxdecoder.layers.dropout import Dropout, dropout_seed
 from jaxdecoder.layers.linear import linear
 from jaxdecoder.layers.linear_attention import LINEAR
 from jaxdecoder.layers.linformer import LINFORMER
-from jaxdecoder.layers.mechanism import Heads, Mechanism
+from jaxdecoder.layers.mechanism import Heads, Mechanism, Seen
 from jaxdecoder.layers.positions import POSITIONS
 
 
@@ -134,8 +134,12 @@ class MaskedMixing(nn.Module):
         c = self.config
         q, k, v = heads.rotate(heads.q), heads.rotate(heads.k), heads.v
         scale = q.shape[-1] ** -0.5
-        if cache is None or cursor is None:
-            dropped = c.dropout > 0 and not deterministic
+        dropped = c.dropout > 0 and not deterministic
+        dropout: dict[str, Any] = {
+            "dropout_rate": c.dropout if dropped else 0.0,
+            "dropout_seed": dropout_seed(self) if dropped else None,
+        }
+        if cache is None and heads.seen is None:
             mixed = flash_attention(
                 q,
                 k,
@@ -143,23 +147,27 @@ class MaskedMixing(nn.Module):
                 mask=self.mask,
                 score=heads.score,
                 scale=scale,
-                dropout_rate=c.dropout if dropped else 0.0,
-                dropout_seed=dropout_seed(self) if dropped else None,
                 implementation=c.attention_implementation,
+                **dropout,
             )
             return mixed, None
-        (k, v), held, cache = extend(cache, k, v, cursor, self.slots)
-        mask = self.mask & masks.sliding_window(c.context_length)
-        allowed = mask(heads.positions[:, :, None], held[:, None, :])
+        mask, held = self.mask, heads.positions
+        if cache is not None and cursor is not None:
+            (k, v), held, cache = extend(cache, k, v, cursor, self.slots)
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            mask = mask & masks.sliding_window(c.context_length)
+        there = held >= 0 if heads.seen is None else (held >= 0) & heads.seen(held)
+        allowed = mask(heads.positions[:, :, None], held[:, None, :]) & there[:, None, :]
         mixed = attention(
             q,
-            k.swapaxes(1, 2),
-            v.swapaxes(1, 2),
-            (allowed & (held >= 0)[:, None, :])[:, None],
+            k,
+            v,
+            allowed[:, None],
             scale=scale,
             score=heads.score,
             q_index=heads.positions,
             k_index=held,
+            **dropout,
         )
         return mixed, cache
 
@@ -196,6 +204,7 @@ class Attention(nn.Module):
         cursor: Cursor | None = None,
         *,
         deterministic: bool = True,
+        seen: Seen | None = None,
     ) -> tuple[Float[Array, "batch time d_model"], Any]:
         """Attends within x, or, given a cache, from x to the cache with x written to it."""
         c = self.config.resolve()
@@ -222,7 +231,7 @@ class Attention(nn.Module):
         score = None if position.score is None else position.score(c, name="positions")()
         mixing = ATTENTIONS[self.mechanism].mixing(c, name="mixing")
         mixed, cache = mixing(
-            Heads(q, k, v, positions, rotate, score), cache, cursor, deterministic
+            Heads(q, k, v, positions, rotate, score, seen), cache, cursor, deterministic
         )
 
         out = mixed.reshape(batch, time, c.n_heads * d_head)

@@ -16,6 +16,7 @@ from jaxdecoder.layers.attention import Attention
 from jaxdecoder.layers.cache import Cursor
 from jaxdecoder.layers.dropout import Dropout
 from jaxdecoder.layers.feed_forward import FeedForward
+from jaxdecoder.layers.mechanism import Seen
 from jaxdecoder.layers.norms import NORMS
 
 Stream = Float[Array, "batch time d_model"]
@@ -82,6 +83,7 @@ class Block(nn.Module):
         cache: Any = None,
         cursor: Cursor | None = None,
         deterministic: bool = True,
+        seen: Seen | None = None,
     ) -> tuple[Stream, Any]:
         """The new residual stream and, if one came in, the extended cache."""
         c = self.config
@@ -89,7 +91,7 @@ class Block(nn.Module):
         def attend(h: Stream) -> Stream:
             nonlocal cache
             module = Attention(c, self.mechanism, self.dtype, name="attention")
-            out, cache = module(h, positions, cache, cursor, deterministic=deterministic)
+            out, cache = module(h, positions, cache, cursor, deterministic=deterministic, seen=seen)
             return out
 
         def feed_forward(h: Stream) -> Stream:

@@ -58,7 +58,10 @@ class LinearMixing(nn.Module):
         """See `Mechanism`."""
         before = empty_state(self.config, heads.q.shape[0]) if cache is None else cache
         q, k = feature_map(heads.q), feature_map(heads.k)
-        k = jnp.where((heads.positions >= 0)[:, :, None, None], k, 0.0)
+        there = heads.positions >= 0
+        if heads.seen is not None:
+            there = there & heads.seen(heads.positions)
+        k = jnp.where(there[:, :, None, None], k, 0.0)
         divisor, k_sum = _divisors(q, k, before.k)
         chunk = min(self.config.attention_block, q.shape[1])
         v = heads.v.astype(jnp.float32)

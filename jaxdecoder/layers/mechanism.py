@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels import scores
+
+Seen = Callable[[Int[Array, "batch keys"]], Bool[Array, "batch keys"]]
+"""Which keys, given by their positions, there are to see at all."""
 
 
 class Heads(NamedTuple):
@@ -23,6 +26,8 @@ class Heads(NamedTuple):
     rotate: Callable[[jax.Array], jax.Array]
     """Turns queries or keys by their positions; the identity where positions do not rotate."""
     score: scores.Score | None
+    seen: Seen | None = None
+    """None: all keys, and positions are consecutive."""
 
 
 class Mechanism(NamedTuple):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,11 +15,31 @@ from jaxdecoder.config import ModelConfig
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import Block
 from jaxdecoder.layers.cache import Caches, Cursor
+from jaxdecoder.layers.depth import (
+    DEPTHS,
+    Head,
+    Layer,
+    Passed,
+    Routed,
+    empty_routed_cache,
+    exits_of,
+    stop_early,
+)
 from jaxdecoder.layers.norms import NORMS
 
 
+class Trail(NamedTuple):
+    """What a `Period` leaves behind besides the residual stream; a part is None if unasked for."""
+
+    caches: Caches | None
+    streams: Float[Array, "blocks batch time d_model"] | None
+    """The residual stream after each block."""
+    penalty: Float[Array, "batch time"] | None
+    """The routers' loss, summed over the blocks."""
+
+
 class Period(nn.Module):
-    """One turn of the attention pattern: as many blocks as the pattern has mechanisms."""
+    """One turn of the pattern that the blocks repeat over the depth, see `turn`."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
@@ -30,16 +52,26 @@ class Period(nn.Module):
         caches: Caches | None,
         cursor: Cursor | None,
         deterministic: bool,
-    ) -> tuple[Float[Array, "batch time d_model"], Caches | None]:
-        """The residual stream after these blocks, and their caches, one a block."""
+    ) -> tuple[Float[Array, "batch time d_model"], Trail]:
+        """The residual stream after these blocks, and what they leave behind."""
+        c = self.config
         extended: list[Any] = []
-        for i, mechanism in enumerate(self.config.attention_pattern):
-            block = Block(self.config, mechanism, self.dtype, name=f"block_{i}")
+        streams, penalties = [], []
+        for i, (mechanism, routed) in enumerate(turn(c)):
+            kind = Routed if routed else Block
+            block = kind(c, mechanism, self.dtype, name=f"block_{i}")
             layer = None if caches is None else caches[i]
-            x, layer = block(x, positions, layer, cursor, deterministic)
+            x, layer, *penalty = block(x, positions, layer, cursor, deterministic)
             self.sow("intermediates", f"after_block_{i}", x)
             extended.append(layer)
-        return x, None if caches is None else tuple(extended)
+            streams.append(x)
+            penalties += penalty
+        training = not deterministic
+        return x, Trail(
+            None if caches is None else tuple(extended),
+            jnp.stack(streams) if training and len(exits_of(c)) > 1 else None,
+            sum(penalties[1:], penalties[0]) if training and penalties else None,
+        )
 
 
 class Serial(nn.Module):
@@ -62,35 +94,73 @@ class Serial(nn.Module):
         caches: Caches | None,
         cursor: Cursor | None,
         deterministic: bool,
-    ) -> tuple[Float[Array, "batch time d_model"], Caches | None]:
-        """What the head sees, and the extended caches; only `unrolled` takes caches."""
+        head: Head | None = None,
+    ) -> Passed:
+        """What the head sees; only `unrolled` takes caches, and is for inference."""
         c = self.config
-        count, turn = periods(c), len(c.attention_pattern)
-        extended: list[Any] = []
-        if self.unrolled:
-            for i in range(count):
-                held = None if caches is None else caches[i * turn : (i + 1) * turn]
-                period = Period(c, self.dtype, name=f"blocks_{i}")
-                x, layers = period(x, positions, held, cursor, deterministic)
-                extended += layers or ()
-        else:
+        norm = NORMS[c.norm](c, self.dtype, name="final_norm")
+        if not self.unrolled:
             assert caches is None
             blocks = nn.scan(
                 nn.remat(Period, prevent_cse=False, static_argnums=5) if c.remat else Period,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
-                length=count,
-                unroll=count if jax.default_backend() == "cpu" else 1,
+                length=periods(c),
+                unroll=periods(c) if jax.default_backend() == "cpu" else 1,
             )(c, self.dtype, name="blocks")
-            x, _ = blocks(x, positions, None, None, deterministic)
-        x = NORMS[c.norm](c, self.dtype, name="final_norm")(x)
-        return x, None if caches is None else tuple(extended)
+            x, trail = blocks(x, positions, None, None, deterministic)
+            return Passed(norm(x), None, *self._trained(norm, trail))
+        if caches is not None and head is not None and x.shape[1] == 1 and len(exits_of(c)) > 1:
+            return self._stop_early(lambda x: head(norm(x)), x, positions, caches, cursor)
+        extended: list[Any] = []
+        for i in range(periods(c)):
+            held = None if caches is None else caches[i * len(turn(c)) : (i + 1) * len(turn(c))]
+            period = Period(c, self.dtype, name=f"blocks_{i}")
+            x, trail = period(x, positions, held, cursor, deterministic)
+            extended += trail.caches or ()
+        return Passed(norm(x), None if caches is None else tuple(extended))
+
+    def _stop_early(
+        self, head: Head, x: jax.Array, positions: jax.Array, caches: Caches, cursor: Cursor | None
+    ) -> Passed:
+        """One token of each row, through as many blocks as it needs."""
+        c = self.config
+
+        def layer(number: int) -> Layer:
+            period, place = divmod(number, len(turn(c)))
+            block = Block(c, turn(c)[place][0], self.dtype, parent=None)
+            params = self.variables["params"][f"blocks_{period}"][f"block_{place}"]
+            return lambda x, cache: block.apply({"params": params}, x, positions, cache, cursor)
+
+        stopped, extended = stop_early(c, [*map(layer, range(c.n_layers))], head, x, caches)
+        self.sow("intermediates", "exit_depth", stopped.depth)
+        return Passed(stopped.x, extended, logits=stopped.logits)
+
+    def _trained(self, norm: Callable[[jax.Array], jax.Array], trail: Trail) -> tuple[Any, Any]:
+        """The exits and the penalty of `Passed`, from what all periods left behind."""
+        c = self.config
+        exits: tuple[Any, ...] = ()
+        if trail.streams is not None:
+            streams = trail.streams.reshape(c.n_layers, *trail.streams.shape[2:])
+            shares = exits_of(c).items()
+            exits = tuple((s, norm(streams[d - 1])) for d, s in shares if d < c.n_layers)
+        routed = sum(routed for _, routed in turn(c)) * periods(c)
+        if trail.penalty is None:
+            return exits, 0.0
+        return exits, c.mod_loss_weight / routed * jnp.sum(trail.penalty, axis=0)
+
+
+def turn(config: ModelConfig) -> tuple[tuple[str, bool], ...]:
+    """Of consecutive blocks the attention mechanism and whether they have a router; it repeats."""
+    mechanisms, routed = config.attention_pattern, DEPTHS[config.depth].routed(config)
+    length = math.lcm(len(mechanisms), len(routed))
+    return tuple((mechanisms[i % len(mechanisms)], routed[i % len(routed)]) for i in range(length))
 
 
 def periods(config: ModelConfig) -> int:
-    """How often the attention pattern repeats over the depth."""
-    return config.n_layers // len(config.attention_pattern)
+    """How often the turn repeats over the depth."""
+    return config.n_layers // len(turn(config))
 
 
 def unroll(params: Any, config: ModelConfig) -> Any:
@@ -103,5 +173,9 @@ def unroll(params: Any, config: ModelConfig) -> Any:
 
 def empty_caches(config: ModelConfig, batch: int, dtype: Any) -> Caches:
     """The caches of all layers, with nothing in them."""
-    layers = config.attention_pattern * periods(config)
-    return tuple(ATTENTIONS[name].empty_cache(config, batch, dtype) for name in layers)
+
+    def empty(mechanism: str, routed: bool) -> Any:
+        cache = ATTENTIONS[mechanism].empty_cache(config, batch, dtype)
+        return empty_routed_cache(config, batch, cache) if routed else cache
+
+    return tuple(empty(*block) for block in turn(config) * periods(config))

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
 
 from jaxdecoder.data.batches import Batch
-from jaxdecoder.decoder import Decoder
+from jaxdecoder.decoder import Decoder, empty_cache, unroll_params
+from jaxdecoder.layers.cache import Cache
 from jaxdecoder.training.losses import summed_cross_entropy
 
 IN_FLIGHT = 8
@@ -45,6 +49,34 @@ def make_evaluator(decoder: Decoder) -> Evaluator:
         return math.fsum(losses) / max(1.0, math.fsum(weights))
 
     return evaluate
+
+
+@partial(jax.jit, static_argnums=0)
+def decoded_losses(
+    decoder: Decoder, params: Any, batch: Batch
+) -> tuple[Float[Array, "batch time"], Int[Array, "batch time"]]:
+    """The loss at each token, in nats, and the blocks it passed, when texts are decoded.
+
+    The tokens go one by one through the cache, as in sampling, so that each stops at its own exit.
+    """
+    config = decoder.config
+    decoder, params = decoder.clone(unrolled=True), unroll_params(params, config)
+
+    def step(cache: Cache, tokens: Any) -> tuple[Cache, Any]:
+        (logits, cache), seen = decoder.apply(
+            {"params": params},
+            tokens.inputs[:, None],
+            cache,
+            method="extend",
+            mutable=["intermediates"],
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, 0], tokens.targets)
+        depth = seen.get("intermediates", {}).get("body", {}).get("exit_depth")
+        return cache, (losses, depth[0] if depth else jnp.full(losses.shape, config.n_layers))
+
+    cache = empty_cache(config, len(batch.inputs), dtype=decoder.dtype)
+    _, (losses, depths) = jax.lax.scan(step, cache, jax.tree.map(jnp.transpose, batch))
+    return losses.T, depths.T
 
 
 def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
