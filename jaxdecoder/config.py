@@ -194,6 +194,13 @@ class ModelConfig:
                 "for fixed_sparse these are tokens of a block, and "
                 f"model.attention_block = {self.attention_block} has no more",
             )
+        if self.depth != "fixed" and self.layout != "serial":
+            raise ConfigError(
+                "model.depth",
+                self.depth,
+                f"only blocks one above another have depths to choose, and model.layout = "
+                f'"{self.layout}" has others; "fixed" would do',
+            )
         if self.depth == "early_exit" and self.exit_minimum >= self.n_layers:
             raise ConfigError(
                 "model.exit_minimum",
