@@ -231,6 +231,20 @@ class ModelConfig:
                 'changes the score of each pair of tokens, and attention = "linear" never has '
                 f"one; {', '.join(would_do)} would do",
             )
+        if self.depth != "fixed" and self.layout != "serial":
+            raise ConfigError(
+                "model.depth",
+                self.depth,
+                f"only blocks one above another have depths to choose, and model.layout = "
+                f'"{self.layout}" has others; "fixed" would do',
+            )
+        if self.depth == "mixture_of_depths" and "linformer" in self.attention_pattern:
+            raise ConfigError(
+                "model.depth",
+                self.depth,
+                'a router would pick tokens out of the blocks that attention = "linformer" '
+                "compresses; another attention, or another depth, would do",
+            )
         if self.depth == "early_exit" and self.exit_minimum >= self.n_layers:
             raise ConfigError(
                 "model.exit_minimum",

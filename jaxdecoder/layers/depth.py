@@ -142,8 +142,9 @@ def stop_early(
     and values that later tokens will look for (the state propagation of CALM, arXiv 2207.07061).
     Once all rows have stopped, nothing else is computed.
 
-    This is a chain of conditionals, not a loop over layers: there each turn would copy the layer's
-    slice of the stacked weights, or all the caches through a switch.
+    This is a chain of conditionals over unrolled blocks, not a loop over layers: on CPUs a loop
+    that slices stacked weights, and one that switches between blocks, through which XLA copies
+    every cache, both took longer at every depth.
     """
     exits = exits_of(config)
     confidence = CONFIDENCES[config.exit_confidence]
