@@ -1,8 +1,9 @@
 # make demo   trains the built-in stories for about two minutes and tells one
 # make test   lint, types and all tests
 # make test-cuda  compiles every GPU kernel for an H200; needs no GPU, but 4.5 GB for the compilers
+# make ablations  every question in configs/ablations on two cores, with verdicts
 # make bench  speed on this machine against PyTorch
-.PHONY: demo test test-cuda bench clean
+.PHONY: demo test test-cuda ablations bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,6 +23,9 @@ test: $(INSTALLED)
 
 test-cuda: $(CUDA)/.installed
 	JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest -n 2 $(wildcard tests/test_*compile*.py)
+
+ablations: $(INSTALLED)
+	for file in configs/ablations/*.toml; do $(VENV)/bin/python ablate.py $$file || exit 1; done
 
 bench: $(INSTALLED) $(PEER)/.installed
 	$(VENV)/bin/python benchmarks/train_cpu.py --peer-python $(PEER)/bin/python

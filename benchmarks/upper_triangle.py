@@ -52,7 +52,7 @@ def upper_triangle() -> Any:
         mixing = context.module
         if not isinstance(mixing, MaskedMixing) or mixing.mask == masks.future():
             return call(*args, **kwargs)
-        flipped = MaskedMixing(mixing.config, masks.future(), parent=None)
+        flipped = MaskedMixing(mixing.config, masks.future(), mixing.slots, parent=None)
         return flipped.apply({}, *args, **kwargs)
 
     with nn.intercept_methods(flip):

@@ -270,7 +270,7 @@ def placement(entry: str) -> Figure:
         for name in ("attention", "feed_forward")
     ]
 
-    def add(stream: Node, branch: Node) -> Node:
+    def add(name: str, stream: Node, branch: Node) -> Node:
         # Branches that are already summed up join the stream in the same sum.
         return Node("+", (stream, *(branch.inputs if branch.label == "+" else (branch,))))
 

@@ -426,7 +426,7 @@ def _stack_widths(c: ModelConfig) -> list[int]:
 
 
 def _projections_to_slices(c: ModelConfig) -> int:
-    return 2 if c.feed_forward and c.residual else 1
+    return 2 if c.feed_forward and c.has_residual("feed_forward") else 1
 
 
 def _vocab_size(config: ModelConfig) -> int:

@@ -162,8 +162,8 @@ class ModelConfig:
     """RMS-normalise queries and keys per head (arXiv 2010.04245)."""
     logit_softcap: PositiveFloat | None = None
     """Bound logits to (-c, c) by c tanh(logits / c) (arXiv 2408.00118)."""
-    residual: bool = True
-    """Add each branch to its input rather than replace it."""
+    residual: bool | Literal["attention", "feed_forward"] = True
+    """Add each branch to its input rather than replace it; or only the one named."""
     attention_projection: bool = True
     """Project the concatenated heads back to d_model."""
     feed_forward: bool = True
@@ -279,6 +279,13 @@ class ModelConfig:
                 f"the heads are {self.n_heads} x {head} wide, and without a projection they "
                 f"must be model.d_model = {self.d_model} wide together",
             )
+        if self.norm_placement == "parallel" and isinstance(self.residual, str):
+            raise ConfigError(
+                "model.residual",
+                self.residual,
+                'both branches of model.norm_placement = "parallel" are added to one input; '
+                "true or false would do",
+            )
         if not self.feed_forward_projection and self.d_ff not in (None, self.d_model):
             raise ConfigError(
                 "model.d_ff",
@@ -361,6 +368,10 @@ class ModelConfig:
     @property
     def _layers_in_stack(self) -> int:
         return self.layers_per_stack or self.n_layers // self.n_stacks
+
+    def has_residual(self, branch: str) -> bool:
+        """Whether this branch, attention or feed_forward, is added to its input."""
+        return self.residual in (True, branch)
 
     @property
     def rope_width(self) -> int:

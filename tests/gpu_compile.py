@@ -24,14 +24,6 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# What the compilers print. They read this when the first of them is loaded, so before any compiles.
-os.environ |= {
-    "MOSAIC_GPU_DUMP_PTXAS": "1",
-    "MOSAIC_GPU_DUMP_SASS": "1",  # by nvdisasm, of the package nvidia-cuda-nvdisasm
-    "TF_CPP_MIN_LOG_LEVEL": "0",
-    "TF_CPP_VMODULE": "subprocess_compilation=5",  # ptxas on all that XLA and Triton make
-}
-
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
@@ -42,8 +34,19 @@ def _installed(name: str) -> bool:
         return False
 
 
+CUDA_PACKAGES = any(map(_installed, PLUGINS))
+if CUDA_PACKAGES:
+    # What the compilers print. They read this when the first of them is loaded, so before any
+    # compiles.
+    os.environ |= {
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "MOSAIC_GPU_DUMP_SASS": "1",  # by nvdisasm, of the package nvidia-cuda-nvdisasm
+        "TF_CPP_MIN_LOG_LEVEL": "0",
+        "TF_CPP_VMODULE": "subprocess_compilation=5",  # ptxas on all that XLA and Triton make
+    }
+
 needs_cuda_packages = pytest.mark.skipif(
-    not any(map(_installed, PLUGINS)),
+    not CUDA_PACKAGES,
     reason="jax has no CUDA compiler here: `make test-cuda` installs it and runs these tests",
 )
 

@@ -86,6 +86,8 @@ def logits_of(decoder, params, tokens):
 REFUSED = {
     ("alibi", "linear"): "model.position",
     ("t5", "linear"): "model.position",
+}
+REFUSED_DEPTHS = {
     ("mixture_of_depths", "linformer"): "model.depth",
     ("early_exit", "parallel_stacks"): "model.depth",
     ("mixture_of_depths", "parallel_stacks"): "model.depth",
@@ -105,7 +107,7 @@ def covering_configs():
     def depth_for(layout, attention):
         """The next one that is not refused for these."""
         others = (layout, *attention)
-        fits = (d for d in depths if not any((d, other) in REFUSED for other in others))
+        fits = (d for d in depths if not any((d, other) in REFUSED_DEPTHS for other in others))
         return next(fits)
 
     return [
@@ -129,7 +131,6 @@ SWITCHES = (
     "qkv_bias",
     "head_bias",
     "qk_norm",
-    "residual",
     "feed_forward",
     "feed_forward_projection",
 )
@@ -157,10 +158,12 @@ def any_config(draw, turns=2):
         if not any((position, attention) in REFUSED for attention in pattern)
     ]
     norm = draw(st.sampled_from(list(NORMS)))
+    placement = draw(st.sampled_from(list(PLACEMENTS)))
+    parts = [] if placement == "parallel" else ["attention", "feed_forward"]
     d_ff = draw(st.none() | st.integers(6, 30))
     layout = draw(st.sampled_from(list(LAYOUTS)))
     stacked = layout == "parallel_stacks"
-    depths = [d for d in DEPTHS if not any((d, x) in REFUSED for x in (layout, *pattern))]
+    depths = [d for d in DEPTHS if not any((d, x) in REFUSED_DEPTHS for x in (layout, *pattern))]
     depth = draw(st.sampled_from(depths))
     layers = len(pattern) * draw(st.integers(1, turns)) * (1 if depth == "fixed" else 2)
     n_stacks = draw(st.integers(1, 2)) if stacked else 1
@@ -189,7 +192,8 @@ def any_config(draw, turns=2):
         position_buckets=4,
         position_max_distance=draw(st.integers(3, 6)),
         norm=norm,
-        norm_placement=draw(st.sampled_from(list(PLACEMENTS))),
+        norm_placement=placement,
+        residual=draw(st.sampled_from([True, False, *parts])),
         activation=draw(st.sampled_from(list(ACTIVATIONS))),
         attention=tuple(pattern),
         attention_window=draw(st.integers(2, 6)),

@@ -195,13 +195,13 @@ def one_slice(c, p, mechanism, x, window):
     out = attention(c, p["attention"], mechanism, first_norm(c, p, x), window, range(len(x)))
     if c.norm_placement == "sandwich":
         out = norm(c, p.get("attention_out_norm"), out)
-    h = x + out if c.residual else out
+    h = x + out if c.residual in (True, "attention") else out
     if c.norm_placement == "post":
         h = norm(c, p.get("attention_norm"), h)
     if not c.feed_forward:
         return linear(p["skip"], h)
     fed = linear(p["narrow"], feed_forward(c, p["feed_forward"], h))
-    return linear(p["skip"], h) + fed if c.residual else fed
+    return linear(p["skip"], h) + fed if c.residual in (True, "feed_forward") else fed
 
 
 def first_norm(c, p, x):
@@ -250,28 +250,28 @@ def one_block(c, p, mechanism, x, window, places):
     def n(name, h):
         return norm(c, p.get(name), h)
 
-    def add(x, y):
-        return x + y if c.residual else y
+    def add(branch, x, y):
+        return x + y if c.residual in (True, branch) else y
 
     if c.norm_placement == "pre":
-        x = add(x, attend(n("attention_norm", x)))
+        x = add("attention", x, attend(n("attention_norm", x)))
         if c.feed_forward:
-            x = add(x, feed(n("feed_forward_norm", x)))
+            x = add("feed_forward", x, feed(n("feed_forward_norm", x)))
     elif c.norm_placement == "post":
-        x = n("attention_norm", add(x, attend(x)))
+        x = n("attention_norm", add("attention", x, attend(x)))
         if c.feed_forward:
-            x = n("feed_forward_norm", add(x, feed(x)))
+            x = n("feed_forward_norm", add("feed_forward", x, feed(x)))
     elif c.norm_placement == "sandwich":
-        x = add(x, n("attention_out_norm", attend(n("attention_norm", x))))
+        x = add("attention", x, n("attention_out_norm", attend(n("attention_norm", x))))
         if c.feed_forward:
-            x = add(x, n("feed_forward_out_norm", feed(n("feed_forward_norm", x))))
+            x = add("feed_forward", x, n("feed_forward_out_norm", feed(n("feed_forward_norm", x))))
     elif c.norm_placement == "parallel":
         h = n("norm", x)
-        x = add(x, attend(h) + feed(h) if c.feed_forward else attend(h))
+        x = add("attention", x, attend(h) + feed(h) if c.feed_forward else attend(h))
     elif c.norm_placement == "none":
-        x = add(x, attend(x))
+        x = add("attention", x, attend(x))
         if c.feed_forward:
-            x = add(x, feed(x))
+            x = add("feed_forward", x, feed(x))
     return x
 
 

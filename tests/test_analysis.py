@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import REFUSED, any_config, seeing, shapes, small
+from models import REFUSED, REFUSED_DEPTHS, any_config, seeing, shapes, small
 
 from jaxdecoder import Decoder, analysis
 from jaxdecoder.config import ConfigError, ModelConfig, load
@@ -385,7 +385,7 @@ class TestBytes:
     def test_of_the_cache_are_those_of_its_arrays(self):
         wirings = ({}, {"layout": "parallel_stacks"}, {"depth": "mixture_of_depths"})
         for attention, wiring in itertools.product(ATTENTIONS, wirings):
-            if (wiring.get("depth"), attention) in REFUSED:
+            if (wiring.get("depth"), attention) in REFUSED_DEPTHS:
                 continue
             config = small(
                 **wiring,

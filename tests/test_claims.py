@@ -23,7 +23,7 @@ def ablation(tmp_path, claims, *, seeds=5, rates="[1e-3, 2e-3, 4e-3]", factors=N
     listed = ", ".join(f"'{claim}'" for claim in claims)
     (tmp_path / "x.toml").write_text(
         f'base = "base.toml"\nseeds = {seeds}\nlearning_rates = {rates}\n'
-        f"claims = [{listed}]\n[factors]\n{factors}\n"
+        f"claims = [{listed}]\n" + ("" if "[[" in factors else "[factors]\n") + f"{factors}\n"
     )
     return read(tmp_path / "x.toml")
 
@@ -120,6 +120,17 @@ def test_a_planted_null_is_found_no_more_often_than_the_level_says(tmp_path):
         wrong += any(verdict.verdict != "undecided" for verdict in found)
     # 10 of 200 are expected at most; 18 would be seen once in a hundred such tests.
     assert wrong <= 18
+
+
+def test_two_arms_are_a_pair_whatever_else_differs(tmp_path):
+    asked = ablation(
+        tmp_path,
+        ["norm=layernorm beats norm=none"],
+        factors='[[arms]]\nmodel.norm = "layernorm"\nmodel.n_heads = 1\n'
+        '[[arms]]\nmodel.norm = "none"\nmodel.n_heads = 4\n',
+    )
+    (verdict,) = judge(asked, outcomes(asked, lambda norm, heads, rate: 0.1 * (norm == "none")))
+    assert verdict.verdict == "supported"
 
 
 class TestRefusals:

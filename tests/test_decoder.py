@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from models import (
     REFUSED,
+    REFUSED_DEPTHS,
     SMALL,
     covering_configs,
     logits_of,
@@ -33,6 +34,8 @@ from jaxdecoder.layers.positions import POSITIONS
 
 SWITCHED = [
     small(residual=False, attention_projection=False, head_bias=True, norm_epsilon=1e-3),
+    small(residual="attention", norm_placement="post", feed_forward_projection=False, d_ff=None),
+    small(residual="feed_forward", norm_placement="sandwich", layout="parallel_stacks", n_layers=4),
     small(feed_forward_projection=False, d_ff=None, activation="relu"),
     small(feed_forward_projection=False, d_ff=16, activation="swiglu", bias=False),
     small(feed_forward=False, bias=False, tie_embeddings=True, norm_placement="parallel"),
@@ -594,6 +597,7 @@ class TestRefusals:
                 r"model.attention_rank = 3: .* = 2 have no more",
             ),
             ({"attention_projection": False, "d_head": 5}, "model.attention_projection"),
+            ({"residual": "attention", "norm_placement": "parallel"}, "model.residual"),
             ({"feed_forward_projection": False, "d_ff": 24}, "model.d_ff"),
             ({**STACKS, "n_layers": 3}, "model.n_layers = 3.*2 or 4 would do"),
             ({**STACKS, "layers_per_stack": 2}, "model.n_layers = 2.*are 4"),
@@ -611,6 +615,11 @@ class TestRefusals:
             for pattern in (attention, ("full", attention)):
                 with pytest.raises(ConfigError, match=rf'^{key} = .*"linear" never has one; none'):
                     small(position=position, **seeing(*np.atleast_1d(pattern).tolist()))
+        for (depth, other), key in REFUSED_DEPTHS.items():
+            field = "layout" if other in LAYOUTS else "attention"
+            fields = {"layout": other} if field == "layout" else seeing(other)
+            with pytest.raises(ConfigError, match=rf'^{key} = "{depth}": .*"{other}"'):
+                small(depth=depth, **fields)
 
     def test_of_a_decoder_name_the_key(self):
         with pytest.raises(ConfigError, match=r"model\.vocab_size"):

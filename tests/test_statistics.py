@@ -46,6 +46,15 @@ class TestPower:
         seen = stats.ttest_1samp(samples, 0.0, axis=1).pvalue < 0.05
         assert seen.mean() == pytest.approx(0.8, abs=0.02)
 
+    @pytest.mark.parametrize("n", [2, 3, 30])
+    def test_is_known_for_few_seeds_and_many(self, n):
+        difference = detectable(1.0, n)
+        critical = stats.t.ppf(0.975, n - 1)
+        draw = np.random.default_rng(3)
+        samples = draw.normal(difference, 1.0, size=(20_000, n))
+        statistic = samples.mean(axis=1) / (samples.std(axis=1, ddof=1) / np.sqrt(n))
+        assert np.mean(np.abs(statistic) > critical) == pytest.approx(0.8, abs=0.012)
+
     def test_grows_with_the_seeds(self):
         assert detectable(0.1, 20) < detectable(0.1, 5) < detectable(0.1, 3)
         assert detectable(0.2, 5) == pytest.approx(2 * detectable(0.1, 5))

@@ -98,17 +98,19 @@ class Evidence:
         ]
 
     def pairs(self, a: dict[str, Any], b: dict[str, Any]) -> list[tuple[Arm, Arm]]:
-        """Arms with the values `a` beside those with `b` that agree in all that neither names."""
+        """Arms with the values `a` beside those with `b` that agree in all that neither names.
+
+        Two arms that are the only ones with these values are a pair whatever else differs.
+        """
         named = {*a, *b}
 
         def rest(arm: Arm) -> tuple[Any, ...]:
             return tuple(pair for pair in arm.values if pair[0] not in named)
 
-        return [
-            (x, y)
-            for x, y in itertools.product(self.matching(a), self.matching(b))
-            if rest(x) == rest(y)
-        ]
+        every = list(itertools.product(self.matching(a), self.matching(b)))
+        if len(every) == 1 and every[0][0] != every[0][1]:
+            return every
+        return [(x, y) for x, y in every if rest(x) == rest(y)]
 
     def levels(self, factor: str) -> list[tuple[Any, list[Arm]]]:
         """The values of a factor, each with its arms, in one order of the other factors."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import optimize, stats
+from scipy import integrate, optimize, special, stats
 
 RESAMPLES = 5000
 
@@ -83,15 +83,23 @@ def estimate(
 def detectable(deviation: float, n: int, *, alpha: float = 0.05, power: float = POWER) -> float:
     """The smallest mean that a two-sided t test at level alpha finds with this power.
 
-    `deviation` is the standard deviation of the n values; the power is exact, from the noncentral
-    t distribution.
+    `deviation` is the standard deviation of the n values. The power is that of the noncentral t
+    distribution, as an integral over the sample's deviation: SciPy's own gives NaN for few degrees
+    of freedom and large effects.
     """
-    critical = stats.t.ppf(1 - alpha / 2, n - 1)
+    freedom = n - 1
+    critical = stats.t.ppf(1 - alpha / 2, freedom)
 
     def missing(effect: float) -> float:
         shift = effect * math.sqrt(n)
-        found = stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)
-        return float(found - power)
+
+        def found(chi: float) -> float:
+            threshold = critical * chi / math.sqrt(freedom)
+            beyond = special.ndtr(shift - threshold) + special.ndtr(-shift - threshold)
+            return float(stats.chi.pdf(chi, freedom) * beyond)
+
+        spread = math.sqrt(freedom) + 10.0  # past which there is nothing of a chi distribution
+        return float(integrate.quad(found, 0.0, spread, limit=200)[0]) - power
 
     largest = 1.0
     while missing(largest) < 0:

@@ -22,41 +22,48 @@ from jaxdecoder.layers.norms import NORMS
 Stream = Float[Array, "batch time d_model"]
 Branch = tuple[str, Callable[[jax.Array], jax.Array]]
 NewNorm = Callable[[str], Callable[[jax.Array], jax.Array]]
-Add = Callable[[jax.Array, jax.Array], jax.Array]
+Add = Callable[[str, jax.Array, jax.Array], jax.Array]
+"""(branch, its input, its output) -> the two added, where the branch has a residual connection."""
 
 
 def pre(x: Stream, branches: list[Branch], norm: NewNorm, add: Add) -> Stream:
     """x + f(norm(x)): GPT-2 (arXiv 2002.04745)."""
     for name, branch in branches:
-        x = add(x, branch(norm(f"{name}_norm")(x)))
+        x = add(name, x, branch(norm(f"{name}_norm")(x)))
     return x
 
 
 def post(x: Stream, branches: list[Branch], norm: NewNorm, add: Add) -> Stream:
     """norm(x + f(x)): the first transformer (arXiv 1706.03762)."""
     for name, branch in branches:
-        x = norm(f"{name}_norm")(add(x, branch(x)))
+        x = norm(f"{name}_norm")(add(name, x, branch(x)))
     return x
 
 
 def sandwich(x: Stream, branches: list[Branch], norm: NewNorm, add: Add) -> Stream:
     """x + norm(f(norm(x))) (CogView, arXiv 2105.13290)."""
     for name, branch in branches:
-        x = add(x, norm(f"{name}_out_norm")(branch(norm(f"{name}_norm")(x))))
+        x = add(name, x, norm(f"{name}_out_norm")(branch(norm(f"{name}_norm")(x))))
     return x
 
 
 def parallel(x: Stream, branches: list[Branch], norm: NewNorm, add: Add) -> Stream:
     """x + attention(norm(x)) + feed_forward(norm(x)), with one norm (GPT-J)."""
     normed = norm("norm")(x)
-    return add(x, sum((branch(normed) for _, branch in branches[1:]), branches[0][1](normed)))
+    first, *others = (branch(normed) for _, branch in branches)
+    return add(branches[0][0], x, sum(others, first))
 
 
 def unnormed(x: Stream, branches: list[Branch], norm: NewNorm, add: Add) -> Stream:
     """x + f(x): no norms inside the blocks; the one before the head stays."""
-    for _, branch in branches:
-        x = add(x, branch(x))
+    for name, branch in branches:
+        x = add(name, x, branch(x))
     return x
+
+
+def residual(config: ModelConfig) -> Add:
+    """What a config's residual connections do."""
+    return lambda branch, x, y: x + y if config.has_residual(branch) else y
 
 
 PLACEMENTS: dict[str, Callable[[Stream, list[Branch], NewNorm, Add], Stream]] = {
@@ -102,6 +109,5 @@ class Block(nn.Module):
         if c.feed_forward:
             branches.append(("feed_forward", feed_forward))
         norm = partial(NORMS[c.norm], c, self.dtype)
-        add: Add = (lambda x, y: x + y) if c.residual else (lambda x, y: y)
-        x = PLACEMENTS[c.norm_placement](x, branches, norm, add)
+        x = PLACEMENTS[c.norm_placement](x, branches, norm, residual(c))
         return x, cache

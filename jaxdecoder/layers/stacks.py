@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.layers.attention import ATTENTIONS, Attention
-from jaxdecoder.layers.block import PLACEMENTS
+from jaxdecoder.layers.block import PLACEMENTS, residual
 from jaxdecoder.layers.cache import Caches, Cursor
 from jaxdecoder.layers.dropout import Dropout
 from jaxdecoder.layers.feed_forward import FeedForward
@@ -57,8 +57,7 @@ class Layer(nn.Module):
                 return out
 
             norm = partial(NORMS[c.norm], c, self.dtype)
-            add = (lambda x, y: x + y) if c.residual else (lambda x, y: y)
-            h = PLACEMENTS[c.norm_placement](x, [("attention", attend)], norm, add)
+            h = PLACEMENTS[c.norm_placement](x, [("attention", attend)], norm, residual(c))
             return h, cache
 
         def narrow(layer: Layer, h: jax.Array) -> jax.Array:
@@ -67,7 +66,7 @@ class Layer(nn.Module):
                 return project(name="skip")(h)
             out = project(name="narrow")(FeedForward(c, self.dtype, name="feed_forward")(h))
             out = Dropout(c.dropout)(out, deterministic=deterministic)
-            return project(name="skip")(h) + out if c.residual else out
+            return project(name="skip")(h) + out if c.has_residual("feed_forward") else out
 
         # Apart, so that only one of the two has its activations there in the backward pass.
         maybe_remat = nn.remat if c.remat else lambda f: f

@@ -23,6 +23,7 @@ from jaxdecoder.kernels.hopper import forward as forward_kernel
 from jaxdecoder.kernels.hopper import tiles
 from jaxdecoder.kernels.hopper.launch import Launch, Sizes, padded, up
 from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS
+from jaxdecoder.kernels.partitioning import over_devices
 from jaxdecoder.kernels.problem import (
     Device,
     Gradients,
@@ -164,4 +165,4 @@ def _cannot_compile(problem: Problem, score: tuple[jax.ShapeDtypeStruct, ...]) -
     return None
 
 
-IMPLEMENTATION = Implementation(forward, backward, _refuses)
+IMPLEMENTATION = Implementation(*over_devices(forward, backward), _refuses)

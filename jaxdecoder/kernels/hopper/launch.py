@@ -86,6 +86,8 @@ class Launch:
             padded(operands.k_segments, 1, self.k_whole),
             operands.score,
             None if seed is None else seed.reshape(1),
+            operands.batch_index,
+            operands.head_index,
         )
 
     def like(self, x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -124,6 +126,8 @@ class Launch:
         parameters = tiles.parameters(self.problem, arrays.score, head)
         seed = None if arrays.seed is None else arrays.seed[0]
         k_time = self.k_time if self.k_time % self.k_block else None
+        if arrays.batch_index is not None:
+            batch, head = arrays.batch_index[batch], arrays.head_index[head]
         return Head(self.problem, batch, head, parameters, seed, k_time)
 
     def __call__(self, arrays: Arrays, results: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:

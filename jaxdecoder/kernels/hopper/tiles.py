@@ -55,6 +55,9 @@ class Arrays(NamedTuple):
     k_segments: Any = None
     score: tuple[Any, ...] = ()
     seed: Any = None
+    batch_index: Any = None
+    """See `problem.Operands`, as the next."""
+    head_index: Any = None
 
 
 # --- Shared memory -----------------------------------------------------------------------------
