@@ -11,6 +11,7 @@ from gpu_compile import compile_for_h200, needs_cuda_packages
 
 from jaxdecoder.config import Config, ModelConfig, TrainConfig
 from jaxdecoder.data.batches import Batch
+from jaxdecoder.decoder import Decoder, empty_cache, unroll_params
 from jaxdecoder.kernels import flash_attention, masks, portable, scores, tuning
 from jaxdecoder.kernels.decode import decode_attention
 from jaxdecoder.training.step import init_state, make_step
@@ -169,7 +170,7 @@ GPT2 = ModelConfig(
 
 @pytest.mark.parametrize(
     ("implementation", "names"),
-    [("auto", ("__cudnn$fmhaSoftmax",)), ("portable", KERNELS)],
+    [("auto", ("__cudnn$fmhaSoftmax",)), ("portable", KERNELS), ("hopper", ("mosaic_gpu",))],
 )
 def test_a_training_step_of_gpt2_size_holds_the_kernels(implementation, names):
     """124M parameters, 8 rows of 1,024 tokens, in bfloat16: the kernels, and no T x T array."""
@@ -186,4 +187,25 @@ def test_a_training_step_of_gpt2_size_holds_the_kernels(implementation, names):
     record = compiled(implementation)
     assert all(name in record.hlo for name in names)
     assert "1024,1024]" not in record.hlo
+    if implementation == "hopper":
+        mosaic = [k for k in record.kernels if "mosaic" in k.name]
+        assert mosaic
+        assert all(k.spill_stores == k.spill_loads == 0 for k in mosaic)
+        assert "HGMMA" in record.log
     print(f"{implementation}: {record.memory.temp_size_in_bytes / 2**20:,.0f} MiB")
+
+
+def test_a_decoding_step_of_gpt2_size_reads_the_cache_by_the_kernel():
+    decoder = Decoder(GPT2, dtype=jnp.bfloat16, unrolled=True)
+
+    def fresh(key):
+        params = Decoder(GPT2).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+        return unroll_params(params, GPT2)
+
+    def step(params, tokens, cache):
+        return decoder.apply({"params": params}, tokens, cache, last=True, method="extend")
+
+    params = jax.eval_shape(fresh, jax.random.key(0))
+    cache = jax.eval_shape(lambda: empty_cache(GPT2, 8, dtype=jnp.bfloat16))
+    record = compile_for_h200(step, params, jax.ShapeDtypeStruct((8, 1), jnp.int32), cache)
+    assert record.hlo.count("__gpu$xla.gpu.triton") == GPT2.n_layers

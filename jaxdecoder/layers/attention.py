@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels import masks
+from jaxdecoder.kernels.decode import decode_attention
 from jaxdecoder.kernels.flash import flash_attention
 from jaxdecoder.kernels.reference import attention
 from jaxdecoder.layers.cache import Cursor, KeysAndValues, Slots, extend
@@ -158,17 +159,31 @@ class MaskedMixing(nn.Module):
             mask = mask & masks.sliding_window(c.context_length)
         there = held >= 0 if heads.seen is None else (held >= 0) & heads.seen(held)
         allowed = mask(heads.positions[:, :, None], held[:, None, :]) & there[:, None, :]
-        mixed = attention(
-            q,
-            k,
-            v,
-            allowed[:, None],
-            scale=scale,
-            score=heads.score,
-            q_index=heads.positions,
-            k_index=held,
-            **dropout,
-        )
+        allowed = allowed[:, None]
+        if cache is None:
+            mixed = attention(
+                q,
+                k,
+                v,
+                allowed,
+                scale=scale,
+                score=heads.score,
+                q_index=heads.positions,
+                k_index=held,
+                **dropout,
+            )
+        else:
+            mixed = decode_attention(
+                q,
+                k,
+                v,
+                allowed,
+                scale=scale,
+                score=heads.score,
+                q_index=heads.positions,
+                k_index=held,
+                implementation="reference" if c.attention_implementation == "reference" else "auto",
+            )
         return mixed, cache
 
 
