@@ -125,8 +125,10 @@ def _train_group(
 
 def read_result(config: Config) -> Result | None:
     """What a member came to, if it has."""
-    path = Path(config.train.out) / "summary.json"
-    return Result(config, json.loads(path.read_text())) if path.exists() else None
+    run = Path(config.train.out)
+    path = run / "summary.json"
+    # The run's own config is complete, with what its corpus decided.
+    return Result(runs.read_config(run), json.loads(path.read_text())) if path.exists() else None
 
 
 def _shapes(config: Config, program: Program, members: int, per_call: int) -> Any:
