@@ -173,7 +173,7 @@ seeds = 2
 learning_rates = [1e-2, 3e-3]
 claims = ["norm=layernorm beats norm=none"]
 [overrides]
-train.steps = 200
+train.steps = 120
 train.checkpoint_every = 20
 train.evaluate_every = 50
 [factors]
@@ -188,7 +188,7 @@ def test_an_ablation_killed_at_any_moment_ends_as_the_undisturbed_one(tmp_path):
     process = script("ablate.py", tmp_path / "x.toml", "--out", reference)
     assert process.returncode == 0, process.output
 
-    for lines in (60, 500):
+    for lines in (60, 620):
         process = script("ablate.py", tmp_path / "x.toml", "--out", killed, wait=False)
         while lines_written(killed) < lines and process.poll() is None:
             time.sleep(0.01)
@@ -220,7 +220,7 @@ def verdict_lines(out: Path) -> list[str]:
 
 def test_the_report_needs_nothing_beside_it(tmp_path):
     write_config(tmp_path)
-    (tmp_path / "x.toml").write_text(ABLATION.replace("= 200", "= 20"))
+    (tmp_path / "x.toml").write_text(ABLATION.replace("= 120", "= 20"))
     process = script("ablate.py", tmp_path / "x.toml", "--out", tmp_path / "out")
     assert process.returncode == 0, process.output
     page = (tmp_path / "out" / "report.html").read_text()
