@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecoder.kernels.hopper import tiles
-from jaxdecoder.kernels.hopper.launch import At, Kernel, Launch, Step, walk
+from jaxdecoder.kernels.hopper.launch import At, Kernel, Launch, Step, stream_keys, walk
 from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS, Arrays, Ring, Work
 
 
@@ -64,18 +64,7 @@ def _queries_load(
             dout=arrays.dout.at[at.batch, queries, at.head],
             numbers=arrays.of_queries.at[at.batch, at.head, :, queries],
         )
-
-    def fill(check: bool, step: Step, _: None) -> None:
-        keys = pl.ds(work.indices[at.row, step.column] * launch.k_block, launch.k_block)
-        place = at.batch, keys, lax.div(at.head, jnp.int32(launch.group))
-        segments = launch.segments(arrays.k_segments, at.batch, keys)
-        memory.keys.fill(step.number, k=arrays.k.at[place], segments=segments)
-        memory.values.fill(step.number, v=arrays.v.at[place])
-
-    walk(work, at.row, 1, fill)
-    steps = work.counts[at.row]
-    memory.keys.drain(steps)
-    memory.values.drain(steps)
+    stream_keys(launch, arrays, work, at, memory.keys, memory.values)
 
 
 def _queries_compute(

@@ -228,6 +228,24 @@ def walk(work: Work, row: Any, members: int, visit: Callable[..., Any], carry: A
     return carry
 
 
+def stream_keys(
+    launch: Launch, arrays: Arrays, work: Work, at: At, keys: tiles.Ring, values: tiles.Ring
+) -> None:
+    """Copies the keys and values that a block of queries walks past, and waits for the last."""
+
+    def fill(check: bool, step: Step, _: None) -> None:
+        columns = pl.ds(work.indices[at.row, step.column] * launch.k_block, launch.k_block)
+        place = at.batch, columns, lax.div(at.head, jnp.int32(launch.group))
+        segments = launch.segments(arrays.k_segments, at.batch, columns)
+        keys.fill(step.number, k=arrays.k.at[place], segments=segments)
+        values.fill(step.number, v=arrays.v.at[place])
+
+    walk(work, at.row, 1, fill)
+    steps = work.counts[at.row]
+    keys.drain(steps)
+    values.drain(steps)
+
+
 def padded(x: Any, axis: int, size: int, filling: float = 0) -> Any:
     if x is None or x.shape[axis] == size:
         return x
