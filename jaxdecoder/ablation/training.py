@@ -6,6 +6,7 @@ programs on their way, from which an interrupted ablation goes on.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -106,10 +107,13 @@ def _train_group(
     row = longest.train.batch_size * longest.model.context_length * 12 * len(group)
     per_call = max(1, min(longest.train.steps_per_call, MOST_BATCH_BYTES // row))
 
+    @functools.cache
+    def compiled(members: int, steps: int) -> Any:
+        """Of so many members and steps a call; what its memory is asked of is what runs."""
+        return program.advance.lower(*_shapes(longest, program, members, steps)).compile()
+
     def need(members: int) -> int:
-        return memory_needed(
-            program.advance.lower(*_shapes(longest, program, members, per_call)).compile()
-        )
+        return memory_needed(compiled(members, per_call))
 
     most = most_at_once(need, len(group), available, len(devices), longest.train.out)
     for first in range(0, len(group), most):
@@ -118,7 +122,7 @@ def _train_group(
         if all(known):
             yield from (result for result in known if result)
         else:
-            together = _Together(members, program, corpus, folder, per_call)
+            together = _Together(members, program, compiled, corpus, folder, per_call)
             before = sum(config.train.steps for config in group[:first])
             yield from together.train(lambda steps, before=before: tell(before + steps))  # type: ignore[misc]
 
@@ -153,11 +157,13 @@ class _Together:
         self,
         members: list[Config],
         program: Program,
+        compiled: Callable[[int, int], Any],
         corpus: Corpus,
         folder: Path,
         per_call: int,
     ):
         self.members, self.program, self.corpus, self.per_call = members, program, corpus, per_call
+        self.compiled = compiled
         self.runs = [Path(config.train.out) for config in members]
         name = hashlib.sha256("\n".join(map(str, self.runs)).encode()).hexdigest()[:8]
         self.folder = folder / name
@@ -187,7 +193,8 @@ class _Together:
             while step < t.steps:
                 end = min(boundary(step, self.longest), step + self.per_call)
                 batch = self._batches(step, end - step)
-                state, metrics = self.program.advance(state, numbers, batch)
+                advance = self.compiled(len(self.padded), end - step)
+                state, metrics = advance(state, numbers, batch)
                 self._record(step, jax.tree.map(np.asarray, metrics))
                 self.seconds = time.perf_counter() - started
                 if end % t.evaluate_every == 0 or end == t.steps:
