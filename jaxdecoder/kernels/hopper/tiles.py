@@ -67,8 +67,9 @@ def matrix(*shape: int, dtype: Any) -> Any:
     """Shared memory for matrices (..., rows, columns) that `wgmma` and the copy engine can read."""
     bits = 8 * jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(shape[-1] * bits)
-    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
-    transforms = (tiling, plgpu.SwizzleTransform(swizzle))
+    # From jax 0.12 on a protocol's method without a body makes both look abstract to mypy.
+    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))  # type: ignore[abstract]
+    transforms = (tiling, plgpu.SwizzleTransform(swizzle))  # type: ignore[abstract]
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
