@@ -40,8 +40,7 @@ from docs.diagrams import (
     flow,
     width_of,
 )
-from jaxdecoder import config
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import ModelConfig, model
 from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.scores import alibi_slopes, t5_bucket
 from jaxdecoder.layers.attention import MASKS
@@ -387,13 +386,13 @@ def linear_attention() -> Figure:
 # --- The pictures --------------------------------------------------------------------------------
 
 FAMILIES: dict[str, tuple[Any, Callable[[str], Figure]]] = {
-    "position": (config.Position, position),
-    "norm": (config.Norm, norm),
-    "norm_placement": (config.NormPlacement, placement),
-    "activation": (config.Activation, activation),
-    "attention": (config.AttentionName, attention),
-    "layout": (config.Layout, layout),
-    "depth": (getattr(config, "Depth", None), depth),
+    "position": (model.Position, position),
+    "norm": (model.Norm, norm),
+    "norm_placement": (model.NormPlacement, placement),
+    "activation": (model.Activation, activation),
+    "attention": (model.AttentionName, attention),
+    "layout": (model.Layout, layout),
+    "depth": (model.Depth, depth),
 }
 
 

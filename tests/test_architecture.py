@@ -2,13 +2,13 @@
 
 import ast
 import itertools
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from jaxdecoder import config
-from jaxdecoder.config import OptimizerConfig, choices
+from jaxdecoder.config import Config, OptimizerConfig, choices, model
 from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
@@ -96,14 +96,14 @@ def test_nothing_imports_a_script():
 @pytest.mark.parametrize(
     ("named", "held"),
     [
-        (get_args(config.Position), POSITIONS),
-        (get_args(config.Norm), NORMS),
-        (get_args(config.NormPlacement), PLACEMENTS),
-        (get_args(config.Activation), ACTIVATIONS),
-        (get_args(config.AttentionName), ATTENTIONS),
-        (get_args(config.Layout), LAYOUTS),
-        (get_args(config.Depth), DEPTHS),
-        (get_args(config.ExitConfidence), CONFIDENCES),
+        (get_args(model.Position), POSITIONS),
+        (get_args(model.Norm), NORMS),
+        (get_args(model.NormPlacement), PLACEMENTS),
+        (get_args(model.Activation), ACTIVATIONS),
+        (get_args(model.AttentionName), ATTENTIONS),
+        (get_args(model.Layout), LAYOUTS),
+        (get_args(model.Depth), DEPTHS),
+        (get_args(model.ExitConfidence), CONFIDENCES),
         (choices(OptimizerConfig, "name"), OPTIMIZERS),
         (choices(OptimizerConfig, "schedule"), SCHEDULES),
     ],
@@ -125,17 +125,22 @@ def test_the_config_names_what_the_dict_holds(named, held):
 
 
 def test_gated_activations_are_those_the_config_calls_so():
-    assert set(config.GATED) == {name for name, entry in ACTIVATIONS.items() if entry.gated}
+    assert set(model.GATED) == {name for name, entry in ACTIVATIONS.items() if entry.gated}
 
 
 def test_paired_positions_are_those_with_a_score():
-    assert set(config.PAIRED) == {name for name, entry in POSITIONS.items() if entry.score}
+    assert set(model.PAIRED) == {name for name, entry in POSITIONS.items() if entry.score}
 
 
 def test_every_field_says_what_it_means():
     """`--help` is made of these."""
-    tree = ast.parse((PACKAGE / "config.py").read_text(encoding="utf-8"))
-    sections = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    sections = [
+        node
+        for path in (PACKAGE / "config").glob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
+    ]
+    assert len(sections) == len(fields(Config)) + 1
     for section in sections:
         for statement, following in itertools.pairwise([*section.body, ast.Pass()]):
             if isinstance(statement, ast.AnnAssign) and section.name != "Config":

@@ -141,7 +141,7 @@ def test_a_feed_forward_without_projection_is_as_wide_as_the_model(activation):
             '[model]\nn_layers = 3\nattention = ["full", "sliding_window"]',
             "a pattern's length must divide model.n_layers = 3",
         ),
-        ("[train]\nsteps = -5", "train.steps = -5: should be greater than 0"),
+        ("[train]\nsteps = -5", "train.steps = -5: should be greater than or equal to 0"),
         (
             "[train]\nbatch_size = 10\ngradient_accumulation = 4",
             "train.gradient_accumulation = 4: must divide train.batch_size = 10",

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdecoder import config
+from jaxdecoder.config import model
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import chunked, flash, flash_attention, masks, portable, scores
 from jaxdecoder.kernels.problem import Device
@@ -512,7 +512,7 @@ def test_auto_chooses_by_device_and_shape(device, time, case, chosen):
 
 
 def test_the_config_names_every_implementation():
-    assert {"auto", *flash.IMPLEMENTATIONS} == set(get_args(config.Implementation))
+    assert {"auto", *flash.IMPLEMENTATIONS} == set(get_args(model.Implementation))
 
 
 def test_explains_its_choice(capsys):

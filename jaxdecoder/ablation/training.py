@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,14 +214,7 @@ class _Together:
 
     def evaluate(self, state: State, split: str, count: int | None) -> list[float]:
         """Every member's mean loss over (the first `count`) fixed batches of a split."""
-        each = batches.evaluation_batches(
-            getattr(self.corpus, split),
-            self.longest.data,
-            batch_size=self.longest.train.batch_size,
-            context_length=self.longest.model.context_length,
-            count=count,
-            end_token=self.corpus.tokenizer.end_token,
-        )
+        each = batches.fixed(self.longest, self.corpus, split, count)
         params, losses, weights = evaluated_params(state), [], []
         for batch in each:
             losses.append(
@@ -257,16 +251,7 @@ class _Together:
     def _batches(self, step: int, count: int) -> Any:
         """Batches (member, step, batch, time); members with one seed see the same ones."""
         by_seed = {
-            seed: batches.stack(
-                self.corpus.train,
-                self.longest.data,
-                batch_size=self.longest.train.batch_size,
-                context_length=self.longest.model.context_length,
-                seed=seed,
-                step=step,
-                count=count,
-                end_token=self.corpus.tokenizer.end_token,
-            )
+            seed: batches.of_steps(with_seed(self.longest, seed), self.corpus, step, count)
             for seed in {config.train.seed for config in self.padded}
         }
         return self._place([by_seed[config.train.seed] for config in self.padded])
@@ -346,6 +331,11 @@ class _Together:
             runs.write_summary(run, summary)
             results.append(Result(config, summary))
         return results
+
+
+def with_seed(config: Config, seed: int) -> Config:
+    """The same run from another seed."""
+    return replace(config, train=replace(config.train, seed=seed))
 
 
 def _is_finite(value: Any) -> bool:

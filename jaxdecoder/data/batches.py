@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt64
 
-from jaxdecoder.config import DataConfig
-from jaxdecoder.data.tokens import Split
+from jaxdecoder.config import Config, DataConfig
+from jaxdecoder.data.tokens import Corpus, Split
 from jaxdecoder.errors import UserError
 
 ROUNDS = 6
@@ -119,6 +119,38 @@ def evaluation_batches(
             filled = _documents(split, chosen, context_length, _end(data, end_token))
         real = (places < wanted).astype(np.float32)
         yield filled._replace(weights=filled.weights * real[:, None])
+
+
+def of_steps(
+    config: Config, corpus: Corpus, step: int, count: int, rows: slice = slice(None)
+) -> Batch:
+    """What a run's steps `step` to `step + count - 1` train on, see `stack`."""
+    return stack(
+        corpus.train,
+        config.data,
+        batch_size=config.train.batch_size,
+        context_length=config.model.context_length,
+        seed=config.train.seed,
+        step=step,
+        count=count,
+        end_token=corpus.tokenizer.end_token,
+        rows=rows,
+    )
+
+
+def fixed(
+    config: Config, corpus: Corpus, split: str, count: int | None, rows: slice = slice(None)
+) -> Iterator[Batch]:
+    """What a run is measured on: `split` is train or validation; see `evaluation_batches`."""
+    return evaluation_batches(
+        getattr(corpus, split),
+        config.data,
+        batch_size=config.train.batch_size,
+        context_length=config.model.context_length,
+        count=count,
+        end_token=corpus.tokenizer.end_token,
+        rows=rows,
+    )
 
 
 def permute(

@@ -104,7 +104,8 @@ def draw_losses(run: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=run.name)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(run / "loss.png", dpi=120)
     pyplot.close(figure)

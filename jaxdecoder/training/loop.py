@@ -22,25 +22,36 @@ from jaxdecoder.training import checkpoints, runs
 from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.evaluation import bigram_loss, bits_per_byte, make_evaluator
 from jaxdecoder.training.logging import Log, draw_losses
-from jaxdecoder.training.sharding import batch_sharding, make_mesh, state_sharding
+from jaxdecoder.training.sharding import (
+    batch_sharding,
+    everywhere,
+    make_mesh,
+    state_sharding,
+)
 from jaxdecoder.training.step import (
     Metrics,
+    Objective,
     State,
     evaluated_params,
     fuse,
     init_state,
     make_decoder,
     make_step,
+    next_token,
     state_of,
 )
 
 Sampler = Callable[[Config, Any, tokenizers.Tokenizer], str]
+ToObjective = Callable[[Config], Objective]
 
 
-def train(config: Config, *, sampler: Sampler | None = None) -> dict[str, Any]:
+def train(
+    config: Config, *, sampler: Sampler | None = None, objective: ToObjective = next_token
+) -> dict[str, Any]:
     """Trains a run to its end, from where it stopped if it has begun; returns its summary.
 
-    `sampler` makes the text shown every `train.sample_every` steps and at the end.
+    `sampler` makes the text shown every `train.sample_every` steps and at the end; `objective` says
+    of the complete config what is minimised.
     """
     run = Path(config.train.out)
     first = is_first_host()
@@ -57,7 +68,7 @@ def train(config: Config, *, sampler: Sampler | None = None) -> dict[str, Any]:
             if first:
                 runs.write_config(run, config, key)
                 tokenizers.save(corpus.tokenizer, run / "tokenizer.json")
-            return _train(run, config, corpus, sampler)
+            return _train(run, config, corpus, sampler, objective(config))
 
 
 def complete(config: Config, corpus: Corpus) -> Config:
@@ -84,7 +95,9 @@ def boundary(step: int, config: Config) -> int:
     return min(t.steps, *((step // every + 1) * every for every in periods if every))
 
 
-def _train(run: Path, config: Config, corpus: Corpus, sampler: Sampler | None) -> dict[str, Any]:
+def _train(
+    run: Path, config: Config, corpus: Corpus, sampler: Sampler | None, objective: Objective
+) -> dict[str, Any]:
     t = config.train
     mesh = make_mesh(config)
     feed = partial(_feed, config, corpus, mesh)
@@ -93,11 +106,13 @@ def _train(run: Path, config: Config, corpus: Corpus, sampler: Sampler | None) -
     manager = checkpoints.open_checkpoints(run, keep=t.keep)
     state, shardings = _first_state(config, mesh, manager)
     call = jax.jit(
-        fuse(make_step(config)),
+        fuse(make_step(config, objective=objective)),
         donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh, 1)),
+        in_shardings=(shardings, batch_sharding(mesh, 1), everywhere(mesh)),
         out_shardings=(shardings, None),
     )
+
+    held = jax.device_put(objective.held, everywhere(mesh))
 
     step = int(state.step)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -109,7 +124,7 @@ def _train(run: Path, config: Config, corpus: Corpus, sampler: Sampler | None) -
         try:
             while step < t.steps:
                 end = boundary(step, config)
-                state, metrics = call(state, feed(step, end - step))
+                state, metrics = call(state, feed(step, end - step), held)
                 record.add(step, metrics)
                 step = end
                 due = step % t.evaluate_every == 0 or step % t.checkpoint_every == 0
@@ -272,18 +287,8 @@ class _Recorder:
 
 def _feed(config: Config, corpus: Corpus, mesh: Any, step: int, count: int) -> batches.Batch:
     """The batches of `count` steps on the devices, each host giving its rows."""
-    t = config.train
-    stacked = batches.stack(
-        corpus.train,
-        config.data,
-        batch_size=t.batch_size,
-        context_length=config.model.context_length,
-        seed=t.seed,
-        step=step,
-        count=count,
-        end_token=corpus.tokenizer.end_token,
-        rows=_rows_of_this_host(t.batch_size),
-    )
+    rows = _rows_of_this_host(config.train.batch_size)
+    stacked = batches.of_steps(config, corpus, step, count, rows)
     return _place(stacked, batch_sharding(mesh, 1))
 
 
@@ -291,15 +296,8 @@ def _evaluation_batches(config: Config, corpus: Corpus, mesh: Any) -> Callable[.
     """A function from a split's name and a count to fixed batches on the devices."""
 
     def fixed(name: str, count: int | None) -> Any:
-        each = batches.evaluation_batches(
-            getattr(corpus, name),
-            config.data,
-            batch_size=config.train.batch_size,
-            context_length=config.model.context_length,
-            count=count,
-            end_token=corpus.tokenizer.end_token,
-            rows=_rows_of_this_host(config.train.batch_size),
-        )
+        rows = _rows_of_this_host(config.train.batch_size)
+        each = batches.fixed(config, corpus, name, count, rows)
         return (_place(batch, batch_sharding(mesh)) for batch in each)
 
     return fixed

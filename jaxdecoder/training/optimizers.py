@@ -160,6 +160,24 @@ def make_optimizer(c: OptimizerConfig, numbers: Numbers) -> optax.GradientTransf
     return optax.chain(clip, rule)
 
 
+def keep_zeros() -> optax.GradientTransformation:
+    """Weights of matrices that are zero get no update, so a pruned model stays as sparse as it is.
+
+    A mask without a mask: what training has touched is never exactly zero.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        kept = jax.tree.map(
+            lambda u, p, matrix: jnp.where(p == 0, 0, u) if matrix else u,
+            updates,
+            params,
+            matrices(params),
+        )
+        return kept, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 class Halved(NamedTuple):
     """The state of a rule `in_bfloat16`."""
 

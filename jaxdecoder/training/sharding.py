@@ -70,6 +70,11 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, "data"))
 
 
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """Every device has the whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def _spec(
     path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:

@@ -14,7 +14,13 @@ from jaxdecoder.config import Config
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.decoder import Decoder
 from jaxdecoder.training.losses import summed_cross_entropy
-from jaxdecoder.training.optimizers import Numbers, make_optimizer, make_schedule, numbers_of
+from jaxdecoder.training.optimizers import (
+    Numbers,
+    keep_zeros,
+    make_optimizer,
+    make_schedule,
+    numbers_of,
+)
 
 
 class State(NamedTuple):
@@ -35,7 +41,31 @@ class Metrics(NamedTuple):
     learning_rate: Float[Array, "*steps"]
 
 
-Step = Callable[[State, Batch], tuple[State, Metrics]]
+Step = Callable[..., tuple[State, Metrics]]
+"""(state, batch, what the objective holds) -> the next state and the metrics."""
+
+
+class Objective(NamedTuple):
+    """What training minimises.
+
+    loss: (params, batch, key, held) -> the loss summed over the batch's tokens, in nats. The key
+        is the step's own.
+    held: arrays that every step takes along unchanged, such as the weights of a teacher.
+    """
+
+    loss: Callable[[Any, Batch, jax.Array, Any], Float[Array, ""]]
+    held: Any = ()
+
+
+def next_token(config: Config) -> Objective:
+    """The decoder's own loss: cross-entropy, and what its variants add to it."""
+    decoder = make_decoder(config)
+
+    def loss(params: Any, batch: Batch, key: jax.Array, held: Any) -> Any:
+        dropout_key = key if config.model.dropout else None
+        return summed_cross_entropy(decoder, params, batch, training=True, dropout_key=dropout_key)
+
+    return Objective(loss)
 
 
 def compute_dtype(config: Config) -> Any:
@@ -60,10 +90,16 @@ def init_state(config: Config, key: jax.Array | None = None) -> State:
 
 def state_of(config: Config, params: Any) -> State:
     """The state at step 0 of a run that starts from these weights."""
-    optimizer = make_optimizer(config.optimizer, numbers_of(config)).init(params)
+    optimizer = optimizer_of(config, numbers_of(config)).init(params)
     # A copy: the state is donated to every call, and no buffer may be given away twice.
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else ()
     return State(jnp.zeros((), jnp.int32), params, optimizer, ema)
+
+
+def optimizer_of(config: Config, numbers: Numbers) -> optax.GradientTransformation:
+    """The update rule, and what compressed weights keep to."""
+    rule = make_optimizer(config.optimizer, numbers)
+    return optax.chain(rule, keep_zeros()) if config.compression.keep_zeros else rule
 
 
 def evaluated_params(state: State) -> Any:
@@ -71,26 +107,22 @@ def evaluated_params(state: State) -> Any:
     return state.ema if state.ema != () else state.params
 
 
-def make_step(config: Config, numbers: Numbers | None = None) -> Step:
+def make_step(
+    config: Config, numbers: Numbers | None = None, objective: Objective | None = None
+) -> Step:
     """The pure train step of a config; `numbers`, which may be traced, stand in for its own."""
     n = numbers_of(config) if numbers is None else numbers
-    decoder = make_decoder(config)
-    optimizer = make_optimizer(config.optimizer, n)
+    loss = (objective or next_token(config)).loss
+    optimizer = optimizer_of(config, n)
     schedule = make_schedule(config.optimizer, n.steps, n.learning_rate)
     accumulation = config.train.gradient_accumulation
 
-    def gradients(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any]:
-        def loss(params: Any, part: Batch, key: jax.Array) -> Any:
-            dropout_key = key if config.model.dropout else None
-            return summed_cross_entropy(
-                decoder, params, part, training=True, dropout_key=dropout_key
-            )
-
+    def gradients(params: Any, batch: Batch, key: jax.Array, held: Any) -> tuple[Any, Any]:
         if accumulation == 1:
-            return jax.value_and_grad(loss)(params, batch, key)
+            return jax.value_and_grad(loss)(params, batch, key, held)
 
         def add_part(total: Any, part_and_key: Any) -> tuple[Any, None]:
-            part = jax.value_and_grad(loss)(params, *part_and_key)
+            part = jax.value_and_grad(loss)(params, *part_and_key, held)
             return jax.tree.map(jnp.add, total, part), None
 
         # Interleaved rows, so that every device has its share of every part.
@@ -101,10 +133,10 @@ def make_step(config: Config, numbers: Numbers | None = None) -> Step:
         total, _ = jax.lax.scan(add_part, zeros, (parts, jax.random.split(key, accumulation)))
         return total
 
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def step(state: State, batch: Batch, held: Any = ()) -> tuple[State, Metrics]:
         # A step's randomness depends on the seed and the step alone, so a run can stop anywhere.
         key = jax.random.fold_in(jax.random.key(n.seed + 1), state.step)
-        total, grads = gradients(state.params, batch, key)
+        total, grads = gradients(state.params, batch, key, held)
         count = jnp.maximum(jnp.sum(batch.weights), 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
@@ -123,4 +155,8 @@ def make_step(config: Config, numbers: Numbers | None = None) -> Step:
 
 def fuse(step: Step) -> Step:
     """Several steps as one: batches and metrics gain a leading axis."""
-    return lambda state, batches: jax.lax.scan(step, state, batches)
+
+    def several(state: State, batches: Batch, held: Any = ()) -> tuple[State, Metrics]:
+        return jax.lax.scan(lambda state, batch: step(state, batch, held), state, batches)
+
+    return several

@@ -1,34 +1,22 @@
-"""Everything a run is made of, in one value: `Config`, read from TOML and the command line.
-
-Fields left at `None` are derived from others (see `ModelConfig.resolve`); everything else is
-explicit. A mistake is refused before any compute, with the file, the key and a value that would
-do.
-"""
+"""`ModelConfig`: the shape and the components of one decoder, and what cannot go together."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
 
-import pydantic
-import tomli_w
-import tyro
 from pydantic import Field
 
-from jaxdecoder.errors import UserError
-
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+from jaxdecoder.config.fields import (
+    ConfigError,
+    Count,
+    Fraction,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    nearest_multiples,
+)
 
 Position = Literal["none", "learned", "sinusoidal", "rope", "alibi", "t5"]
 Norm = Literal["layernorm", "rmsnorm", "none"]
@@ -51,14 +39,6 @@ Implementation = Literal["auto", "reference", "chunked", "portable", "hopper", "
 
 PAIRED: tuple[Position, ...] = ("alibi", "t5")
 GATED: tuple[Activation, ...] = ("swiglu", "geglu", "reglu")
-
-
-class ConfigError(UserError):
-    """A value that cannot be: `key` is its dotted path, such as `model.d_model`."""
-
-    def __init__(self, key: str, value: object, why: str):
-        super().__init__(f"{key} = {_show(value)}: {why}")
-        self.key, self.value, self.why = key, value, why
 
 
 @dataclass(frozen=True)
@@ -181,7 +161,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.d_head is None and self.d_model % self.n_heads:
-            near = _nearest_multiples(self.d_model, self.n_heads)
+            near = nearest_multiples(self.d_model, self.n_heads)
             raise ConfigError(
                 "model.d_model",
                 self.d_model,
@@ -318,7 +298,7 @@ class ModelConfig:
         layers = self._layers_in_stack
         total = self.n_stacks * layers
         if self.layers_per_stack is None and total != self.n_layers:
-            near = _nearest_multiples(self.n_layers, self.n_stacks)
+            near = nearest_multiples(self.n_layers, self.n_stacks)
             raise ConfigError(
                 "model.n_layers",
                 self.n_layers,
@@ -333,7 +313,7 @@ class ModelConfig:
                 f"{total}; leave out one of them",
             )
         if self.d_model % layers:
-            near = _nearest_multiples(self.d_model, layers)
+            near = nearest_multiples(self.d_model, layers)
             raise ConfigError(
                 "model.d_model",
                 self.d_model,
@@ -403,272 +383,3 @@ class ModelConfig:
     def attention_pattern(self) -> tuple[AttentionName, ...]:
         """The mechanisms of consecutive layers; it repeats over the depth."""
         return self.attention if isinstance(self.attention, tuple) else (self.attention,)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where text comes from and how it becomes tokens."""
-
-    source: Literal["stories", "text", "huggingface", "tiny_shakespeare"] = "stories"
-    """stories: built-in generator; text: your files; huggingface: a hub id or local folder."""
-    path: str = ""
-    """For text: a file, folder or glob. For huggingface: a hub id or a local folder."""
-    text_column: str = "text"
-    """For huggingface: the column that holds the text."""
-    validation_split: str = ""
-    """For huggingface: the split to validate on; empty: a share of the training split."""
-    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of the corpus, at its end, kept for validation."""
-    stories_bytes: Positive = 10_000_000
-    """For stories: how much text to generate."""
-    tokenizer: str = "char"
-    """char, byte, bpe (trained on the corpus), or any tiktoken name such as gpt2."""
-    tokenizer_path: str = ""
-    """A tokenizer.json to use as it is, or a folder with GPT-2's vocab.json and merges.txt."""
-    vocab_size: Positive | None = None
-    """For bpe: entries to train (default 4096). For char: keep only the most frequent."""
-    end_of_text: bool = True
-    """Separate documents by an end token."""
-    mode: Literal["packed", "padded"] = "packed"
-    """packed: windows of one long stream; padded: one document a row, its padding masked out."""
-    sampling: Literal["random", "shuffled"] = "shuffled"
-    """random: independent random windows; shuffled: every window once an epoch."""
-    seed: Seed = 0
-    """Seed of the story generator."""
-    cache: str = ".cache"
-    """Folder for downloads and token files."""
-    processes: Count = 0
-    """Processes that tokenise; 0: one a core."""
-
-    def __post_init__(self) -> None:
-        if self.source in ("text", "huggingface") and not self.path:
-            raise ConfigError(
-                "data.path", self.path, f"the source {self.source!r} needs a path to read from"
-            )
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """How gradients become updates."""
-
-    name: Literal["adamw", "muon", "lion", "adafactor", "sgd"] = "adamw"
-    """Update rule. Muon moves matrices; the rest of the parameters go to AdamW."""
-    learning_rate: PositiveFloat = 3e-4
-    """Peak learning rate."""
-    adam_learning_rate: PositiveFloat | None = None
-    """For muon: the peak rate of what AdamW moves. Left out: learning_rate."""
-    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
-    """Shape after warm-up; wsd is warm-up, stable, decay (arXiv 2404.06395)."""
-    warmup_steps: Count = 0
-    """Steps of linear rise from 0."""
-    final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    """Last learning rate as a share of the peak."""
-    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    """For wsd: the share of all steps spent decaying."""
-    beta1: Fraction = 0.9
-    """Decay of the gradient mean; momentum of muon and sgd."""
-    beta2: Fraction = 0.95
-    """Decay of the squared gradients."""
-    epsilon: PositiveFloat = 1e-8
-    """Added to the denominator of adamw."""
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay, on matrices only."""
-    gradient_clip: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
-    state_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the moments; bfloat16 halves them, rounding at random so that small changes count."""
-    ema_decay: Fraction = 0.0
-    """Exponential moving average of the weights, used for evaluation; 0 turns it off."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long to train, on what, and what to write down."""
-
-    steps: Positive = 2000
-    """Optimiser steps."""
-    batch_size: Positive = 32
-    """Sequences in one optimiser step (B)."""
-    gradient_accumulation: Positive = 1
-    """Split a step's batch into this many passes, to save memory."""
-    seed: Seed = 0
-    """Seed of the initial weights, the batches and the dropout."""
-    out: str = ""
-    """Run folder. Left out: runs/ and the config file's name."""
-    init_from: str = ""
-    """Run folder whose weights to start from."""
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on accelerators, float32 on the CPU. Parameters and loss stay float32."""
-    fsdp: bool = False
-    """Split parameters and optimiser state over the devices instead of replicating them."""
-    cpu_devices: Count = 0
-    """On the CPU: devices the cores are divided into; 0: one."""
-    steps_per_call: Positive = 10
-    """Optimiser steps fused into one compiled call."""
-    evaluate_every: Positive = 250
-    """Steps between evaluations."""
-    evaluation_batches: Positive = 20
-    """Fixed validation batches of each evaluation; the end evaluates the whole split."""
-    checkpoint_every: Positive = 500
-    """Steps between checkpoints."""
-    keep: Positive = 2
-    """Last checkpoints kept, besides the best."""
-    log_every: Positive = 10
-    """Steps between lines of metrics.jsonl."""
-    sample_every: Count = 0
-    """Steps between printed samples; 0: only at the end."""
-    sample_prompt: str = ""
-    """Prompt of those samples."""
-    tensorboard: bool = False
-    """Also write TensorBoard events."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size % self.gradient_accumulation:
-            raise ConfigError(
-                "train.gradient_accumulation",
-                self.gradient_accumulation,
-                f"must divide train.batch_size = {self.batch_size}",
-            )
-
-
-@dataclass(frozen=True)
-class Config:
-    """A whole run: model, data, optimiser, training."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a TOML file, then applies command-line overrides such as `--model.n-layers 2`.
-
-    Raises `UserError`, naming the file and the key, for anything that is not right.
-    """
-    path = Path(path)
-    config = from_dict(read_toml(path), str(path))
-    if not config.train.out:
-        train = dataclasses.replace(config.train, out=str(Path("runs") / path.stem))
-        config = dataclasses.replace(config, train=train)
-    return override(config, overrides) if overrides else config
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file, or a `UserError` that names it."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file{_neighbours(path)}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def from_dict(tables: dict[str, Any], where: str) -> Config:
-    """Checks the tables of a config file and builds the `Config`; `where` names them in errors."""
-    _refuse_unknown_keys(tables, Config, where)
-    try:
-        # Strict JSON mode takes TOML's types as they are: no "3" for 3, but arrays for tuples.
-        return _ADAPTER.validate_json(json.dumps(tables, default=str), strict=True)
-    except ConfigError as error:
-        raise UserError(f"{where}: {error}") from None
-    except pydantic.ValidationError as error:
-        raise UserError("\n".join(explain(where, e) for e in _first_of_each(error))) from None
-
-
-def override(config: Config, arguments: Sequence[str]) -> Config:
-    """Applies command-line arguments to a config; `--help` lists every field."""
-    try:
-        changed = tyro.cli(
-            Config,
-            default=config,
-            args=list(arguments),
-            prog="train.py CONFIG",
-            description="Train a decoder. Every field of the config can be given here.",
-        )
-        return from_dict(to_dict(changed), "command line")
-    except ConfigError as error:
-        raise UserError(f"command line: {error}") from None
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain tables; fields that are `None` are left out, as TOML has no null."""
-    tables = dataclasses.asdict(config)
-    return {
-        name: {key: value for key, value in table.items() if value is not None}
-        for name, table in tables.items()
-    }
-
-
-def to_toml(config: Config) -> str:
-    """The complete config as TOML text; `from_dict` of it gives the same config back."""
-    return tomli_w.dumps(json.loads(json.dumps(to_dict(config))))
-
-
-def differences(a: Config, b: Config) -> list[str]:
-    """The dotted keys in which two configs differ, each with both values."""
-    lines = []
-    for section in dataclasses.fields(Config):
-        left, right = getattr(a, section.name), getattr(b, section.name)
-        for item in dataclasses.fields(left):
-            x, y = getattr(left, item.name), getattr(right, item.name)
-            if x != y:
-                lines.append(f"{section.name}.{item.name}: {_show(x)} there, {_show(y)} here")
-    return lines
-
-
-def choices(cls: type, name: str) -> tuple[str, ...]:
-    """The values a field with fixed choices can take, for example `(ModelConfig, "norm")`."""
-    return tuple(get_args(get_type_hints(cls)[name]))
-
-
-_ADAPTER = pydantic.TypeAdapter(Config)
-
-
-def _refuse_unknown_keys(tables: dict[str, Any], cls: type, where: str, prefix: str = "") -> None:
-    known = get_type_hints(cls)
-    for key, value in tables.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"{where}: {prefix}{key}: unknown key; {hint}")
-        if dataclasses.is_dataclass(known[key]):
-            if not isinstance(value, dict):
-                raise UserError(f"{where}: {key} = {_show(value)}: must be a table [{key}]")
-            _refuse_unknown_keys(value, known[key], where, f"{key}.")  # type: ignore[arg-type]
-
-
-def _first_of_each(error: pydantic.ValidationError) -> list[Any]:
-    """One complaint a key: a union reports each of its alternatives."""
-    firsts: dict[tuple[str, ...], Any] = {}
-    for e in error.errors():
-        firsts.setdefault(tuple(str(part) for part in e["loc"][:2]), e)
-    return list(firsts.values())
-
-
-def explain(where: str, error: Any) -> str:
-    """One of pydantic's complaints as a sentence that names file, key and value."""
-    key = ".".join(str(part) for part in error["loc"][:2])
-    message = error["msg"]
-    value = error["input"]
-    if error["type"] == "literal_error" and isinstance(value, str):
-        options = [o.strip("'") for o in error["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-        near = difflib.get_close_matches(value, options, n=1, cutoff=0.5)
-        message = f"must be one of {', '.join(options)}" + (f"; {near[0]}?" if near else "")
-    message = message.removeprefix("Input should be").strip()
-    return f"{where}: {key} = {_show(value)}: should be {message}".replace("be must be", "be")
-
-
-def _neighbours(path: Path) -> str:
-    names = [str(p) for p in sorted(path.parent.glob("*.toml"))] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(str(path), names, n=1, cutoff=0.4)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _nearest_multiples(value: int, of: int) -> str:
-    below, above = value // of * of, -(-value // of) * of
-    return f"{below} or {above}" if below else str(above)
-
-
-def _show(value: object) -> str:
-    return json.dumps(value, default=str)

@@ -1,0 +1,149 @@
+"""What surrounds every pass of compression: before and after, and a run folder like any other.
+
+A pass writes its weights as step 0 of the new run, and training takes it on from there, for no
+steps at all if none were asked for. So a pass that was cut short goes on when it is given again,
+and what it leaves trains, samples and compresses like any run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxdecoder.config import Config
+from jaxdecoder.data import batches, tokenizers
+from jaxdecoder.data.tokens import Corpus, cache_key, prepare
+from jaxdecoder.errors import UserError
+from jaxdecoder.training import checkpoints, runs
+from jaxdecoder.training.evaluation import make_evaluator
+from jaxdecoder.training.loop import Sampler, ToObjective, train
+from jaxdecoder.training.step import make_decoder, next_token, state_of
+
+
+class Made(NamedTuple):
+    """What a pass makes of a model.
+
+    config: the new run's; its model section is that of `params`, its train section what training
+        takes on from here (0 steps: none).
+    notes: what summary.json is to say of the pass, under `compression`.
+    """
+
+    config: Config
+    params: Any
+    notes: dict[str, Any]
+
+
+def run_pass(
+    source: str,
+    out: str,
+    command: str,
+    make: Callable[[runs.Model, Corpus], Made],
+    *,
+    sampler: Sampler,
+    objective: ToObjective = next_token,
+) -> dict[str, Any]:
+    """Makes the run `out` of the run `source`; returns its summary.
+
+    `command` goes into the new run's recipe, after those of the source. A pass that was begun by
+    the same command goes on where it stopped.
+
+    Raises:
+        UserError: if `out` is another run.
+    """
+    run = Path(out)
+    model = runs.load_model(source)
+    recipe = (*model.config.compression.recipe, command)
+    if not checkpoints.steps_in(run / "checkpoints"):
+        _begin(run, model, recipe, Path(source), make, sampler)
+    config = runs.read_config(run)
+    if config.compression.recipe != recipe:
+        raise UserError(
+            f"{run}: this run was made by another command:\n  "
+            + ("\n  ".join(config.compression.recipe) or "train.py")
+            + "\nGive another folder for the new run"
+        )
+    summary = train(config, sampler=sampler, objective=objective)
+    summary["compression"] = json.loads((run / "compression.json").read_text())
+    runs.write_summary(run, summary)
+    print(_comparison(summary))
+    return summary
+
+
+def corpus_of(model: runs.Model, source: Path) -> tuple[Config, Corpus]:
+    """The config of a run with its tokenizer held fast, and its corpus."""
+    path = model.config.data.tokenizer_path or str(source / "tokenizer.json")
+    config = replace(model.config, data=replace(model.config.data, tokenizer_path=path))
+    return config, prepare(config.data)
+
+
+def loss_of(config: Config, corpus: Corpus, params: Any) -> float:
+    """The validation loss over the whole split, in nats a token."""
+    evaluate = make_evaluator(make_decoder(config))
+    return evaluate(params, batches.fixed(config, corpus, "validation", None))
+
+
+def sizes(params: Any) -> dict[str, int]:
+    """How many weights there are, how many are not zero, and the bytes that hold them."""
+    leaves = jax.tree.leaves(params)
+    return {
+        "parameters": sum(leaf.size for leaf in leaves),
+        "nonzero": sum(int(np.count_nonzero(np.asarray(leaf))) for leaf in leaves),
+        "bytes": sum(leaf.nbytes for leaf in leaves),
+    }
+
+
+def _begin(
+    run: Path,
+    model: runs.Model,
+    recipe: tuple[str, ...],
+    source: Path,
+    make: Callable[[runs.Model, Corpus], Made],
+    sampler: Sampler,
+) -> None:
+    """Writes the new run as it is at step 0."""
+    config, corpus = corpus_of(model, source)
+    model = model._replace(config=config)
+    before = sizes(model.params) | {"validation_loss": loss_of(config, corpus, model.params)}
+    text = sampler(config, model.params, model.tokenizer)
+    print(f"{source}: validation {before['validation_loss']:.4f} nats a token; a sample:\n{text}\n")
+    made = make(model, corpus)
+    loss = loss_of(made.config, corpus, made.params)
+    new = replace(
+        made.config,
+        train=replace(made.config.train, out=str(run), init_from=""),
+        compression=replace(made.config.compression, recipe=recipe),
+    )
+    told = {
+        "before": before,
+        "at_once": sizes(made.params) | {"validation_loss": loss},
+        **made.notes,
+    }
+    with runs.lock(run), checkpoints.full_disk_explained(run):
+        runs.write_config(run, new, cache_key(new.data))
+        tokenizers.save(corpus.tokenizer, run / "tokenizer.json")
+        runs.write_atomically(run / "samples.txt", f"--- {source} ---\n{text}\n")
+        runs.write_atomically(run / "compression.json", json.dumps(told, indent=2) + "\n")
+        manager = checkpoints.open_checkpoints(run, keep=new.train.keep)
+        checkpoints.save(manager, state_of(new, made.params), loss)
+        manager.wait_until_finished()
+        manager.close()
+
+
+def _comparison(summary: dict[str, Any]) -> str:
+    """Before and after in a few lines."""
+    told = summary["compression"]
+    before, at_once = told["before"], told["at_once"]
+    after = summary["validation_loss"]
+    return (
+        f"validation loss: {before['validation_loss']:.4f} before, "
+        f"{at_once['validation_loss']:.4f} at once, {after:.4f} after {summary['steps']} steps "
+        f"({after - before['validation_loss']:+.4f} nats a token)\n"
+        f"weights: {before['nonzero']:,} in {before['bytes']:,} bytes before, "
+        f"{at_once['nonzero']:,} in {at_once['bytes']:,} after"
+    )

@@ -1,0 +1,166 @@
+"""Everything a run is made of, in one value: `Config`, read from TOML and the command line.
+
+Fields left at `None` are derived from others (see `ModelConfig.resolve`); everything else is
+explicit. A mistake is refused before any compute, with the file, the key and a value that would
+do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pydantic
+import tomli_w
+import tyro
+
+from jaxdecoder.config.fields import ConfigError, show
+from jaxdecoder.config.model import ModelConfig
+from jaxdecoder.config.sections import (
+    CompressionConfig,
+    DataConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from jaxdecoder.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run: model, data, optimiser, training, compression."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML file, then applies command-line overrides such as `--model.n-layers 2`.
+
+    Raises `UserError`, naming the file and the key, for anything that is not right.
+    """
+    path = Path(path)
+    config = from_dict(read_toml(path), str(path))
+    if not config.train.out:
+        train = dataclasses.replace(config.train, out=str(Path("runs") / path.stem))
+        config = dataclasses.replace(config, train=train)
+    return override(config, overrides) if overrides else config
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, or a `UserError` that names it."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{_neighbours(path)}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def from_dict(tables: dict[str, Any], where: str) -> Config:
+    """Checks the tables of a config file and builds the `Config`; `where` names them in errors."""
+    _refuse_unknown_keys(tables, Config, where)
+    try:
+        # Strict JSON mode takes TOML's types as they are: no "3" for 3, but arrays for tuples.
+        return _ADAPTER.validate_json(json.dumps(tables, default=str), strict=True)
+    except ConfigError as error:
+        raise UserError(f"{where}: {error}") from None
+    except pydantic.ValidationError as error:
+        raise UserError("\n".join(explain(where, e) for e in _first_of_each(error))) from None
+
+
+def override(config: Config, arguments: Sequence[str]) -> Config:
+    """Applies command-line arguments to a config; `--help` lists every field."""
+    try:
+        changed = tyro.cli(
+            Config,
+            default=config,
+            args=list(arguments),
+            prog="train.py CONFIG",
+            description="Train a decoder. Every field of the config can be given here.",
+        )
+        return from_dict(to_dict(changed), "command line")
+    except ConfigError as error:
+        raise UserError(f"command line: {error}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain tables; fields that are `None` are left out, as TOML has no null."""
+    tables = dataclasses.asdict(config)
+    return {
+        name: {key: value for key, value in table.items() if value is not None}
+        for name, table in tables.items()
+    }
+
+
+def to_toml(config: Config) -> str:
+    """The complete config as TOML text; `from_dict` of it gives the same config back."""
+    return tomli_w.dumps(json.loads(json.dumps(to_dict(config))))
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """The dotted keys in which two configs differ, each with both values."""
+    lines = []
+    for section in dataclasses.fields(Config):
+        left, right = getattr(a, section.name), getattr(b, section.name)
+        for item in dataclasses.fields(left):
+            x, y = getattr(left, item.name), getattr(right, item.name)
+            if x != y:
+                lines.append(f"{section.name}.{item.name}: {show(x)} there, {show(y)} here")
+    return lines
+
+
+def choices(cls: type, name: str) -> tuple[str, ...]:
+    """The values a field with fixed choices can take, for example `(ModelConfig, "norm")`."""
+    return tuple(get_args(get_type_hints(cls)[name]))
+
+
+_ADAPTER = pydantic.TypeAdapter(Config)
+
+
+def _refuse_unknown_keys(tables: dict[str, Any], cls: type, where: str, prefix: str = "") -> None:
+    known = get_type_hints(cls)
+    for key, value in tables.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+            raise UserError(f"{where}: {prefix}{key}: unknown key; {hint}")
+        if dataclasses.is_dataclass(known[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {key} = {show(value)}: must be a table [{key}]")
+            _refuse_unknown_keys(value, known[key], where, f"{key}.")  # type: ignore[arg-type]
+
+
+def _first_of_each(error: pydantic.ValidationError) -> list[Any]:
+    """One complaint a key: a union reports each of its alternatives."""
+    firsts: dict[tuple[str, ...], Any] = {}
+    for e in error.errors():
+        firsts.setdefault(tuple(str(part) for part in e["loc"][:2]), e)
+    return list(firsts.values())
+
+
+def explain(where: str, error: Any) -> str:
+    """One of pydantic's complaints as a sentence that names file, key and value."""
+    key = ".".join(str(part) for part in error["loc"][:2])
+    message = error["msg"]
+    value = error["input"]
+    if error["type"] == "literal_error" and isinstance(value, str):
+        options = [o.strip("'") for o in error["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        near = difflib.get_close_matches(value, options, n=1, cutoff=0.5)
+        message = f"must be one of {', '.join(options)}" + (f"; {near[0]}?" if near else "")
+    message = message.removeprefix("Input should be").strip()
+    return f"{where}: {key} = {show(value)}: should be {message}".replace("be must be", "be")
+
+
+def _neighbours(path: Path) -> str:
+    names = [str(p) for p in sorted(path.parent.glob("*.toml"))] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(str(path), names, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""
