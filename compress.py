@@ -8,15 +8,20 @@ import sys
 import tyro
 
 from jaxdecoder.compression.options import Chart, Distill, Prune, Quantize
-from jaxdecoder.errors import UserError, friendly
+from jaxdecoder.errors import friendly
 
 
 @friendly
 def main() -> None:
     """Reads the command, then hands over to the pass."""
-    tyro.cli(Prune | Distill | Quantize | Chart, description=__doc__)  # type: ignore[arg-type]
+    options = tyro.cli(Prune | Distill | Quantize | Chart, description=__doc__)  # type: ignore[arg-type]
     command = f"python compress.py {shlex.join(sys.argv[1:])}"
-    raise UserError(f"{command}: not there yet")
+
+    # Imported late: --help needs no JAX.
+    if isinstance(options, Chart):
+        from jaxdecoder.compression.chart import chart
+
+        chart(options, command)
 
 
 if __name__ == "__main__":

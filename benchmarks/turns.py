@@ -115,10 +115,6 @@ def write(path: Path, report: dict[str, Any]) -> None:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    return {"cpu": model, "cores": os.cpu_count(), "load_before": os.getloadavg()[0]}
+    from jaxdecoder.training.devices import processor
+
+    return {"cpu": processor(), "cores": os.cpu_count(), "load_before": os.getloadavg()[0]}

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ConfigError, ModelConfig
 from jaxdecoder.kernels.cross_entropy import cross_entropy, head_logits
+from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.layers import serial, stacks
 from jaxdecoder.layers.cache import Cache, Caches, Cursor
 from jaxdecoder.layers.depth import Passed, exits_of
@@ -23,7 +24,7 @@ from jaxdecoder.layers.positions import POSITIONS
 class Layout(NamedTuple):
     """How the layers between embedding and head are wired.
 
-    body: (config, dtype, unrolled) -> module from (x, positions, caches, cursor, deterministic) to
+    body: (config, dtype, unrolled) -> module from (x, positions, caches, cursor, dropout) to
         what the head sees and the extended caches, or to a whole `Passed`. One that has exits takes
         the head too, as a function from features to logits.
     unroll: (params, config) -> the body's parameters as `unrolled` takes them.
@@ -71,24 +72,24 @@ class Decoder(nn.Module):
             self.head = Weights(c, width, c.vocab_size, c.head_bias, name="head")
 
     def __call__(
-        self, tokens: Int[Array, "batch time"], *, deterministic: bool = True
+        self, tokens: Int[Array, "batch time"], *, dropout: Rate | None = None
     ) -> Float[Array, "batch time vocab"]:
         """Logits for the token after each of `tokens`."""
-        return self.logits(self.features(tokens, deterministic=deterministic))
+        return self.logits(self.features(tokens, dropout=dropout))
 
     def losses(
         self,
         tokens: Int[Array, "batch time"],
         targets: Int[Array, "batch time"],
         *,
-        deterministic: bool = True,
+        dropout: Rate | None = None,
     ) -> Float[Array, "batch time"]:
         """What training minimises at each of `tokens`, in nats: the loss of the next token.
 
-        Unless `deterministic`, those of early exits have their shares in it, and the routers of a
-        mixture of depths add theirs.
+        In training (see `features`) those of early exits have their shares in it, and the routers
+        of a mixture of depths add theirs.
         """
-        passed = self._pass(tokens, deterministic)
+        passed = self._pass(tokens, dropout)
         share = 1.0 - sum(share for share, _ in passed.exits)
         losses = share * self._cross_entropy(passed.features, targets)
         for share, features in passed.exits:
@@ -96,12 +97,12 @@ class Decoder(nn.Module):
         return losses + passed.penalty
 
     def features(
-        self, tokens: Int[Array, "batch time"], *, deterministic: bool = True
+        self, tokens: Int[Array, "batch time"], *, dropout: Rate | None = None
     ) -> Float[Array, "batch time width"]:
-        """What the head sees."""
-        return self._pass(tokens, deterministic).features
+        """What the head sees. `dropout`: the share to drop in training; None outside it."""
+        return self._pass(tokens, dropout).features
 
-    def _pass(self, tokens: Int[Array, "batch time"], deterministic: bool) -> Passed:
+    def _pass(self, tokens: Int[Array, "batch time"], dropout: Rate | None) -> Passed:
         c = self.config
         if tokens.shape[1] > c.context_length:
             raise ConfigError(
@@ -109,7 +110,7 @@ class Decoder(nn.Module):
             )
         positions = jnp.arange(tokens.shape[1])[None]
         x = self._embed(tokens, positions)
-        return Passed(*self.body(x, positions, None, None, deterministic))
+        return Passed(*self.body(x, positions, None, None, dropout))
 
     def _cross_entropy(
         self, features: Float[Array, "batch time width"], targets: Int[Array, "batch time"]
@@ -137,7 +138,7 @@ class Decoder(nn.Module):
         unbound = self.clone(parent=None, name=None)
         head = functools.partial(unbound.apply, self.variables, method="logits")
         asks = (head,) if len(exits_of(self.config)) > 1 else ()
-        passed = Passed(*self.body(x, positions, cache.layers, cache.cursor, True, *asks))
+        passed = Passed(*self.body(x, positions, cache.layers, cache.cursor, None, *asks))
         logits = passed.logits
         if logits is None:
             logits = self.logits(passed.features[:, -1:] if last else passed.features)

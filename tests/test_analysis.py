@@ -295,7 +295,7 @@ class TestFlops:
         tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
         def loss(params, tokens):
-            apply = partial(decoder.apply, {"params": params}, deterministic=False)
+            apply = partial(decoder.apply, {"params": params}, dropout=0.0)
             return jnp.sum(apply(tokens, tokens, method="losses"))
 
         traced = jax.make_jaxpr(loss)(shapes(config), tokens)

@@ -421,7 +421,6 @@ class TestPrecision:
 class TestDropout:
     # Without residuals and norms a block's output is that of its last dropout.
     CONFIG = small(
-        dropout=0.25,
         residual=False,
         norm_placement="none",
         position="none",
@@ -432,11 +431,11 @@ class TestDropout:
 
     @staticmethod
     @functools.partial(quick_jit, static_argnums=(0, 3))
-    def blocks(decoder, params, tokens, deterministic, key):
+    def blocks(decoder, params, tokens, dropout, key):
         _, state = decoder.apply(
             {"params": params},
             tokens,
-            deterministic=deterministic,
+            dropout=dropout,
             rngs={"dropout": key},
             mutable=["intermediates"],
         )
@@ -445,9 +444,9 @@ class TestDropout:
     def test_drops_its_share_anew_for_every_key_row_and_layer(self):
         decoder, params = model(self.CONFIG)
         tokens = np.tile(random_tokens(self.CONFIG, 1, 64), (2, 1))
-        once = self.blocks(decoder, params, tokens, False, jax.random.key(0))
-        again = self.blocks(decoder, params, tokens, False, jax.random.key(0))
-        other = self.blocks(decoder, params, tokens, False, jax.random.key(1))
+        once = self.blocks(decoder, params, tokens, 0.25, jax.random.key(0))
+        again = self.blocks(decoder, params, tokens, 0.25, jax.random.key(0))
+        other = self.blocks(decoder, params, tokens, 0.25, jax.random.key(1))
         assert once.shape == (2, 2, 64, 32)
         np.testing.assert_array_equal(once, again)
         dropped, dropped_then = once == 0, other == 0
@@ -464,16 +463,15 @@ class TestDropout:
         ):
             assert abs((a & b).mean() - independent) < 0.025
 
-    def test_scales_what_it_keeps_and_does_nothing_when_deterministic(self):
+    def test_scales_what_it_keeps_and_does_nothing_outside_training(self):
         config = dataclasses.replace(self.CONFIG, n_layers=1, feed_forward=False)
         tokens = random_tokens(config, 2, 64)
         decoder, params = model(config)
         key = jax.random.key(0)
         # One token has but one attention weight, dropped or scaled, then the output is.
-        full = self.blocks(decoder, params, tokens[:, :1], True, key)[0]
-        plain = Decoder(dataclasses.replace(config, dropout=0.0))
+        full = self.blocks(decoder, params, tokens[:, :1], None, key)[0]
         np.testing.assert_array_equal(
-            full, self.blocks(plain, params, tokens[:, :1], False, key)[0]
+            full, self.blocks(decoder, params, tokens[:, :1], 0.0, key)[0]
         )
         assert (np.asarray(full) != 0).all()
 
@@ -483,9 +481,9 @@ class TestDropout:
         )
         decoder, params = model(config)
         tokens = random_tokens(config, 1, 8)
-        full = self.blocks(decoder, params, tokens, True, jax.random.key(0))[0]
+        full = self.blocks(decoder, params, tokens, None, jax.random.key(0))[0]
         keys = jax.random.split(jax.random.key(0), 500)
-        noisy = np.stack([self.blocks(decoder, params, tokens, False, key)[0] for key in keys])
+        noisy = np.stack([self.blocks(decoder, params, tokens, 0.25, key)[0] for key in keys])
         error = noisy.mean(0) - full
         standard_error = noisy.std(0) / np.sqrt(len(keys))
         assert np.abs(error / standard_error).max() < 5

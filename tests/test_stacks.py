@@ -34,7 +34,7 @@ def loss_of(config):
     def loss(params):
         arguments = {"params": params}, jnp.asarray(tokens), jnp.asarray(targets)
         key = {"dropout": jax.random.key(0)}
-        out = Decoder(config).apply(*arguments, deterministic=False, rngs=key, method="losses")
+        out = Decoder(config).apply(*arguments, dropout=config.dropout, rngs=key, method="losses")
         return jnp.sum(out * jnp.arange(8))
 
     return loss
@@ -57,7 +57,7 @@ def test_the_layers_of_a_stack_are_one_computation_however_many_they_are():
 
 
 def test_layers_start_from_weights_of_their_own_and_drop_their_own_values():
-    config = dataclasses.replace(STACKS, dropout=0.5)
+    config = STACKS
     params = quick_jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     kernels = params["params"]["body"]["stack_0"]["blocks"]["block_0"]["skip"]["kernel"]
     rows = np.asarray(kernels).reshape(2, -1)
@@ -68,12 +68,12 @@ def test_layers_start_from_weights_of_their_own_and_drop_their_own_values():
     )
     params["params"]["body"]["stack_0"]["blocks"] = alike
 
-    def slices(deterministic):
+    def slices(dropout):
         _, state = quick_jit(
             lambda p: Decoder(config).apply(
                 p,
                 jnp.arange(8)[None],
-                deterministic=deterministic,
+                dropout=dropout,
                 rngs={"dropout": jax.random.key(1)},
                 mutable=["intermediates"],
                 capture_intermediates=lambda module, _: module.name == "blocks",
@@ -82,7 +82,7 @@ def test_layers_start_from_weights_of_their_own_and_drop_their_own_values():
         found = state["intermediates"]["body"]["stack_0"]["blocks"]["__call__"][0][0]
         return np.asarray(found)
 
-    same, different = slices(True), slices(False)
+    same, different = slices(None), slices(0.5)
     assert same.shape == (2, 1, 8, 8)  # layers, batch, time, slice
     np.testing.assert_array_equal(same[0], same[1])
     assert (different[0] != different[1]).mean() > 0.5

@@ -1,9 +1,9 @@
 """Many runs in one program: members that differ in numbers alone train side by side.
 
 Members share a program if their configs differ in nothing but `MEMBERS_OWN`: seed (and with it
-weights, data order and dropout), rates, weight decay, length. Every array of the training state
-then has a leading member axis, which is split over the devices. How a device works through its
-members depends on the platform (`MAPPINGS`): a GPU takes them at once, a CPU's core one after
+weights, data order and what is dropped), rates, weight decay, length. Every array of the training
+state then has a leading member axis, which is split over the devices. How a device works through
+its members depends on the platform (`MAPPINGS`): a GPU takes them at once, a CPU's core one after
 another, since a small model fills a core but not a GPU.
 
 A member computes what its solo run computes, up to rounding.
@@ -40,6 +40,7 @@ MEMBERS_OWN = (
     "train.seed",
     "train.out",
     "model.init_std",
+    "model.dropout",
 )
 """Fields in which members of one program may differ: their `Numbers`, and what only the first
 weights and the place of the run folder depend on."""
@@ -47,7 +48,7 @@ weights and the place of the run folder depend on."""
 
 def arrays_of(config: Config) -> Numbers:
     """A config's own numbers as the program takes them."""
-    types = Numbers(jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32)
+    types = Numbers(jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.float32)
     return Numbers(*(kind(x) for kind, x in zip(types, numbers_of(config), strict=True)))
 
 
@@ -76,13 +77,18 @@ MAPPINGS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 """How a device works through its members, by platform: see benchmarks/population.py."""
 
 
-def member_steps(config: Config, ends_differ: bool) -> Callable[..., tuple[State, Metrics]]:
+def member_steps(
+    config: Config, *, ends_differ: bool, dropout_differs: bool
+) -> Callable[..., tuple[State, Metrics]]:
     """(state, numbers, batches with a leading step axis) -> state and metrics of one member.
 
     `ends_differ`: members that have taken all their steps stand still while others go on.
+    `dropout_differs`: if not, the rate is a constant, and none costs nothing.
     """
 
     def several(state: State, numbers: Numbers, stacked: Batch) -> tuple[State, Metrics]:
+        if not dropout_differs:
+            numbers = numbers._replace(dropout=config.model.dropout)
         step = make_step(config, numbers)
 
         def one(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -113,6 +119,7 @@ def make_program(
     devices: Sequence[jax.Device],
     *,
     ends_differ: bool = False,
+    dropout_differs: bool = False,
     mapping: str | None = None,
 ) -> Program:
     """The program of one config on these devices, which members divide over."""
@@ -120,6 +127,7 @@ def make_program(
     across = MAPPINGS[mapping or devices[0].platform]
     split, whole = PartitionSpec(AXIS), PartitionSpec()
     decoder = make_decoder(config)
+    steps = member_steps(config, ends_differ=ends_differ, dropout_differs=dropout_differs)
 
     def evaluate(params: Any, batch: Batch) -> Any:
         return across(lambda params: summed_cross_entropy(decoder, params, batch))(params)
@@ -132,7 +140,7 @@ def make_program(
 
     return Program(
         jax.jit(
-            spread(across(member_steps(config, ends_differ)), (split, split, split)),
+            spread(across(steps), (split, split, split)),
             donate_argnums=0,
         ),
         jax.jit(spread(evaluate, (split, whole))),

@@ -10,7 +10,7 @@ import base64
 import csv
 import html
 import io
-import platform
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +21,10 @@ import numpy as np
 from jaxdecoder import analysis
 from jaxdecoder.ablation.claims import LEVEL, Evidence, Outcome, Verdict
 from jaxdecoder.ablation.grid import METRICS, Ablation, Arm
+from jaxdecoder.ablation.population import MAPPINGS
 from jaxdecoder.ablation.statistics import POWER, Estimate, estimate
 from jaxdecoder.ablation.training import Result
+from jaxdecoder.training.devices import processor
 from jaxdecoder.training.logging import read_metrics
 
 
@@ -60,6 +62,12 @@ def write(
     for name, data in pictures.items():
         (folder / name).write_bytes(data)
     _write_csv(folder / "results.csv", ablation, results, outcomes)
+    facts = {
+        "command": command,
+        "machine": machine(),
+        "train_seconds": sum_of_seconds(results),
+    }
+    (folder / "about.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     source = ablation.path.read_text(encoding="utf-8")
     text = markdown(ablation, rows, verdicts, pictures, command, source)
     (folder / "report.md").write_text(text, encoding="utf-8")
@@ -161,9 +169,27 @@ def about(ablation: Ablation) -> str:
         f"{spec.metric.replace('_', ' ')} (nats a token). Every arm sees the same data in the "
         "same order for a seed, and is compared at its best learning rate. Intervals are at "
         f"{spec.confidence:.0%}; verdicts at {LEVEL:.0%} after Holm's correction. "
-        f"jax {jax.__version__}, {jax.device_count()} {jax.devices()[0].device_kind} "
-        f"device(s), {platform.machine()}."
+        f"On each device, members that share a program are trained {_way()}. {machine()}."
     )
+
+
+def _way() -> str:
+    """How a device works through its members here; benchmarks/population.py measures the ways."""
+    mapping = MAPPINGS[jax.default_backend()]
+    return "all at once" if mapping is jax.vmap else mapping.__name__.replace("_", " ")
+
+
+def machine() -> str:
+    """What the members are trained on."""
+    device, count = jax.devices()[0], jax.device_count()
+    if device.platform == "cpu":
+        return f"jax {jax.__version__}, {count} cores of {processor()}"
+    return f"jax {jax.__version__}, {count} x {device.device_kind}"
+
+
+def sum_of_seconds(results: Sequence[Result]) -> float:
+    """What the training of all members took, compilation left out."""
+    return float(sum(result.summary["seconds"] or 0.0 for result in results))
 
 
 # --- Markdown and HTML ----------------------------------------------------------------------------

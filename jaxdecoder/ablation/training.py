@@ -103,8 +103,12 @@ def _train_group(
     corpus = prepare(group[0].data)
     group = [complete(config, corpus) for config in group]
     longest = max(group, key=lambda config: config.train.steps)
-    ends_differ = len({config.train.steps for config in group}) > 1
-    program = make_program(longest, devices, ends_differ=ends_differ)
+    program = make_program(
+        longest,
+        devices,
+        ends_differ=len({config.train.steps for config in group}) > 1,
+        dropout_differs=len({config.model.dropout for config in group}) > 1,
+    )
     row = longest.train.batch_size * longest.model.context_length * 12 * len(group)
     per_call = max(1, min(longest.train.steps_per_call, MOST_BATCH_BYTES // row))
 

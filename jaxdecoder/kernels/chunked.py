@@ -81,7 +81,7 @@ class _Parts:
         return self.cut(jnp.arange(self.batch, dtype=jnp.int32))
 
     def operands(self, operands: Operands) -> Operands:
-        q, k, v, score, q_segments, k_segments, seed = operands[:7]
+        q, k, v, score, q_segments, k_segments, dropout = operands[:7]
 
         def segments(x: Any) -> jax.Array | None:
             return None if x is None else self.shared(x) if x.shape[0] == 1 else self.cut(x)
@@ -93,7 +93,7 @@ class _Parts:
             tuple(map(self.shared, score)),
             segments(q_segments),
             segments(k_segments),
-            None if seed is None else self.shared(seed),
+            None if dropout is None else self.shared(dropout),
         )
 
     # Constants may be arrays of other kinds than jax.Array, under remat for one.
@@ -303,11 +303,9 @@ class _Blocks:
         return s, self.allowed(i, j) if check else None
 
     def dropped(self, i: Any, j: Any, weights: jax.Array) -> jax.Array:
-        rate = self.problem.dropout_rate
-        if rate == 0.0:
+        if not self.problem.dropout:
             return weights
-        kept = keep(self.operands.dropout_seed, rate, *self.index(i, j))
-        return jnp.where(kept, weights / (1.0 - rate), 0.0)
+        return jnp.where(keep(*self.operands.dropout, *self.index(i, j)), weights, 0.0)
 
 
 def _split(x: jax.Array, axis: int, block: int, filling: float = 0) -> jax.Array:

@@ -70,7 +70,7 @@ def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None
         )
     if problem.score is not None:
         return "it takes no score function"
-    if problem.dropout_rate > 0:
+    if problem.dropout:
         return "cuDNN's dropout is not the one of this operation"
     if pattern is None or operands.q_segments is not None:
         return "its masks are causal(), causal() & sliding_window(n) and everything() alone"

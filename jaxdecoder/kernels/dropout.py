@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, UInt32
+from jaxtyping import Array, Bool, Float, UInt32
 
 
 def mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
@@ -29,17 +29,35 @@ def word(seed: UInt32[Array, ""], *indices: jax.Array) -> UInt32[Array, "*shape"
     return bits
 
 
+Rate = float | Float[Array, ""]
+"""A share to drop, in [0, 1); it may be traced."""
+
+
+def drops(rate: Rate) -> bool:
+    """Whether anything can be dropped at all, as far as is known before the run."""
+    return isinstance(rate, jax.core.Tracer) or bool(rate > 0)
+
+
+def threshold(rate: Rate) -> UInt32[Array, ""]:
+    """What `keep` needs to know of a rate."""
+    return (jnp.asarray(rate, jnp.float32) * 2.0**32).astype(jnp.uint32)
+
+
 def keep(
-    seed: UInt32[Array, ""], rate: float | jax.Array, *indices: jax.Array
+    seed: UInt32[Array, ""], threshold: UInt32[Array, ""], *indices: jax.Array
 ) -> Bool[Array, "*shape"]:
-    """True with probability 1 - rate, decided by the seed and the (broadcast) indices."""
-    threshold = jnp.asarray(rate * 2.0**32, jnp.float32).astype(jnp.uint32)
+    """True with the probability of the `threshold`, decided by seed and (broadcast) indices."""
     return word(seed, *indices) >= threshold
 
 
-def dropout(x: jax.Array, seed: UInt32[Array, ""], rate: float) -> jax.Array:
+def scaled(x: jax.Array, rate: Rate) -> jax.Array:
+    """x / (1 - rate) in the type of x: what is kept stands for what is dropped as well."""
+    return (x / (1.0 - rate)).astype(x.dtype)
+
+
+def dropout(x: jax.Array, seed: UInt32[Array, ""], rate: Rate) -> jax.Array:
     """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate) (arXiv 1207.0580)."""
-    return jnp.where(keep(seed, rate, *places(x)), x / (1.0 - rate), 0.0).astype(x.dtype)
+    return jnp.where(keep(seed, threshold(rate), *places(x)), scaled(x, rate), 0.0).astype(x.dtype)
 
 
 def places(x: jax.Array) -> list[UInt32[Array, "*shape"]]:

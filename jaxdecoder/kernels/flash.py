@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import chunked, cudnn, hopper, masks, portable, reference, scores
+from jaxdecoder.kernels.dropout import Rate, drops, scaled, threshold
 from jaxdecoder.kernels.problem import (
     Device,
     Gradients,
@@ -48,7 +49,7 @@ def flash_attention(
     score: scores.Score | Callable[..., Any] | None = None,
     scale: float | None = None,
     segment_ids: Int[Array, "batch time"] | tuple[Array, Array] | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: Rate = 0.0,
     dropout_seed: UInt32[Array, ""] | None = None,
     implementation: str = "auto",
     explain: bool = False,
@@ -65,9 +66,9 @@ def flash_attention(
         scale: 1 / sqrt(width) when left out.
         segment_ids: integers, one a position, or a pair of such arrays for queries and for keys: a
             query sees only keys of its own segment. Unlike `masks.documents` they may be traced.
-        dropout_rate: the share of attention weights dropped, where there is a `dropout_seed`. Which
-            ones is a hash of (seed, batch, head, query, key), the same in every implementation;
-            under `shard_map` these count from the start of the shard.
+        dropout_rate: the share of attention weights dropped, where there is a `dropout_seed`; it
+            may be traced. Which ones is a hash of (seed, batch, head, query, key), the same in
+            every implementation; under `shard_map` these count from the start of the shard.
         implementation: a name of `IMPLEMENTATIONS`, or "auto", which takes the first one that can
             by device, shapes and mask.
         explain: print which implementation was chosen, and why, when the call is traced.
@@ -93,8 +94,10 @@ def flash_attention(
     if explain:
         print(line)
     if IMPLEMENTATIONS[choice.name].backward is None:
-        return IMPLEMENTATIONS[choice.name].forward(problem, _freeze(problem, operands))[0]
-    return _attention(choice.name, problem, alike(operands))
+        out, _ = IMPLEMENTATIONS[choice.name].forward(problem, _freeze(problem, operands))
+    else:
+        out = _attention(choice.name, problem, alike(operands))
+    return scaled(out, dropout_rate) if problem.dropout else out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -197,7 +200,7 @@ def state(
     score: Any = None,
     scale: float | None = None,
     segment_ids: Any = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: Rate = 0.0,
     dropout_seed: Any = None,
 ) -> tuple[Problem, Operands]:
     """Checks the arguments of `flash_attention` and takes them apart into static and traced."""
@@ -213,15 +216,7 @@ def state(
                 f"attention: a score operand has shape {operand.shape}, but its first axis must "
                 f"be the {heads} query heads"
             )
-    dropout_rate = _number("dropout_rate", dropout_rate)
-    if not 0.0 <= dropout_rate < 1.0:
-        raise UserError(f"attention: dropout_rate must lie in [0, 1), not {dropout_rate}")
-    if dropout_seed is None or dropout_rate == 0.0:
-        dropout_rate, dropout_seed = 0.0, None
-    elif jnp.shape(dropout_seed) != () or not jnp.issubdtype(dropout_seed.dtype, jnp.integer):
-        raise UserError("attention: dropout_seed must be one uint32, such as jax.random.bits(key)")
-    else:
-        dropout_seed = dropout_seed.astype(jnp.uint32)
+    dropout = _dropout(dropout_rate, dropout_seed)
     positional, labels = masks.split_documents(mask)
     if labels is not None and labels.size < max(q_time, k_time):
         raise UserError(
@@ -237,11 +232,22 @@ def state(
         score=None if score is None else score.function,
         learned=() if score is None else score.learned,
         scale=width**-0.5 if scale is None else _number("scale", scale),
-        dropout_rate=dropout_rate,
+        dropout=dropout is not None,
         segments_vary=varying is not None,
     )
     parameters = () if score is None else tuple(map(jnp.asarray, score.operands))
-    return problem, Operands(q, k, v, parameters, q_segments, k_segments, dropout_seed)
+    return problem, Operands(q, k, v, parameters, q_segments, k_segments, dropout)
+
+
+def _dropout(rate: Rate, seed: Any) -> UInt32[Array, "2"] | None:
+    """Seed and threshold, if anything is to be dropped."""
+    if not isinstance(rate, jax.Array) and not 0.0 <= rate < 1.0:
+        raise UserError(f"attention: dropout_rate must lie in [0, 1), not {rate}")
+    if seed is None or not drops(rate):
+        return None
+    if jnp.shape(seed) != () or not jnp.issubdtype(seed.dtype, jnp.integer):
+        raise UserError("attention: dropout_seed must be one uint32, such as jax.random.bits(key)")
+    return jnp.stack([seed.astype(jnp.uint32), threshold(rate)])
 
 
 def _number(name: str, value: Any) -> float:

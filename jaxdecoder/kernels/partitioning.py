@@ -69,7 +69,7 @@ def over_devices(
 def _laid_out(problem: Problem, operands: Operands) -> tuple[Operands, Operands]:
     """The operands, numbered if need be, and their layouts."""
     batch, _, heads, _ = operands.q.shape
-    if problem.score is not None or problem.dropout_rate > 0:
+    if problem.score is not None or problem.dropout:
         operands = operands._replace(
             batch_index=jnp.arange(batch, dtype=jnp.int32),
             head_index=jnp.arange(heads, dtype=jnp.int32),
@@ -85,7 +85,7 @@ def _laid_out(problem: Problem, operands: Operands) -> tuple[Operands, Operands]
         tuple(HEADS + WHOLE * (x.ndim - 1) for x in operands.score),
         segments,
         segments,
-        "",
+        WHOLE,
         BATCH,
         HEADS,
     )

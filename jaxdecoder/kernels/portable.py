@@ -291,11 +291,11 @@ class _Place:
         return tiling.problem.allowed(q, k, *segments, k_time)
 
     def dropped(self, i: Any, j: Any, weights: jax.Array) -> jax.Array:
-        rate = self.tiling.problem.dropout_rate
-        if rate == 0.0:
+        if not self.tiling.problem.dropout:
             return weights
-        kept = keep(self.refs.seed[0], rate, *self.numbers_of_head(), *self.index(i, j))
-        return jnp.where(kept, weights / (1.0 - rate), 0.0)
+        seed, threshold = self.refs.dropout[0], self.refs.dropout[1]
+        kept = keep(seed, threshold, *self.numbers_of_head(), *self.index(i, j))
+        return jnp.where(kept, weights, 0.0)
 
     def gradient(
         self,

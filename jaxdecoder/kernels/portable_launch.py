@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
     q_segments: Any
     k_segments: Any
     score: tuple[Any, ...]
-    seed: Any
+    dropout: Any
     batch_index: Any
     head_index: Any
 
@@ -86,7 +86,6 @@ class Tiling:
             widths = [(0, sizes.get(a, n) - n) for a, n in enumerate(x.shape)]
             return x if not np.any(widths) else jnp.pad(x, widths, constant_values=filling)
 
-        seed = operands.dropout_seed
         return Inputs(
             padded(operands.q, 1, self.padded_q),
             padded(operands.k, 1, self.padded_k),
@@ -97,7 +96,7 @@ class Tiling:
             padded(operands.q_segments, 1, self.padded_q),
             padded(operands.k_segments, 1, self.padded_k),
             operands.score,
-            None if seed is None else seed.reshape(1),
+            operands.dropout,
             operands.batch_index,
             operands.head_index,
         )
@@ -183,7 +182,7 @@ class Tiling:
             of_entry(inputs.q_segments),
             of_entry(inputs.k_segments),
             tuple(map(whole, inputs.score)),
-            whole(inputs.seed),
+            whole(inputs.dropout),
             whole(inputs.batch_index),
             whole(inputs.head_index),
         )

@@ -37,8 +37,8 @@ class Problem:
     learned: tuple[bool, ...]
     """For every score operand, whether its gradient is wanted; the others' are zero."""
     scale: float
-    dropout_rate: float
-    """0 when there is no dropout; then the operands have no seed."""
+    dropout: bool
+    """Whether weights are dropped: those that are kept stay as they are, whoever asks scales."""
     segments_vary: bool
     """Whether segments are data, so that only the run can tell which blocks they empty."""
 
@@ -102,8 +102,9 @@ class Operands(NamedTuple):
     q_segments: Any = None
     """int32 (batch or 1, q_time): a query sees only the keys with its own number."""
     k_segments: Any = None
-    dropout_seed: Any = None
-    """uint32 (): a weight is kept if `dropout.keep(seed, rate, batch, head, q, k)`."""
+    dropout: Any = None
+    """uint32 (2,), seed and threshold, where weights are dropped: one is kept if
+    `dropout.keep(seed, threshold, batch, head, q, k)`."""
     batch_index: Any = None
     """int32 (batch,): which entries of the whole batch these are, for scores and dropout; the
     first ones, in order, when left out."""

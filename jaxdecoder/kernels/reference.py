@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxdecoder.kernels.dropout import keep
+from jaxdecoder.kernels.dropout import Rate, drops, keep, scaled, threshold
 from jaxdecoder.kernels.problem import Device, Implementation, LogSumExp, Operands, Problem
 from jaxdecoder.kernels.scores import Score
 
@@ -24,7 +25,7 @@ def attention(
     score: Score | None = None,
     q_index: Int[Array, "#batch q_time"] | None = None,
     k_index: Int[Array, "#batch k_time"] | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: Rate = 0.0,
     dropout_seed: UInt32[Array, ""] | None = None,
 ) -> Float[Array, "batch q_time heads width"]:
     """softmax(score(scale q k^T)) v over the allowed keys; a query with none gives zeros.
@@ -41,8 +42,11 @@ def attention(
         s = s * scale
         return s if score is None else score(s, batch_index, head, q_at, k_at)
 
-    out, _ = _attention(q, k, v, allowed, new_score, dropout_rate, dropout_seed)
-    return out
+    if dropout_seed is None or not drops(dropout_rate):
+        return _attention(q, k, v, allowed, new_score, None)[0]
+    dropout = (dropout_seed, threshold(dropout_rate))
+    out, _ = _attention(q, k, v, allowed, new_score, dropout)
+    return scaled(out, dropout_rate)
 
 
 def forward(problem: Problem, operands: Operands) -> tuple[jax.Array, LogSumExp]:
@@ -61,7 +65,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[jax.Array, LogSumExp]
         index = (batch_index, head, q_index, k_index)
         return problem.new_score(operands.score, s * problem.scale, *index)
 
-    return _attention(q, k, v, allowed, score, problem.dropout_rate, operands.dropout_seed)
+    return _attention(q, k, v, allowed, score, operands.dropout)
 
 
 def _indices(batch: int, heads: int, q_time: int, k_time: int) -> list[np.ndarray]:
@@ -75,8 +79,7 @@ def _attention(
     v: jax.Array,
     allowed: jax.Array | np.ndarray,
     score: Callable[[jax.Array], jax.Array],
-    dropout_rate: float,
-    dropout_seed: jax.Array | None,
+    dropout: Any,
 ) -> tuple[jax.Array, LogSumExp]:
     batch, q_time, heads, width = q.shape
     kv_heads = k.shape[2]
@@ -90,10 +93,9 @@ def _attention(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)
     logsumexp = (largest + jnp.log(total))[..., 0]
-    if dropout_seed is not None and dropout_rate > 0:
+    if dropout is not None:
         index = _indices(batch, heads, q_time, k.shape[1])
-        kept = keep(dropout_seed, dropout_rate, *map(jnp.asarray, index))
-        weights = jnp.where(kept, weights / (1.0 - dropout_rate), 0.0)
+        weights = jnp.where(keep(*dropout, *map(jnp.asarray, index)), weights, 0.0)
     weights = weights.astype(v.dtype).reshape(batch, kv_heads, -1, q_time, k.shape[1])
     out = jnp.einsum("bhgqk,bkhw->bqhgw", weights, v)
     return out.reshape(batch, q_time, heads, width), logsumexp

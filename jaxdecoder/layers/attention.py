@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Int
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.decode import decode_attention
+from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.kernels.flash import flash_attention
 from jaxdecoder.kernels.reference import attention
 from jaxdecoder.layers.cache import Cursor, KeysAndValues, Slots, extend
-from jaxdecoder.layers.dropout import Dropout, dropout_seed
+from jaxdecoder.layers.dropout import Dropout, of_weights
 from jaxdecoder.layers.linear import linear
 from jaxdecoder.layers.linear_attention import LINEAR
 from jaxdecoder.layers.linformer import LINFORMER
@@ -129,17 +130,13 @@ class MaskedMixing(nn.Module):
         heads: Heads,
         cache: KeysAndValues | None,
         cursor: Cursor | None,
-        deterministic: bool,
+        dropout: Rate | None,
     ) -> tuple[Float[Array, "batch time heads width"], KeysAndValues | None]:
         """See `Mechanism`."""
         c = self.config
         q, k, v = heads.rotate(heads.q), heads.rotate(heads.k), heads.v
         scale = q.shape[-1] ** -0.5
-        dropped = c.dropout > 0 and not deterministic
-        dropout: dict[str, Any] = {
-            "dropout_rate": c.dropout if dropped else 0.0,
-            "dropout_seed": dropout_seed(self) if dropped else None,
-        }
+        dropped = of_weights(self, dropout)
         if cache is None and heads.seen is None:
             mixed = flash_attention(
                 q,
@@ -149,7 +146,7 @@ class MaskedMixing(nn.Module):
                 score=heads.score,
                 scale=scale,
                 implementation=c.attention_implementation,
-                **dropout,
+                **dropped,
             )
             return mixed, None
         mask, held = self.mask, heads.positions
@@ -170,7 +167,7 @@ class MaskedMixing(nn.Module):
                 score=heads.score,
                 q_index=heads.positions,
                 k_index=held,
-                **dropout,
+                **dropped,
             )
         else:
             mixed = decode_attention(
@@ -218,7 +215,7 @@ class Attention(nn.Module):
         cache: Any = None,
         cursor: Cursor | None = None,
         *,
-        deterministic: bool = True,
+        dropout: Rate | None = None,
         seen: Seen | None = None,
     ) -> tuple[Float[Array, "batch time d_model"], Any]:
         """Attends within x, or, given a cache, from x to the cache with x written to it."""
@@ -246,7 +243,7 @@ class Attention(nn.Module):
         score = None if position.score is None else position.score(c, name="positions")()
         mixing = ATTENTIONS[self.mechanism].mixing(c, name="mixing")
         mixed, cache = mixing(
-            Heads(q, k, v, positions, rotate, score, seen), cache, cursor, deterministic
+            Heads(q, k, v, positions, rotate, score, seen), cache, cursor, dropout
         )
 
         out = mixed.reshape(batch, time, c.n_heads * d_head)
@@ -260,4 +257,4 @@ class Attention(nn.Module):
                 residual_output=True,
                 name="out",
             )(out)
-        return Dropout(c.dropout)(out, deterministic=deterministic), cache
+        return Dropout()(out, dropout), cache

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.layers.attention import Attention
 from jaxdecoder.layers.cache import Cursor
 from jaxdecoder.layers.dropout import Dropout
@@ -89,7 +90,7 @@ class Block(nn.Module):
         positions: Int[Array, "#batch time"],
         cache: Any = None,
         cursor: Cursor | None = None,
-        deterministic: bool = True,
+        dropout: Rate | None = None,
         seen: Seen | None = None,
     ) -> tuple[Stream, Any]:
         """The new residual stream and, if one came in, the extended cache."""
@@ -98,12 +99,12 @@ class Block(nn.Module):
         def attend(h: Stream) -> Stream:
             nonlocal cache
             module = Attention(c, self.mechanism, self.dtype, name="attention")
-            out, cache = module(h, positions, cache, cursor, deterministic=deterministic, seen=seen)
+            out, cache = module(h, positions, cache, cursor, dropout=dropout, seen=seen)
             return out
 
         def feed_forward(h: Stream) -> Stream:
             out = FeedForward(c, self.dtype, name="feed_forward")(h)
-            return Dropout(c.dropout)(out, deterministic=deterministic)
+            return Dropout()(out, dropout)
 
         branches: list[Branch] = [("attention", attend)]
         if c.feed_forward:

@@ -19,6 +19,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.layers.block import Block, Stream
 from jaxdecoder.layers.cache import Caches, Cursor
 
@@ -215,7 +216,7 @@ class Routed(nn.Module):
         positions: Int[Array, "#batch time"],
         cache: RoutedCache | None = None,
         cursor: Cursor | None = None,
-        deterministic: bool = True,
+        dropout: Rate | None = None,
     ) -> tuple[Stream, RoutedCache | None, Float[Array, "batch time"]]:
         """The new residual stream, the extended cache if one came in, and the router's loss."""
         c = self.config
@@ -223,7 +224,7 @@ class Routed(nn.Module):
         # Always with a bias: the share of tokens to take is far from a half.
         router = nn.Dense(1, kernel_init=nn.initializers.normal(c.init_std), name="router")
         score = router(x.astype(jnp.float32))[..., 0]
-        if not deterministic:
+        if dropout is not None:
             taken, chosen = highest(score, capacity(c, x.shape[1]))
             positions = jnp.broadcast_to(positions, x.shape[:2])
             rows = jnp.arange(len(x))[:, None]
@@ -231,7 +232,7 @@ class Routed(nn.Module):
             out, _ = block(
                 of_these,
                 positions[rows, chosen],
-                deterministic=False,
+                dropout=dropout,
                 seen=lambda k_positions: k_positions >= 0,
             )
             new = x.at[rows, chosen].set(_towards(of_these, out, score[rows, chosen]))

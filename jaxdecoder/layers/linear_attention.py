@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.layers.cache import Cursor
 from jaxdecoder.layers.mechanism import Heads, Mechanism
 
@@ -53,7 +54,7 @@ class LinearMixing(nn.Module):
 
     @nn.compact
     def __call__(
-        self, heads: Heads, cache: State | None, cursor: Cursor | None, deterministic: bool
+        self, heads: Heads, cache: State | None, cursor: Cursor | None, dropout: Rate | None
     ) -> tuple[Float[Array, "batch time heads width"], State | None]:
         """See `Mechanism`."""
         before = empty_state(self.config, heads.q.shape[0]) if cache is None else cache

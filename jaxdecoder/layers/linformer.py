@@ -13,10 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels import masks
+from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.kernels.flash import flash_attention
 from jaxdecoder.kernels.reference import attention
 from jaxdecoder.layers.cache import Cursor, KeysAndValues, Slots, extend
-from jaxdecoder.layers.dropout import dropout_seed
+from jaxdecoder.layers.dropout import of_weights
 from jaxdecoder.layers.mechanism import Heads, Mechanism
 
 
@@ -102,7 +103,7 @@ class LinformerMixing(nn.Module):
 
     @nn.compact
     def __call__(
-        self, heads: Heads, cache: Memory | None, cursor: Cursor | None, deterministic: bool
+        self, heads: Heads, cache: Memory | None, cursor: Cursor | None, dropout: Rate | None
     ) -> tuple[Float[Array, "batch time heads width"], Memory | None]:
         """See `Mechanism`."""
         c = self.config
@@ -122,16 +123,14 @@ class LinformerMixing(nn.Module):
             jnp.concatenate([x, _compressed(x, projection)], axis=1)
             for x, projection in zip((heads.k, heads.v), projections, strict=True)
         )
-        dropped = c.dropout > 0 and not deterministic
         mixed = flash_attention(
             heads.q,
             k,
             v,
             mask=mask(c, time),
             score=score,
-            dropout_rate=c.dropout if dropped else 0.0,
-            dropout_seed=dropout_seed(self) if dropped else None,
             implementation=c.attention_implementation,
+            **of_weights(self, dropout),
         )
         return mixed, None
 

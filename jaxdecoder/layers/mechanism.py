@@ -33,7 +33,7 @@ class Heads(NamedTuple):
 class Mechanism(NamedTuple):
     """One way to mix values over time.
 
-    mixing: (config, name) -> module from (heads, cache, cursor, deterministic) to the mixed values
+    mixing: (config, name) -> module from (heads, cache, cursor, dropout) to the mixed values
         (batch, time, heads, width) and the cache. Without a cache it mixes within the heads given;
         with one, these tokens follow what the cache holds, and it comes back with them in it.
     empty_cache: (config, batch, dtype) -> the cache of one layer that has seen nothing.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import Block
 from jaxdecoder.layers.cache import Caches, Cursor
@@ -51,7 +52,7 @@ class Period(nn.Module):
         positions: Int[Array, "#batch time"],
         caches: Caches | None,
         cursor: Cursor | None,
-        deterministic: bool,
+        dropout: Rate | None,
     ) -> tuple[Float[Array, "batch time d_model"], Trail]:
         """The residual stream after these blocks, and what they leave behind."""
         c = self.config
@@ -61,12 +62,12 @@ class Period(nn.Module):
             kind = Routed if routed else Block
             block = kind(c, mechanism, self.dtype, name=f"block_{i}")
             layer = None if caches is None else caches[i]
-            x, layer, *penalty = block(x, positions, layer, cursor, deterministic)
+            x, layer, *penalty = block(x, positions, layer, cursor, dropout)
             self.sow("intermediates", f"after_block_{i}", x)
             extended.append(layer)
             streams.append(x)
             penalties += penalty
-        training = not deterministic
+        training = dropout is not None
         return x, Trail(
             None if caches is None else tuple(extended),
             jnp.stack(streams) if training and len(exits_of(c)) > 1 else None,
@@ -93,7 +94,7 @@ class Serial(nn.Module):
         positions: Int[Array, "#batch time"],
         caches: Caches | None,
         cursor: Cursor | None,
-        deterministic: bool,
+        dropout: Rate | None,
         head: Head | None = None,
     ) -> Passed:
         """What the head sees; only `unrolled` takes caches, and is for inference."""
@@ -102,14 +103,14 @@ class Serial(nn.Module):
         if not self.unrolled:
             assert caches is None
             blocks = nn.scan(
-                nn.remat(Period, prevent_cse=False, static_argnums=5) if c.remat else Period,
+                _remat(dropout) if c.remat else Period,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
                 length=periods(c),
                 unroll=periods(c) if jax.default_backend() == "cpu" else 1,
             )(c, self.dtype, name="blocks")
-            x, trail = blocks(x, positions, None, None, deterministic)
+            x, trail = blocks(x, positions, None, None, dropout)
             return Passed(norm(x), None, *self._trained(norm, trail))
         if caches is not None and head is not None and x.shape[1] == 1 and len(exits_of(c)) > 1:
             return self._stop_early(lambda x: head(norm(x)), x, positions, caches, cursor)
@@ -117,7 +118,7 @@ class Serial(nn.Module):
         for i in range(periods(c)):
             held = None if caches is None else caches[i * len(turn(c)) : (i + 1) * len(turn(c))]
             period = Period(c, self.dtype, name=f"blocks_{i}")
-            x, trail = period(x, positions, held, cursor, deterministic)
+            x, trail = period(x, positions, held, cursor, dropout)
             extended += trail.caches or ()
         return Passed(norm(x), None if caches is None else tuple(extended))
 
@@ -149,6 +150,12 @@ class Serial(nn.Module):
         if trail.penalty is None:
             return exits, 0.0
         return exits, c.mod_loss_weight / routed * jnp.sum(trail.penalty, axis=0)
+
+
+def _remat(dropout: Rate | None) -> Any:
+    """A `Period` whose activations are computed again; a rate known now stays known."""
+    known = () if isinstance(dropout, jax.Array) else 5
+    return nn.remat(Period, prevent_cse=False, static_argnums=known)
 
 
 def turn(config: ModelConfig) -> tuple[tuple[str, bool], ...]:

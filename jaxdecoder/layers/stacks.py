@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.layers.attention import ATTENTIONS, Attention
 from jaxdecoder.layers.block import PLACEMENTS, residual
 from jaxdecoder.layers.cache import Caches, Cursor
@@ -44,7 +45,7 @@ class Layer(nn.Module):
         positions: Int[Array, "#batch time"],
         cache: Any,
         cursor: Cursor | None,
-        deterministic: bool,
+        dropout: Rate | None,
     ) -> tuple[Float[Array, "batch time slice"], Any]:
         """The slice and, if one came in, the extended cache."""
         c = self.config
@@ -53,7 +54,7 @@ class Layer(nn.Module):
             def attend(h: jax.Array) -> jax.Array:
                 nonlocal cache
                 module = Attention(c, self.mechanism, self.dtype, name="attention")
-                out, cache = module(h, positions, cache, cursor, deterministic=deterministic)
+                out, cache = module(h, positions, cache, cursor, dropout=dropout)
                 return out
 
             norm = partial(NORMS[c.norm], c, self.dtype)
@@ -65,7 +66,7 @@ class Layer(nn.Module):
             if not c.feed_forward:
                 return project(name="skip")(h)
             out = project(name="narrow")(FeedForward(c, self.dtype, name="feed_forward")(h))
-            out = Dropout(c.dropout)(out, deterministic=deterministic)
+            out = Dropout()(out, dropout)
             return project(name="skip")(h) + out if c.has_residual("feed_forward") else out
 
         # Apart, so that only one of the two has its activations there in the backward pass.
@@ -88,14 +89,14 @@ class Period(nn.Module):
         positions: Int[Array, "#batch time"],
         caches: Caches | None,
         cursor: Cursor | None,
-        deterministic: bool,
+        dropout: Rate | None,
     ) -> tuple[Float[Array, "batch time slices"], Caches | None]:
         """The slices in a row, and the layers' caches."""
         slices, extended = [], []
         for i, mechanism in enumerate(self.config.attention_pattern):
             layer = Layer(self.config, mechanism, self.width, self.dtype, name=f"block_{i}")
             held = None if caches is None else caches[i]
-            out, held = layer(x, positions, held, cursor, deterministic)
+            out, held = layer(x, positions, held, cursor, dropout)
             slices.append(out)
             extended.append(held)
         return jnp.concatenate(slices, axis=-1), None if caches is None else tuple(extended)
@@ -115,7 +116,7 @@ class Stack(nn.Module):
         positions: Int[Array, "#batch time"],
         caches: Caches | None,
         cursor: Cursor | None,
-        deterministic: bool,
+        dropout: Rate | None,
     ) -> tuple[Float[Array, "batch time width"], Caches | None]:
         """The features, and the caches, each with a leading axis over the turns of the pattern."""
         c = self.config
@@ -128,7 +129,7 @@ class Stack(nn.Module):
             in_axes=(None, None, 0, None, None),
             axis_size=periods(c),
         )(c, self.width // c.layers_per_stack, self.dtype, name="blocks")
-        slices, caches = blocks(x, positions, caches, cursor, deterministic)
+        slices, caches = blocks(x, positions, caches, cursor, dropout)
         x = jnp.moveaxis(slices, 0, -2).reshape(*x.shape[:-1], self.width)
         if c.feed_forward:
             d_ff = c.d_ff * (self.width // c.d_model)
@@ -153,7 +154,7 @@ class ParallelStacks(nn.Module):
         positions: Int[Array, "#batch time"],
         caches: Caches | None,
         cursor: Cursor | None,
-        deterministic: bool,
+        dropout: Rate | None,
     ) -> tuple[Float[Array, "batch time width"], Caches | None]:
         """What the head sees, and the extended caches, one tuple a stack."""
         c = self.config.resolve()
@@ -163,7 +164,7 @@ class ParallelStacks(nn.Module):
             x = NORMS[c.norm](c, self.dtype, name=f"norm_{i}")(x)
             stack = Stack(c, width(c) if last else c.d_model, self.dtype, name=f"stack_{i}")
             held = None if caches is None else caches[i]
-            x, held = stack(x, positions, held, cursor, deterministic)
+            x, held = stack(x, positions, held, cursor, dropout)
             self.sow("intermediates", f"after_stack_{i}", x)
             extended.append(held)
         return x, None if caches is None else tuple(extended)

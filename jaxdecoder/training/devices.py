@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
+from pathlib import Path
 
 import jax
 
@@ -42,6 +45,15 @@ def one_device_a_core(most: int = 0) -> None:
     """Where JAX runs on the CPU, makes a device of every core, or of the first `most`."""
     cores = len(os.sched_getaffinity(0))
     divide_cpu(min(cores, most) if most else cores)
+
+
+def processor() -> str:
+    """What the CPU calls itself."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def is_first_host() -> bool:

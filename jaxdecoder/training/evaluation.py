@@ -14,7 +14,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from jaxdecoder.config import Config
 from jaxdecoder.data.batches import Batch
+from jaxdecoder.data.tokens import Split
 from jaxdecoder.decoder import Decoder, empty_cache, unroll_params
 from jaxdecoder.layers.cache import Cache
 from jaxdecoder.training.losses import summed_cross_entropy
@@ -77,6 +79,11 @@ def decoded_losses(
     cache = empty_cache(config, len(batch.inputs), dtype=decoder.dtype)
     _, (losses, depths) = jax.lax.scan(step, cache, jax.tree.map(jnp.transpose, batch))
     return losses.T, depths.T
+
+
+def predicted(config: Config, split: Split) -> int:
+    """Tokens of a split that are predicted when all of it is evaluated."""
+    return len(split.tokens) - (config.data.mode == "packed")
 
 
 def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:

@@ -16,11 +16,16 @@ import numpy as np
 
 from jaxdecoder.config import Config, ConfigError
 from jaxdecoder.data import batches, tokenizers
-from jaxdecoder.data.tokens import Corpus, Split, cache_key, prepare
+from jaxdecoder.data.tokens import Corpus, cache_key, prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.training import checkpoints, runs
 from jaxdecoder.training.devices import is_first_host
-from jaxdecoder.training.evaluation import bigram_loss, bits_per_byte, make_evaluator
+from jaxdecoder.training.evaluation import (
+    bigram_loss,
+    bits_per_byte,
+    make_evaluator,
+    predicted,
+)
 from jaxdecoder.training.logging import Log, draw_losses
 from jaxdecoder.training.sharding import (
     batch_sharding,
@@ -189,7 +194,7 @@ def summary_of(
     seconds: float,
 ) -> dict[str, Any]:
     """What summary.json ends with; losses in nats a token."""
-    targets = _targets(config, corpus.validation)
+    targets = predicted(config, corpus.validation)
     return {
         "parameters": parameters,
         "steps": steps,
@@ -321,13 +326,6 @@ def diverged(step: int, what: str) -> UserError:
         "optimizer.learning_rate, more warmup_steps or a gradient_clip may help, with another "
         "--train.out"
     )
-
-
-def _targets(config: Config, split: Split) -> int:
-    """Tokens of a split that are predicted when all of it is evaluated."""
-    if config.data.mode == "packed":
-        return len(split.tokens) - 1
-    return len(split.tokens)
 
 
 def _show_sample(log: Log, run: Path, step: int, text: str) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.decoder import Decoder
+from jaxdecoder.kernels.dropout import Rate
 
 
 def summed_cross_entropy(
@@ -17,18 +18,18 @@ def summed_cross_entropy(
     params: Any,
     batch: Batch,
     *,
-    training: bool = False,
+    dropout: Rate | None = None,
     dropout_key: jax.Array | None = None,
 ) -> Float[Array, ""]:
     """The weighted sum of next-token losses over a batch.
 
-    `training`: with dropout, whose key must be given where the model has any.
+    `dropout`: the share to drop in training, by the key; None outside training.
     """
     losses = decoder.apply(
         {"params": params},
         batch.inputs,
         batch.targets,
-        deterministic=not training,
+        dropout=dropout,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         method="losses",
     )

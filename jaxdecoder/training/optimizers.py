@@ -26,13 +26,15 @@ class Numbers(NamedTuple):
     weight_decay: Any
     steps: Any
     seed: Any
+    dropout: Any
 
 
 def numbers_of(config: Config) -> Numbers:
     """Those of a config."""
     o = config.optimizer
     adam = o.learning_rate if o.adam_learning_rate is None else o.adam_learning_rate
-    return Numbers(o.learning_rate, adam, o.weight_decay, config.train.steps, config.train.seed)
+    t, dropout = config.train, config.model.dropout
+    return Numbers(o.learning_rate, adam, o.weight_decay, t.steps, t.seed, dropout)
 
 
 def constant(c: OptimizerConfig, progress: Any) -> Any:

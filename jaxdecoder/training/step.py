@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxdecoder.config import Config
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.decoder import Decoder
+from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.training.optimizers import (
     Numbers,
@@ -57,13 +58,16 @@ class Objective(NamedTuple):
     held: Any = ()
 
 
-def next_token(config: Config) -> Objective:
-    """The decoder's own loss: cross-entropy, and what its variants add to it."""
+def next_token(config: Config, dropout: Rate | None = None) -> Objective:
+    """The decoder's own loss: cross-entropy, and what its variants add to it.
+
+    `dropout` stands in for the config's rate.
+    """
+    rate = config.model.dropout if dropout is None else dropout
     decoder = make_decoder(config)
 
     def loss(params: Any, batch: Batch, key: jax.Array, held: Any) -> Any:
-        dropout_key = key if config.model.dropout else None
-        return summed_cross_entropy(decoder, params, batch, training=True, dropout_key=dropout_key)
+        return summed_cross_entropy(decoder, params, batch, dropout=rate, dropout_key=key)
 
     return Objective(loss)
 
@@ -112,7 +116,7 @@ def make_step(
 ) -> Step:
     """The pure train step of a config; `numbers`, which may be traced, stand in for its own."""
     n = numbers_of(config) if numbers is None else numbers
-    loss = (objective or next_token(config)).loss
+    loss = (objective or next_token(config, n.dropout)).loss
     optimizer = optimizer_of(config, n)
     schedule = make_schedule(config.optimizer, n.steps, n.learning_rate)
     accumulation = config.train.gradient_accumulation

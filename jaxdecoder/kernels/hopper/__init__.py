@@ -65,9 +65,7 @@ HOPPER = {"H100", "H200", "H800", "H20", "GH200"}
 
 def sizes(problem: Problem, width: int) -> KernelSizes:
     plain = (
-        problem.score is None
-        and problem.dropout_rate == 0
-        and masks.is_simple(problem.positional_mask)
+        problem.score is None and not problem.dropout and masks.is_simple(problem.positional_mask)
     )
     table = PLAIN if plain else OTHERS
     return next(chosen for largest, chosen in table.items() if width <= largest)

@@ -75,7 +75,6 @@ class Launch:
     def arrays(self, operands: Operands, dout: Any = None, of_queries: Any = None) -> Arrays:
         # The copy engine reads zeros past the end of an array, but moves whole groups of 8 rows.
         q_time, k_time = up(self.q_time, 8), up(self.k_time, 8)
-        seed = operands.dropout_seed
         return Arrays(
             padded(operands.q, 1, q_time),
             padded(operands.k, 1, k_time),
@@ -85,7 +84,7 @@ class Launch:
             padded(operands.q_segments, 1, self.q_whole) if dout is None else None,
             padded(operands.k_segments, 1, self.k_whole),
             operands.score,
-            None if seed is None else seed.reshape(1),
+            operands.dropout,
             operands.batch_index,
             operands.head_index,
         )
@@ -124,11 +123,11 @@ class Launch:
 
     def head(self, arrays: Arrays, batch: Any, head: Any) -> Head:
         parameters = tiles.parameters(self.problem, arrays.score, head)
-        seed = None if arrays.seed is None else arrays.seed[0]
+        dropout = None if arrays.dropout is None else (arrays.dropout[0], arrays.dropout[1])
         k_time = self.k_time if self.k_time % self.k_block else None
         if arrays.batch_index is not None:
             batch, head = arrays.batch_index[batch], arrays.head_index[head]
-        return Head(self.problem, batch, head, parameters, seed, k_time)
+        return Head(self.problem, batch, head, parameters, dropout, k_time)
 
     def __call__(self, arrays: Arrays, results: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
         """Runs a block for every row of blocks, head and batch entry, heavy rows first."""

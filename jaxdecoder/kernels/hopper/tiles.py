@@ -54,7 +54,7 @@ class Arrays(NamedTuple):
     """(batch or 1, q_time), whole blocks"""
     k_segments: Any = None
     score: tuple[Any, ...] = ()
-    seed: Any = None
+    dropout: Any = None
     batch_index: Any = None
     """See `problem.Operands`, as the next."""
     head_index: Any = None
@@ -214,14 +214,15 @@ class Head(NamedTuple):
     batch: Any
     head: Any
     parameters: tuple[Any, ...]
-    seed: Any
+    dropout: Any
+    """Seed and threshold, where weights are dropped."""
     k_time: int | None
     """The number of keys, where the last block runs past it."""
 
     @property
     def needs_index(self) -> bool:
         """Whether scores depend on where they are, even where all are allowed."""
-        return self.problem.score is not None or self.problem.dropout_rate > 0
+        return self.problem.score is not None or self.problem.dropout
 
 
 class Tile(NamedTuple):
@@ -303,29 +304,35 @@ class Tile(NamedTuple):
 
     def dropout(self) -> Callable[[jax.Array], jax.Array]:
         """Drops weights, or their gradients: always the same ones."""
-        head, rate = self.head, self.head.problem.dropout_rate
-        if rate == 0.0:
+        head = self.head
+        if not head.problem.dropout:
             return lambda weights: weights
-        kept = keep(head.seed, rate, head.batch, head.head, *self.positions())
-        return lambda weights: jnp.where(kept, weights * (1.0 / (1.0 - rate)), 0.0)
+        kept = keep(*head.dropout, head.batch, head.head, *self.positions())
+        return lambda weights: jnp.where(kept, weights, 0.0)
 
 
 def try_out(problem: Problem, score: tuple[Any, ...]) -> None:
     """Lowers for a GPU all that a problem asks for on a tile; raises what Mosaic does of it."""
     shape = (ROWS, ROWS)
 
-    def body(seed: Any, *refs: Any) -> None:
+    def body(dropout: Any, *refs: Any) -> None:
         *score, out = refs
         zero = jnp.int32(0)
         read = parameters(problem, tuple(score), zero)
-        tile = Tile(Head(problem, zero, zero, read, seed[0], ROWS - 1), zero, zero, shape, 0)
+        tile = Tile(
+            Head(problem, zero, zero, read, (dropout[0], dropout[1]), ROWS - 1),
+            zero,
+            zero,
+            shape,
+            0,
+        )
         s, pull = tile.scores(True, zeros(*shape), learned=True)
         ds, terms = pull(tile.dropout()(s))
         out[...] = sum(terms, ds)
 
     results = jax.ShapeDtypeStruct(shape, jnp.float32)
     kernel = plgpu.kernel(body, out_type=results, compiler_params=COMPILER)
-    traced = jax.jit(kernel).trace(jax.ShapeDtypeStruct((1,), jnp.uint32), *score)
+    traced = jax.jit(kernel).trace(jax.ShapeDtypeStruct((2,), jnp.uint32), *score)
     traced.lower(lowering_platforms=("cuda",))
 
 

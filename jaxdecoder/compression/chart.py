@@ -1,0 +1,304 @@
+"""What models cost against what they lose: one chart of many runs, with its table.
+
+Losses are those of the whole validation split, in nats a token, or in bits a byte where the runs do
+not share a tokenizer. A run is on the Pareto front of a cost if no other is both cheaper and
+better.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from jaxdecoder import analysis
+from jaxdecoder.compression.options import Chart
+from jaxdecoder.compression.passes import corpus_of, sizes
+from jaxdecoder.config import Config
+from jaxdecoder.data import batches
+from jaxdecoder.data.tokens import Corpus
+from jaxdecoder.errors import UserError
+from jaxdecoder.sampling.generate import encode_prompt, generate
+from jaxdecoder.training.evaluation import (
+    bits_per_byte,
+    decoded_losses,
+    make_evaluator,
+    predicted,
+)
+from jaxdecoder.training.runs import Model, load_model, write_atomically
+from jaxdecoder.training.step import make_decoder
+
+ROUNDS = 7
+"""Turns of sampling that every model takes, in alternation with the others."""
+
+
+class Point(NamedTuple):
+    """One model on the chart."""
+
+    name: str
+    loss: float
+    """Nats a token."""
+    bits_per_byte: float
+    bytes: int
+    """Of the weights as they are stored and held, zeros included."""
+    parameters: int
+    """Weights that are not zero."""
+    flops: float
+    """A decoded token's, at the end of the context; zeros are multiplied as well."""
+    tokens_per_second: float
+    """Sampling at batch 1, the median of `ROUNDS` turns."""
+
+
+class Cost(NamedTuple):
+    """An axis: `better` is 1 where more is better, -1 where less is."""
+
+    title: str
+    better: int
+
+
+COSTS = {
+    "bytes": Cost("bytes of weights", -1),
+    "parameters": Cost("weights that are not zero", -1),
+    "flops": Cost("FLOPs a decoded token", -1),
+    "tokens_per_second": Cost("tokens/s, batch 1", 1),
+}
+
+
+class _Subject(NamedTuple):
+    """A model to be measured; one with early exits makes several."""
+
+    name: str
+    model: Model
+    corpus: Corpus
+    threshold: float | None
+
+
+def chart(options: Chart, command: str) -> list[Point]:
+    """Measures the runs, draws them, and writes .html, .md, .csv and .png; returns the points."""
+    if options.tokens < 1:
+        raise UserError(f"--tokens {options.tokens}: must be at least 1")
+    if Path(options.out).suffix != ".html":
+        raise UserError(f"--out {options.out}: must be the name of an .html file")
+    subjects = [s for run in options.runs for s in _subjects(run, options.exit_thresholds)]
+    speeds = _tokens_per_second(subjects, options.tokens)
+    points = [
+        _measure(subject, speed)
+        for subject, speed in zip(
+            track(subjects, description="validation losses"), speeds, strict=True
+        )
+    ]
+    shared = len({(Path(run) / "tokenizer.json").read_text() for run in options.runs}) == 1
+    loss = "loss" if shared else "bits_per_byte"
+    write(Path(options.out), points, loss, command)
+    Console().print(_terminal(points, loss))
+    print(f"{options.out} shows it")
+    return points
+
+
+def front(points: Sequence[Point], cost: str, loss: str = "loss") -> list[Point]:
+    """Those that no other beats in both the cost and the loss, the cheapest first."""
+    sign = COSTS[cost].better
+
+    def price(point: Point) -> float:
+        return -sign * float(getattr(point, cost))
+
+    def beaten(point: Point) -> bool:
+        mine = price(point), getattr(point, loss)
+        return any(
+            (theirs[0] <= mine[0] and theirs[1] <= mine[1] and theirs != mine)
+            for theirs in ((price(other), getattr(other, loss)) for other in points)
+        )
+
+    return sorted((point for point in points if not beaten(point)), key=price)
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+def _subjects(run: str, thresholds: Sequence[float]) -> list[_Subject]:
+    model = load_model(run)
+    config, corpus = corpus_of(model, Path(run))
+    model = model._replace(config=config)
+    whole = _Subject(Path(run).name, model, corpus, None)
+    if config.model.depth != "early_exit":
+        return [whole]
+    return [
+        _Subject(f"{whole.name} at {t:g}", _with_threshold(model, t), corpus, t)
+        for t in thresholds or (1.0, config.model.exit_threshold)
+    ]
+
+
+def _with_threshold(model: Model, threshold: float) -> Model:
+    changed = replace(model.config.model, exit_threshold=threshold)
+    config = replace(model.config, model=changed)
+    return model._replace(config=config, decoder=make_decoder(config))
+
+
+def _measure(subject: _Subject, tokens_per_second: float) -> Point:
+    config, corpus, params = subject.model.config, subject.corpus, subject.model.params
+    start = config.model.context_length - 1
+    if subject.threshold is None:
+        evaluate = make_evaluator(subject.model.decoder)
+        loss = evaluate(params, batches.fixed(config, corpus, "validation", None))
+        flops = analysis.flops_per_token(config.model).decode["total"]
+    else:
+        # As the model is used: each token stops at its own depth.
+        loss, depth = _decoded(subject, config)
+        flops = analysis.early_exit_flops(config.model, depth, start=start)["total"]
+    size = sizes(params)
+    targets = predicted(config, corpus.validation)
+    return Point(
+        subject.name,
+        loss,
+        bits_per_byte(loss, targets, corpus.validation.n_bytes),
+        size["bytes"],
+        size["nonzero"],
+        flops,
+        tokens_per_second,
+    )
+
+
+def _decoded(subject: _Subject, config: Config) -> tuple[float, float]:
+    """Mean loss and depth of validation text that is decoded token by token."""
+    total = weight = depth = 0.0
+    for batch in batches.fixed(config, subject.corpus, "validation", 4):
+        losses, depths = decoded_losses(subject.model.decoder, subject.model.params, batch)
+        total += float(np.sum(losses * batch.weights))
+        depth += float(np.sum(depths * batch.weights))
+        weight += float(np.sum(batch.weights))
+    return total / weight, depth / weight
+
+
+def _tokens_per_second(subjects: Sequence[_Subject], tokens: int) -> list[float]:
+    """Of each, the median over turns that they take one after another."""
+    turns = [_sampling(subject, tokens) for subject in subjects]
+    seconds: list[list[float]] = [[] for _ in subjects]
+    for number in track(range(ROUNDS), description="tokens/s"):
+        for turn, times in zip(turns, seconds, strict=True):
+            times.append(turn(number))
+    return [tokens / statistics.median(times) for times in seconds]
+
+
+def _sampling(subject: _Subject, tokens: int) -> Callable[[int], float]:
+    """Seconds that it takes to sample so many tokens, by the number of the turn."""
+    model = subject.model
+    prompt = encode_prompt(model.tokenizer, model.config.train.sample_prompt, model.config.data)
+
+    def turn(number: int) -> float:
+        start = time.perf_counter()
+        key = jax.random.key(number)
+        for _ in generate(model.decoder, model.params, [prompt], max_new_tokens=tokens, key=key):
+            pass
+        return time.perf_counter() - start
+
+    turn(0)  # compiles
+    return turn
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def write(out: Path, points: Sequence[Point], loss: str, command: str) -> None:
+    """Writes the chart and its table beside one another."""
+    picture = draw(points, loss)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".png").write_bytes(picture)
+    write_atomically(out.with_suffix(".md"), markdown(points, loss))
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows([Point._fields, *points])
+    write_atomically(out.with_suffix(".csv"), buffer.getvalue())
+    write_atomically(out, as_html(points, loss, picture, command))
+
+
+def rows(points: Sequence[Point], loss: str) -> list[list[str]]:
+    """The table's cells, its heading first; a star marks who is on the front of a cost."""
+    unit = "nats a token" if loss == "loss" else "bits a byte"
+    fronts = {cost: front(points, cost, loss) for cost in COSTS}
+    table = [["model", f"validation loss ({unit})", *(cost.title for cost in COSTS.values())]]
+    for point in sorted(points, key=lambda point: float(getattr(point, loss))):
+        cells = [point.name, f"{getattr(point, loss):.4f}"]
+        for cost in COSTS:
+            star = " *" if point in fronts[cost] else ""
+            cells.append(f"{getattr(point, cost):,.0f}{star}")
+        table.append(cells)
+    return table
+
+
+NOTE = "A star: no other model here is both better in this and lower in loss."
+
+
+def markdown(points: Sequence[Point], loss: str) -> str:
+    """The table as Markdown."""
+    heading, *body = rows(points, loss)
+    lines = [heading, ["---"] * len(heading), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{NOTE}\n"
+
+
+def as_html(points: Sequence[Point], loss: str, picture: bytes, command: str) -> str:
+    """One page that needs nothing beside it."""
+    heading, *body = rows(points, loss)
+
+    def line(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    encoded = base64.b64encode(picture).decode()
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>What models cost</title>'
+        "<style>body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; }"
+        " td, th { text-align: right; padding: 0.3rem 0.6rem; border-bottom: 1px solid #ddd; }"
+        " td:first-child, th:first-child { text-align: left; } img { max-width: 100%; }</style>"
+        f'<h1>What models cost</h1><img alt="chart" src="data:image/png;base64,{encoded}">'
+        f"<table>{line(heading, 'th')}{''.join(line(cells, 'td') for cells in body)}</table>"
+        f"<p>{NOTE}</p><pre>{html.escape(command)}</pre></html>\n"
+    )
+
+
+def draw(points: Sequence[Point], loss: str) -> bytes:
+    """A panel for each cost: the models by their names, and the front."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, 2, figsize=(11, 8), sharey=True, layout="constrained")
+    unit = "nats a token" if loss == "loss" else "bits a byte"
+    for axes, (cost, kind) in zip(panels.flat, COSTS.items(), strict=True):
+        best = front(points, cost, loss)
+        axes.plot(
+            [getattr(p, cost) for p in best],
+            [getattr(p, loss) for p in best],
+            color="tab:orange",
+            label="Pareto front",
+        )
+        for point in points:
+            at = getattr(point, cost), getattr(point, loss)
+            axes.plot(*at, "o", color="tab:orange" if point in best else "tab:blue")
+            axes.annotate(f" {point.name}", at, fontsize=7)
+        axes.set(xscale="log", xlabel=kind.title, ylabel=f"validation loss ({unit})")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def _terminal(points: Sequence[Point], loss: str) -> Table:
+    heading, *body = rows(points, loss)
+    table = Table(*heading)
+    for cells in body:
+        table.add_row(*cells)
+    return table

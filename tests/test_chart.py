@@ -1,0 +1,91 @@
+"""The chart of what models cost: its front, and its page from real runs."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxdecoder.compression.chart import COSTS, Point, front
+from jaxdecoder.config import load
+from jaxdecoder.training.loop import train
+from tests.runs import script, write_config
+
+small = st.integers(1, 4)
+
+
+@given(st.lists(st.tuples(small, small, small), min_size=1, max_size=12))
+def test_the_front_is_made_of_those_that_no_other_beats(numbers):
+    points = [
+        Point(str(i), loss, loss, cost, cost, cost, speed)
+        for i, (loss, cost, speed) in enumerate(numbers)
+    ]
+    for name in COSTS:
+        best = front(points, name)
+        for point in points:
+            mine = getattr(point, name)
+            better = [
+                other
+                for other in points
+                if other.loss <= point.loss
+                and (getattr(other, name) - mine) * COSTS[name].better >= 0
+                and (other.loss, getattr(other, name)) != (point.loss, mine)
+            ]
+            assert (point in best) == (not better)
+        prices = [getattr(point, name) * COSTS[name].better for point in best]
+        assert prices == sorted(prices, reverse=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Three runs: a plain one, one with early exits, and one of another tokenizer."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = write_config(folder)
+    short = ["--train.steps", "4", "--train.evaluate-every", "4"]
+    kinds = {
+        "plain": [],
+        "exits": ["--model.depth", "early_exit"],
+        "letters": ["--data.tokenizer", "char"],
+    }
+    for name, changes in kinds.items():
+        train(load(config, [*short, *changes, "--train.out", str(folder / name)]))
+    return folder
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def test_a_page_a_table_and_a_picture_come_of_runs(runs, tmp_path):
+    out = tmp_path / "new" / "chart.html"
+    process = script("compress.py", "chart", runs / "plain", runs / "exits", "--out", out)
+    assert process.returncode == 0, process.output
+    page = out.read_text()
+    assert "http" not in page
+    assert page.count("data:image/png;base64,") == 1
+    rows = table(out.with_suffix(".csv"))
+    assert list(rows) == ["plain", "exits at 1", "exits at 0.9"]
+    assert float(rows["plain"]["bytes"]) == 4 * float(rows["plain"]["parameters"])
+    # A token that may stop early does no more than one that may not.
+    assert float(rows["exits at 0.9"]["flops"]) <= float(rows["exits at 1"]["flops"])
+    assert "nats a token" in out.with_suffix(".md").read_text()
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_runs_of_different_tokenizers_meet_in_bits_a_byte(runs, tmp_path):
+    out = tmp_path / "chart.html"
+    process = script("compress.py", "chart", runs / "plain", runs / "letters", "--out", out)
+    assert process.returncode == 0, process.output
+    assert "bits a byte" in out.with_suffix(".md").read_text()
+
+
+def test_mistakes_are_told(runs, tmp_path):
+    process = script("compress.py", "chart", tmp_path / "nowhere")
+    assert process.returncode == 1
+    assert "not a run folder" in process.output
+    process = script("compress.py", "chart", runs / "plain", "--out", tmp_path / "chart.pdf")
+    assert process.returncode == 1
+    assert ".html" in process.output
