@@ -103,7 +103,7 @@ def test_a_diverging_member_is_marked_and_harms_no_other(together, tmp_path):
     assert marked.summary["validation_loss"] is None
     assert fine.summary["diverged_at"] is None
     for key, value in losses(tmp_path / "plain").items():
-        assert value == pytest.approx(losses(folder / "plain")[key], abs=1e-6)
+        assert value == pytest.approx(losses(folder / "plain")[key], abs=1e-4)
     steps = [step for step, name in losses(tmp_path / "wild") if name == "train_loss"]
     assert max(steps, default=0) < marked.summary["diverged_at"]
 
