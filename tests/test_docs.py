@@ -74,3 +74,10 @@ def test_fields_it_names_exist():
         "attention_implementation",
         "attention_projection",
     }
+
+
+def test_findings_are_what_the_committed_results_say(tmp_path):
+    out = tmp_path / "findings.md"
+    process = script("-m", "docs.findings", "--out", out)
+    assert process.returncode == 0, process.output
+    assert out.read_text() == (DOCS / "findings.md").read_text()
