@@ -86,6 +86,9 @@ def test_mistakes_are_told(runs, tmp_path):
     process = script("compress.py", "chart", tmp_path / "nowhere")
     assert process.returncode == 1
     assert "not a run folder" in process.output
+    process = script("compress.py", "chart")
+    assert process.returncode == 1
+    assert "which runs?" in process.output
     process = script("compress.py", "chart", runs / "plain", "--out", tmp_path / "chart.pdf")
     assert process.returncode == 1
     assert ".html" in process.output

@@ -88,6 +88,8 @@ class _Subject(NamedTuple):
 
 def chart(options: Chart, command: str) -> list[Point]:
     """Measures the runs, draws them, and writes .html, .md, .csv and .png; returns the points."""
+    if not options.runs:
+        raise UserError("chart: which runs? Give a run folder or several, such as runs/stories")
     if options.tokens < 1:
         raise UserError(f"--tokens {options.tokens}: must be at least 1")
     if Path(options.out).suffix != ".html":

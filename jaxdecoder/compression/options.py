@@ -1,42 +1,10 @@
-"""What the passes of compress.py can be told. Read without JAX, so that --help is quick."""
+"""What compress.py can be told. Read without JAX, so that --help is quick."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import tyro
-
-
-@dataclass(frozen=True)
-class Prune:
-    """Removes weights, or whole parts, of a run's model."""
-
-    run: tyro.conf.Positional[str]
-    """Run folder to start from."""
-    new_run: tyro.conf.Positional[str]
-    """Run folder to make."""
-
-
-@dataclass(frozen=True)
-class Distill:
-    """Trains a student to give a teacher's answers."""
-
-    teacher: tyro.conf.Positional[str]
-    """Run folder of the teacher."""
-    student: tyro.conf.Positional[str]
-    """The student: a config file, or a run folder whose weights it starts from."""
-    new_run: tyro.conf.Positional[str]
-    """Run folder to make."""
-
-
-@dataclass(frozen=True)
-class Quantize:
-    """Stores the weights of a run's model in fewer bits."""
-
-    run: tyro.conf.Positional[str]
-    """Run folder to start from."""
-    new_run: tyro.conf.Positional[str]
-    """Run folder to make."""
 
 
 @dataclass(frozen=True)
