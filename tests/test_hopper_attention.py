@@ -29,6 +29,7 @@ from test_flash_attention import (
 )
 
 from jaxdecoder.kernels import flash, hopper, masks, scores
+from jaxdecoder.kernels.dropout import scaled
 from jaxdecoder.kernels.problem import Device
 
 H200 = Device("gpu", "NVIDIA H200")
@@ -75,7 +76,9 @@ def check(case):
     made = make(case)
     problem, operands = state(case, made)
     out, logsumexp = hopper.forward(problem, operands, interpret)
-    found = hopper.backward(problem, operands, out, logsumexp, made.dout, interpret)
+    # The operation scales what dropout leaves; the kernels do not.
+    dout = scaled(jnp.asarray(made.dout), case.rate)
+    found = hopper.backward(problem, operands, out, logsumexp, dout, interpret)
     score = [x for x in found.score if x is not None]
     gradients = {"q": found.q, "k": found.k, "v": found.v, "score": score}
     assert {x.dtype for x in (out, found.q, found.k, found.v)} == {jnp.dtype(case.dtype)}
@@ -84,7 +87,7 @@ def check(case):
     # to half precision does not; so it is held to that of another implementation, which rounds too.
     _, of_chunked = ours(case, "chunked", made)
     of_formula = {**of_formula, "score": of_chunked["score"]}
-    close((out, gradients), (wanted, of_formula), TOLERANCE[case.dtype])
+    close((scaled(out, case.rate), gradients), (wanted, of_formula), TOLERANCE[case.dtype])
     return problem, operands, out, logsumexp
 
 
