@@ -24,6 +24,7 @@ PACKAGE = ROOT / "jaxdecoder"
 # From the ground up; a room imports from itself and from those before it.
 ROOMS = [
     "errors",
+    "files",
     "config",
     "kernels",
     "layers",

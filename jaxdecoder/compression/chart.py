@@ -31,6 +31,7 @@ from jaxdecoder.config import Config
 from jaxdecoder.data import batches
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
+from jaxdecoder.files import write_atomically
 from jaxdecoder.sampling.generate import encode_prompt, generate
 from jaxdecoder.training.evaluation import (
     bits_per_byte,
@@ -38,7 +39,7 @@ from jaxdecoder.training.evaluation import (
     make_evaluator,
     predicted,
 )
-from jaxdecoder.training.runs import Model, load_model, write_atomically
+from jaxdecoder.training.runs import Model, load_model
 from jaxdecoder.training.step import make_decoder
 
 ROUNDS = 7

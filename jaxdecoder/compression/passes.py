@@ -20,6 +20,7 @@ from jaxdecoder.config import Config
 from jaxdecoder.data import batches, tokenizers
 from jaxdecoder.data.tokens import Corpus, cache_key, prepare
 from jaxdecoder.errors import UserError
+from jaxdecoder.files import write_atomically
 from jaxdecoder.training import checkpoints, runs
 from jaxdecoder.training.evaluation import make_evaluator
 from jaxdecoder.training.loop import Sampler, ToObjective, train
@@ -127,8 +128,8 @@ def _begin(
     with runs.lock(run), checkpoints.full_disk_explained(run):
         runs.write_config(run, new, cache_key(new.data))
         tokenizers.save(corpus.tokenizer, run / "tokenizer.json")
-        runs.write_atomically(run / "samples.txt", f"--- {source} ---\n{text}\n")
-        runs.write_atomically(run / "compression.json", json.dumps(told, indent=2) + "\n")
+        write_atomically(run / "samples.txt", f"--- {source} ---\n{text}\n")
+        write_atomically(run / "compression.json", json.dumps(told, indent=2) + "\n")
         manager = checkpoints.open_checkpoints(run, keep=new.train.keep)
         checkpoints.save(manager, state_of(new, made.params), loss)
         manager.wait_until_finished()

@@ -10,15 +10,14 @@ import codecs
 import glob
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxdecoder.config import DataConfig
 from jaxdecoder.errors import UserError
+from jaxdecoder.files import write_atomically
 
 PIECE = 1 << 17
 """Characters of a piece, about."""
@@ -274,7 +273,7 @@ def _revision(data: DataConfig) -> str:
             "--repo-type dataset --local-dir FOLDER`, bring FOLDER here and set "
             'data.path = "FOLDER"'
         ) from None
-    _write_atomically(note, f"{revision}\n".encode())
+    _cache(note, f"{revision}\n".encode())
     return str(revision)
 
 
@@ -310,7 +309,7 @@ def tiny_shakespeare(data: DataConfig) -> Path:
         return local
     cached = Path(data.cache) / "tinyshakespeare.txt"
     if not cached.is_file():
-        _write_atomically(cached, _download_shakespeare(cached))
+        _cache(cached, _download_shakespeare(cached))
     _check_shakespeare(cached, "the cached Tiny Shakespeare")
     return cached
 
@@ -376,17 +375,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that no reader, and no crash, ever sees half of it."""
+def _cache(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        write_atomically(path, content)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import difflib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from jaxtyping import Int32, Shaped
 from jaxdecoder.config import DataConfig
 from jaxdecoder.data.corpora import PIECE, cut
 from jaxdecoder.errors import UserError
+from jaxdecoder.files import write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 """How the end token reads. In text it is ordinary characters: only `end_token` ends a document."""
@@ -121,9 +121,7 @@ def from_json(values: dict[str, Any]) -> Tokenizer:
 
 def save(tokenizer: Tokenizer, path: str | Path) -> None:
     """Writes a self-contained tokenizer.json, whole or not at all."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(tokenizer.to_json(), ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(Path(path), json.dumps(tokenizer.to_json(), ensure_ascii=False))
 
 
 def load(path: str | Path) -> Tokenizer:

@@ -7,7 +7,6 @@ so neither a crash nor a second process ever leaves or sees half a corpus.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import multiprocessing
@@ -38,6 +37,7 @@ from jaxdecoder.data import corpora, tokenizers
 from jaxdecoder.data.corpora import Part, Piece
 from jaxdecoder.data.tokenizers import Tokenizer
 from jaxdecoder.errors import UserError
+from jaxdecoder.files import disk_is_full
 
 FORMAT = 1
 """Part of every key: raise it when the files, or the meaning of what is in them, change."""
@@ -155,7 +155,7 @@ def _write(data: DataConfig, folder: Path, progress: bool) -> None:
             _tokenise(data, unfinished, ledger, start)
         os.replace(unfinished, folder)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not disk_is_full(error):
             raise
         raise UserError(
             f"{folder.parent}: no room for the tokens ({error.strerror}): this corpus needs "

@@ -7,7 +7,6 @@ whoever wants weights reads weights alone.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import math
@@ -23,13 +22,13 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxdecoder.errors import UserError
+from jaxdecoder.files import disk_is_full
 from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.step import State
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports what we report ourselves
 
 METRIC = "validation_loss"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> ocp.CheckpointManager:
@@ -158,17 +157,6 @@ def full_disk_explained(run: Path) -> Iterator[None]:
             f"{run}: no space left for what training writes; {kept}. "
             "Free some space and run the same command again"
         ) from None
-
-
-def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a lack of space."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            return True
-        if any(text in str(error) for text in ("No space left", "File too large", "Disk quota")):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _items(state: State) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxdecoder.files import write_atomically
 from jaxdecoder.training.devices import is_first_host
-from jaxdecoder.training.runs import write_atomically
 
 
 class Log:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from jaxdecoder.config import Config, differences, from_dict, read_toml, to_toml
 from jaxdecoder.data import tokenizers
 from jaxdecoder.decoder import Decoder
 from jaxdecoder.errors import UserError
+from jaxdecoder.files import write_atomically
 from jaxdecoder.training.checkpoints import restore_params, steps_in
 from jaxdecoder.training.step import init_state, make_decoder
 
@@ -139,10 +139,3 @@ def write_config(run: Path, config: Config, corpus_key: str) -> None:
 def write_summary(run: Path, summary: dict[str, Any]) -> None:
     """Writes summary.json."""
     write_atomically(run / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

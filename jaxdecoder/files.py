@@ -1,0 +1,33 @@
+"""Writing files: whole or not at all, and what a full disk looks like."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SPACE_TOLD = ("No space left", "File too large", "Disk quota")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file so that no reader, and no crash, ever sees half of it; text as UTF-8."""
+    # The process's own name for it: two that write the same file do not mix.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a lack of space."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            return True
+        if any(text in str(error) for text in _NO_SPACE_TOLD):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
