@@ -1,11 +1,21 @@
 """Settings of the whole test run: annotations are checked, plots need no screen."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 os.environ["MPLBACKEND"] = "Agg"
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Workers and the scripts that tests start inherit it: what one compiled, no other compiles.
+    folder = tempfile.mkdtemp(prefix="jaxdecoder-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 # Before anything of the package is imported: shapes and types in its annotations are checked.
 # The numeric tower is PEP 484's: an int will do for a float.
