@@ -31,6 +31,7 @@ from jaxdecoder.layers import stacks
 from jaxdecoder.layers.attention import MASKS, SLOTS
 from jaxdecoder.layers.depth import capacity, exits_of
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
+from jaxdecoder.layers.linear import scheme_of
 from jaxdecoder.layers.linformer import mask as linformer_mask
 from jaxdecoder.layers.serial import periods, turn
 
@@ -372,8 +373,50 @@ def flops_per_token(config: ModelConfig, *, dense: bool = False) -> FlopsPerToke
 
 
 def weight_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
-    """Bytes of the weights; they are float32 unless cast."""
-    return bytes_per_number * parameters(config)["total"]
+    """Bytes of the weights; they are float32 unless cast, or packed with their scales."""
+    total = parameters(config)["total"]
+    if not config.packed:
+        return bytes_per_number * total
+    scheme, packed = scheme_of(config), 0
+    for count, d_in, d_out in kernels(config):
+        total -= count * d_in * d_out
+        scales = scheme.groups(d_in) * scheme.columns(d_out)
+        each = d_in * d_out // scheme.kind.codes + scales * (FLOAT32 + (not scheme.symmetric))
+        packed += count * each
+    return bytes_per_number * total + packed
+
+
+def kernels(config: ModelConfig) -> list[tuple[int, int, int]]:
+    """The kernels that a weight format is of: how many, their inputs, their outputs."""
+    c = config.resolve()
+    _, width, kv_width = _widths(c)
+    found = [(c.n_layers, c.d_model, width), (2 * c.n_layers, c.d_model, kv_width)]
+    if c.attention_projection:
+        found.append((c.n_layers, width, c.d_model))
+    found += _feed_forward_kernels(c, c.n_layers)
+    if c.layout == "parallel_stacks":
+        assert c.layers_per_stack is not None
+        for factor in _stack_widths(c):
+            slices = c.layers_per_stack * _projections_to_slices(c)
+            found.append((slices, c.d_model, factor * c.d_model // c.layers_per_stack))
+            found += _feed_forward_kernels(c, 1, factor)
+    if c.quantizes_head:
+        vocab_size = _vocab_size(c)
+        found.append((1, c.d_model, vocab_size))
+        if not c.tie_embeddings:
+            found.append((1, LAYOUT_COSTS[c.layout].width(c), vocab_size))
+    return found
+
+
+def _feed_forward_kernels(
+    c: ModelConfig, count: int, factor: int = 1
+) -> list[tuple[int, int, int]]:
+    d_ff = c.resolve().d_ff
+    assert d_ff is not None
+    width, d_ff = factor * c.d_model, factor * d_ff
+    hidden = (count * HIDDEN_MATRICES[c.activation], width, d_ff)
+    down = (count * c.feed_forward_projection, d_ff, width)
+    return [hidden, down] if c.feed_forward else []
 
 
 def cache_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:

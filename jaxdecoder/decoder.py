@@ -14,10 +14,11 @@ from jaxtyping import Array, Float, Int
 from jaxdecoder.config import ConfigError, ModelConfig
 from jaxdecoder.kernels.cross_entropy import cross_entropy, head_logits
 from jaxdecoder.kernels.dropout import Rate
+from jaxdecoder.kernels.packing import Packed, straight_through
 from jaxdecoder.layers import serial, stacks
 from jaxdecoder.layers.cache import Cache, Caches, Cursor
 from jaxdecoder.layers.depth import Passed, exits_of
-from jaxdecoder.layers.linear import Weights, embedding_initializer
+from jaxdecoder.layers.linear import Kernel, Weights, embedding_initializer, scheme_of
 from jaxdecoder.layers.positions import POSITIONS
 
 
@@ -61,9 +62,13 @@ class Decoder(nn.Module):
         c = self.config.resolve()
         if c.vocab_size is None:
             raise ConfigError("model.vocab_size", None, "the decoder needs to know it")
-        self.embedding = self.param(
-            "embedding", embedding_initializer(c), (c.vocab_size, c.d_model), jnp.float32
-        )
+        self.embedding: Any
+        if c.packed and c.quantizes_head:
+            self.embedding = Weights(c, c.d_model, c.vocab_size, False, name="embedding")
+        else:
+            self.embedding = self.param(
+                "embedding", embedding_initializer(c), (c.vocab_size, c.d_model), jnp.float32
+            )
         embed = POSITIONS[c.position].embed
         self.positions = embed(c, name="positions") if embed else None
         self.body = LAYOUTS[c.layout].body(c, self.dtype, self.unrolled)
@@ -89,20 +94,20 @@ class Decoder(nn.Module):
         In training (see `features`) those of early exits have their shares in it, and the routers
         of a mixture of depths add theirs.
         """
-        passed = self._pass(tokens, dropout)
-        share = 1.0 - sum(share for share, _ in passed.exits)
-        losses = share * self._cross_entropy(passed.features, targets)
-        for share, features in passed.exits:
-            losses += share * self._cross_entropy(features, targets)
-        return losses + passed.penalty
+        passed = self.passed(tokens, dropout=dropout)
+        first, *others = (
+            share * self._cross_entropy(features, targets) for share, features in passed.heads
+        )
+        return sum(others, first) + passed.penalty
 
     def features(
         self, tokens: Int[Array, "batch time"], *, dropout: Rate | None = None
     ) -> Float[Array, "batch time width"]:
         """What the head sees. `dropout`: the share to drop in training; None outside it."""
-        return self._pass(tokens, dropout).features
+        return self.passed(tokens, dropout=dropout).features
 
-    def _pass(self, tokens: Int[Array, "batch time"], dropout: Rate | None) -> Passed:
+    def passed(self, tokens: Int[Array, "batch time"], *, dropout: Rate | None = None) -> Passed:
+        """All that the body says of `tokens`, exits and penalty included; see `features`."""
         c = self.config
         if tokens.shape[1] > c.context_length:
             raise ConfigError(
@@ -115,8 +120,10 @@ class Decoder(nn.Module):
     def _cross_entropy(
         self, features: Float[Array, "batch time width"], targets: Int[Array, "batch time"]
     ) -> Float[Array, "batch time"]:
+        kernel, bias = self._head()
+        whole = kernel.dequantized() if isinstance(kernel, Packed) else kernel
         softcap = self.config.logit_softcap
-        return cross_entropy(features, *self._head(), targets, logit_softcap=softcap)
+        return cross_entropy(features, whole, bias, targets, logit_softcap=softcap)
 
     def extend(
         self, tokens: Int[Array, "batch time"], cache: Cache, *, last: bool = False
@@ -152,13 +159,27 @@ class Decoder(nn.Module):
         """The head, in float32 from its products on."""
         return head_logits(features, *self._head(), logit_softcap=self.config.logit_softcap)
 
-    def _head(self) -> tuple[Float[Array, "width vocab"], Float[Array, " vocab"] | None]:
-        return (self.embedding.T, None) if self.config.tie_embeddings else self.head()
+    def _head(self) -> tuple[Kernel, Float[Array, " vocab"] | None]:
+        if not self.config.tie_embeddings:
+            return self.head()
+        table = self._table()
+        return (table if isinstance(table, Packed) else table.T), None
+
+    def _table(self) -> Float[Array, "vocab d_model"] | Packed:
+        """The embedding; packed, it is a kernel d_model -> vocab, whose columns are its rows."""
+        c = self.config
+        if c.packed and c.quantizes_head:
+            return self.embedding()[0]
+        if c.quantizes_head:
+            return straight_through(scheme_of(c), self.embedding.T).T
+        return self.embedding
 
     def _embed(
         self, tokens: Int[Array, "batch time"], positions: Int[Array, "#batch time"]
     ) -> Float[Array, "batch time d_model"]:
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        table = self._table()
+        x = table.columns(tokens) if isinstance(table, Packed) else jnp.take(table, tokens, axis=0)
+        x = x.astype(self.dtype)
         if self.positions is not None:
             x = x + self.positions(positions).astype(self.dtype)
         return x

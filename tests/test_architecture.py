@@ -8,7 +8,9 @@ from typing import get_args
 
 import pytest
 
-from jaxdecoder.config import Config, OptimizerConfig, choices, model
+from jaxdecoder.compression.divergences import DIVERGENCES
+from jaxdecoder.compression.matching import MATCHINGS
+from jaxdecoder.config import Config, OptimizerConfig, choices, model, sections
 from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
@@ -107,6 +109,8 @@ def test_nothing_imports_a_script():
         (get_args(model.ExitConfidence), CONFIDENCES),
         (choices(OptimizerConfig, "name"), OPTIMIZERS),
         (choices(OptimizerConfig, "schedule"), SCHEDULES),
+        (get_args(sections.Divergence), DIVERGENCES),
+        (get_args(sections.Matching)[1:], MATCHINGS),
     ],
     ids=[
         "position",
@@ -119,6 +123,8 @@ def test_nothing_imports_a_script():
         "exit_confidence",
         "optimizer",
         "schedule",
+        "divergence",
+        "matching",
     ],
 )
 def test_the_config_names_what_the_dict_holds(named, held):
@@ -135,14 +141,14 @@ def test_paired_positions_are_those_with_a_score():
 
 def test_every_field_says_what_it_means():
     """`--help` is made of these."""
-    sections = [
+    classes = [
         node
         for path in (PACKAGE / "config").glob("*.py")
         for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
+        if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Teaching"))
     ]
-    assert len(sections) == len(fields(Config)) + 1
-    for section in sections:
+    assert len(classes) == len(fields(Config)) + 2  # Config itself, and a base
+    for section in classes:
         for statement, following in itertools.pairwise([*section.body, ast.Pass()]):
             if isinstance(statement, ast.AnnAssign) and section.name != "Config":
                 field = f"{section.name}.{ast.unparse(statement.target)}"

@@ -25,6 +25,7 @@ from jaxdecoder.config.model import ModelConfig
 from jaxdecoder.config.sections import (
     CompressionConfig,
     DataConfig,
+    DistillationConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -33,13 +34,32 @@ from jaxdecoder.errors import UserError
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run: model, data, optimiser, training, compression."""
+    """A whole run: model, data, optimiser, training, compression, distillation."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+
+    def __post_init__(self) -> None:
+        c, steps = self.compression, self.train.steps
+        if c.sparsity and c.sparsity_end > steps:
+            raise ConfigError(
+                "compression.sparsity_end",
+                c.sparsity_end,
+                f"compression.sparsity = {c.sparsity} is reached only then, and train.steps = "
+                f"{steps}; at most {steps} would do",
+            )
+        if self.model.packed and self.train.steps:
+            raise ConfigError(
+                "train.steps",
+                self.train.steps,
+                f'the codes of model.weight_format = "{self.model.weight_format}" do not train; 0 '
+                "would do, or model.weight_packed = false to train through the rounding, or a run "
+                "of floats made by compress.py dequantize",
+            )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

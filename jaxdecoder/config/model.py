@@ -17,6 +17,7 @@ from jaxdecoder.config.fields import (
     PositiveFloat,
     nearest_multiples,
 )
+from jaxdecoder.config.levels import ActivationFormat, Granularity, WeightFormat, check_levels
 
 Position = Literal["none", "learned", "sinusoidal", "rope", "alibi", "t5"]
 Norm = Literal["layernorm", "rmsnorm", "none"]
@@ -159,6 +160,23 @@ class ModelConfig:
     init_std: PositiveFloat = 0.02
     """Standard deviation of `normal` and `scaled`."""
 
+    weight_format: WeightFormat = "float32"
+    """What the kernels of linear layers are stored as; compress.py quantize changes it."""
+    weight_granularity: Granularity = "channel"
+    """For weights of few bits: those that share a scale, all of a kernel's, a column's, or
+    weight_group_size of a column's."""
+    weight_group_size: Positive = 64
+    """For group: consecutive inputs that share a scale."""
+    weight_symmetric: bool = True
+    """For weights of few bits: levels on both sides of zero alike, without a zero point."""
+    weight_head: bool = False
+    """For weights of few bits: those of the head and of the token embedding too."""
+    weight_packed: bool = True
+    """For weights of few bits: hold their codes, which do not train. Without, they are held in
+    float32, rounded where they are used, and train straight through the rounding."""
+    activation_format: ActivationFormat = "float"
+    """What enters those linear layers: floats, or int8 with a scale for each token."""
+
     def __post_init__(self) -> None:
         if self.d_head is None and self.d_model % self.n_heads:
             near = nearest_multiples(self.d_model, self.n_heads)
@@ -273,6 +291,25 @@ class ModelConfig:
                 "with model.feed_forward_projection = false the hidden units are the output, and "
                 f"must be model.d_model = {self.d_model} wide; that, or leaving it out, would do",
             )
+        if self.quantized:
+            check_levels(self, self._fan_ins())
+        elif self.activation_format != "float":
+            raise ConfigError(
+                "model.activation_format",
+                self.activation_format,
+                'is for weights of few levels, and model.weight_format = "float32"; "float" '
+                "would do",
+            )
+
+    def _fan_ins(self) -> dict[str, int]:
+        """How many inputs linear layers have; those of wider stacks are multiples of these."""
+        derived = self._derived()
+        widths = {"model.d_model": self.d_model}
+        if self.attention_projection:
+            widths["model.n_heads x model.d_head"] = self.n_heads * derived["d_head"]
+        if self.feed_forward and self.feed_forward_projection:
+            widths["model.d_ff"] = derived["d_ff"]
+        return widths
 
     def _check_blocks(self) -> None:
         block, context = self.attention_block, self.context_length
@@ -358,8 +395,26 @@ class ModelConfig:
         """How much of a head's width rotary positions turn."""
         return round((self.d_head or self.d_model // self.n_heads) * self.rope_fraction)
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights of linear layers have few levels."""
+        return self.weight_format != "float32"
+
+    @property
+    def packed(self) -> bool:
+        """Whether they are held as codes."""
+        return self.quantized and self.weight_packed
+
+    @property
+    def quantizes_head(self) -> bool:
+        """Whether those of the head and the token embedding are among them."""
+        return self.quantized and self.weight_head
+
     def resolve(self) -> ModelConfig:
         """This config with every derived field filled in (vocab_size stays as given)."""
+        return dataclasses.replace(self, **self._derived())
+
+    def _derived(self) -> dict[str, Any]:
         if not self.feed_forward_projection:
             d_ff = self.d_model
         elif self.activation in GATED:
@@ -371,13 +426,12 @@ class ModelConfig:
         if self.layout == "parallel_stacks":
             layers = self._layers_in_stack
             stacks = {"layers_per_stack": layers, "n_layers": self.n_stacks * layers}
-        return dataclasses.replace(
-            self,
+        return {
             **stacks,
-            n_kv_heads=self.n_kv_heads or self.n_heads,
-            d_head=self.d_head or self.d_model // self.n_heads,
-            d_ff=self.d_ff or d_ff,
-        )
+            "n_kv_heads": self.n_kv_heads or self.n_heads,
+            "d_head": self.d_head or self.d_model // self.n_heads,
+            "d_ff": self.d_ff or d_ff,
+        }
 
     @property
     def attention_pattern(self) -> tuple[AttentionName, ...]:

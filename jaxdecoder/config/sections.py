@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -152,3 +152,126 @@ class CompressionConfig:
     """The commands that made the run, one after another; compress.py writes them down."""
     keep_zeros: bool = False
     """Weights of matrices that are zero stay zero: a pruned model stays pruned while it trains."""
+    sparsity: Fraction = 0.0
+    """Share of the weights of the body's matrices that training makes zero, the smallest first, a
+    few more every sparsity_every steps (arXiv 1710.01878); 0: none."""
+    sparsity_from: Fraction = 0.0
+    """The share at sparsity_begin."""
+    sparsity_begin: Count = 0
+    """Step after which the first weights become zero."""
+    sparsity_end: Count = 0
+    """Step after which sparsity is reached."""
+    sparsity_every: Positive = 10
+    """Steps between two rounds of making zeros."""
+    sparsity_scope: Literal["matrix", "output", "global"] = "matrix"
+    """Among which weights the smallest are sought: each matrix's, each output unit's, or all."""
+
+    def __post_init__(self) -> None:
+        if not self.sparsity:
+            return
+        if not self.keep_zeros:
+            raise ConfigError(
+                "compression.keep_zeros", False, "what compression.sparsity makes zero must stay so"
+            )
+        if self.sparsity_from > self.sparsity:
+            raise ConfigError(
+                "compression.sparsity_from",
+                self.sparsity_from,
+                f"must be at most compression.sparsity = {self.sparsity}",
+            )
+        least = max(1, self.sparsity_begin)
+        if self.sparsity_end < least:
+            raise ConfigError(
+                "compression.sparsity_end",
+                self.sparsity_end,
+                f"must be at least {least}: compression.sparsity is reached after a step, and not "
+                f"before compression.sparsity_begin = {self.sparsity_begin}",
+            )
+
+    @property
+    def settles_at(self) -> int:
+        """The step from which on no more weights become zero."""
+        return self.sparsity_end if self.sparsity else 0
+
+    def settled(self) -> CompressionConfig:
+        """The same once the share is reached: zeros stay, and no more are made."""
+        return replace(
+            self,
+            sparsity=0.0,
+            sparsity_from=0.0,
+            sparsity_begin=0,
+            sparsity_end=0,
+            sparsity_every=10,
+            sparsity_scope="matrix",
+        )
+
+
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+Matching = Literal["none", "relations", "similarity", "cka"]
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How a student learns from its teacher."""
+
+    divergence: Divergence = "forward_kl"
+    """How far the student's next token is from the teacher's."""
+    jensen_shannon_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """For jensen_shannon: the teacher's share of the mixture that both are held against."""
+    temperature: PositiveFloat = 2.0
+    """Divides both models' logits; the divergence is multiplied by its square."""
+    alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Share of the divergence in the loss; the rest is the loss of the true next token. 1: only
+    the teacher counts."""
+    matching: Matching = "none"
+    """What of the layers is matched besides: relations, those between a layer's queries, keys and
+    values; similarity, that of tokens in the residual stream; cka, the streams as a whole."""
+    matching_weight: NonNegativeFloat = 1.0
+    """What the matching's loss is multiplied by."""
+    teacher_layer: Count = 0
+    """For relations: the layer of the teacher that the student's last one is held against, counted
+    from 1 (parallel stacks: the stack); 0: the last."""
+    relation_heads: Count = 0
+    """For relations: heads that queries, keys and values are divided into anew; 0: the most that
+    divide the heads of both models."""
+    on_policy: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of steps whose texts the student itself goes on with, for the teacher to judge."""
+    on_policy_prompt: Count = 0
+    """Tokens of the batch's rows that the student goes on from; 0: a quarter of the context."""
+    cached_top_k: Count = 0
+    """Keep so many of the teacher's likeliest tokens on disk, and the probability of the others
+    together, rather than run the teacher in every step; 0: run it."""
+    cached_most_gigabytes: PositiveFloat = 4.0
+    """For cached_top_k: what the file may take; more is refused."""
+
+    def __post_init__(self) -> None:
+        if self.cached_top_k and self.on_policy:
+            raise ConfigError(
+                "distillation.cached_top_k",
+                self.cached_top_k,
+                f"what distillation.on_policy = {self.on_policy:g} samples is known to no cache; "
+                "0 would do",
+            )
+        if self.cached_top_k and self.matching != "none":
+            raise ConfigError(
+                "distillation.cached_top_k",
+                self.cached_top_k,
+                f'distillation.matching = "{self.matching}" looks into the teacher as it runs; '
+                "0 would do",
+            )
+        if not self.alpha and not self.on_policy and self.matching == "none":
+            raise ConfigError(
+                "distillation.alpha",
+                self.alpha,
+                "nothing would be learned from the teacher; 0.5 would do, or a matching",
+            )
+
+
+@dataclass(frozen=True)
+class DistillationConfig(Teaching):
+    """What a run learns from another; compress.py distill writes it down."""
+
+    teacher: str = ""
+    """Run folder of the teacher; empty: there is none."""
+    teacher_digest: str = ""
+    """What the teacher's weights are known by; empty: any will do."""

@@ -20,7 +20,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.kernels.flash import current_device
-from jaxdecoder.kernels.product import product
+from jaxdecoder.kernels.packing import Packed
+from jaxdecoder.kernels.quantized import packed_product
 
 
 class Limits(NamedTuple):
@@ -40,7 +41,7 @@ NARROWEST = 512
 
 def head_logits(
     features: Float[Array, "*batch width"],
-    kernel: Float[Array, "width vocab"],
+    kernel: Float[Array, "width vocab"] | Packed,
     bias: Float[Array, " vocab"] | None,
     *,
     logit_softcap: float | None = None,
@@ -50,7 +51,7 @@ def head_logits(
     `logit_softcap` bounds them to (-c, c) by c tanh(logits / c) (arXiv 2408.00118).
     """
     dtype = features.dtype
-    logits = product(features, kernel.astype(dtype), preferred_element_type=jnp.float32)
+    logits = packed_product(features, kernel, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(dtype)
     if logit_softcap is not None:

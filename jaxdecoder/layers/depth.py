@@ -38,6 +38,11 @@ class Passed(NamedTuple):
     logits: Float[Array, "batch time vocab"] | None = None
     """What the head said of the features, where the body had to ask it."""
 
+    @property
+    def heads(self) -> tuple[tuple[float, Float[Array, "batch time width"]], ...]:
+        """Shares of the loss, 1 together, and what the head sees there: all blocks, and exits."""
+        return ((1.0 - sum(share for share, _ in self.exits), self.features), *self.exits)
+
 
 class Depth(NamedTuple):
     """How deep tokens go.

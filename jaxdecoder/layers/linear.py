@@ -10,7 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.kernels import packing
 from jaxdecoder.kernels.product import product
+from jaxdecoder.kernels.quantized import packed_product
+
+Kernel = Float[Array, "d_in d_out"] | packing.Packed
 
 
 def linear(
@@ -22,11 +26,13 @@ def linear(
     dtype: Any,
     residual_output: bool = False,
     name: str | None = None,
-) -> nn.Dense:
+) -> nn.Dense | Quantized:
     """A dense layer d_in -> d_out. `residual_output`: its result is added to the residual stream.
 
     The fan-in is asked for because PyTorch's default draws the bias from it as well.
     """
+    if config.quantized:
+        return Quantized(config, d_in, d_out, bias, dtype, residual_output, name=name)
     kernel, bias_init = initializers(config, d_in, residual_output=residual_output)
     return nn.Dense(
         d_out,
@@ -39,6 +45,28 @@ def linear(
     )
 
 
+class Quantized(nn.Module):
+    """A dense layer whose kernel has few levels, and perhaps its input, as the config says."""
+
+    config: ModelConfig
+    d_in: int
+    d_out: int
+    bias: bool
+    dtype: Any = jnp.float32
+    residual_output: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        c = self.config
+        init, bias_init = initializers(c, self.d_in, residual_output=self.residual_output)
+        kernel = _quantized_kernel(self, c, init, self.d_in, self.d_out)
+        out = packed_product(x.astype(self.dtype), kernel, activations=c.activation_format)
+        if self.bias:
+            bias = self.param("bias", bias_init, (self.d_out,), jnp.float32)
+            out = out + bias.astype(self.dtype)
+        return out
+
+
 class Weights(nn.Module):
     """Kernel and bias of a linear layer d_in -> d_out, for a product of another kind."""
 
@@ -48,13 +76,40 @@ class Weights(nn.Module):
     bias: bool
 
     @nn.compact
-    def __call__(self) -> tuple[Float[Array, "d_in d_out"], Float[Array, " d_out"] | None]:
-        kernel, bias = initializers(self.config, self.d_in, residual_output=False)
+    def __call__(self) -> tuple[Kernel, Float[Array, " d_out"] | None]:
+        c = self.config
+        init, bias_init = initializers(c, self.d_in, residual_output=False)
         shape = (self.d_in, self.d_out)
-        return (
-            self.param("kernel", kernel, shape, jnp.float32),
-            self.param("bias", bias, shape[1:], jnp.float32) if self.bias else None,
-        )
+        if c.quantizes_head:
+            kernel: Kernel = _quantized_kernel(self, c, init, *shape)
+        else:
+            kernel = self.param("kernel", init, shape, jnp.float32)
+        bias = self.param("bias", bias_init, shape[1:], jnp.float32) if self.bias else None
+        return kernel, bias
+
+
+def _quantized_kernel(
+    module: nn.Module, config: ModelConfig, init: Any, d_in: int, d_out: int
+) -> Kernel:
+    """Packed, a kernel's parts are parameters; else it is one as ever, rounded where it is used."""
+    scheme = scheme_of(config)
+    if not config.packed:
+        kernel = module.param("kernel", init, (d_in, d_out), jnp.float32)
+        return packing.straight_through(scheme, kernel)
+    # A packed model is made of a float one; only its shapes are asked for.
+    empty = packing.empty(scheme, d_in, d_out)
+    parts = {name: module.param(name, lambda _, part=part: part) for name, part in empty.items()}
+    return packing.of_parameters(scheme, parts)
+
+
+def scheme_of(config: ModelConfig) -> packing.Scheme:
+    """How a config quantizes kernels."""
+    return packing.Scheme(
+        config.weight_format,
+        config.weight_granularity,
+        config.weight_group_size,
+        config.weight_symmetric,
+    )
 
 
 def initializers(config: ModelConfig, fan_in: int, *, residual_output: bool) -> tuple[Any, Any]:

@@ -1,0 +1,149 @@
+"""The product of activations and a packed kernel.
+
+Decoding multiplies a row or two by every weight there is, and waits for the memory that these come
+from; there the codes are read as they lie, a quarter or an eighth of the bytes. Many rows are worth
+more than their weights: then the kernel is unpacked once, for the product that floats have.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxdecoder.kernels.packing import Packed, spread
+from jaxdecoder.kernels.problem import current_device
+from jaxdecoder.kernels.product import product
+
+FEW_ROWS = 4
+"""Up to so many, reading codes is quicker than unpacking them for a product of floats."""
+
+TILE = 8
+"""Inputs whose products one pass over the columns adds up, at most: as many as have registers."""
+
+LARGEST_ACTIVATION = 127
+
+
+def packed_product(
+    x: Float[Array, "*batch d_in"],
+    kernel: Packed | Float[Array, "d_in d_out"],
+    *,
+    activations: str = "float",
+    preferred_element_type: Any = None,
+) -> Float[Array, "*batch d_out"]:
+    """x @ kernel, in the type of x, or in the preferred one.
+
+    `activations`: int8 rounds each row of x to 255 levels first (W8A8 with dynamic scales, arXiv
+    2208.07339 less its outliers); gradients go straight through that.
+    """
+    rounds = activations == "int8"
+    dtype = preferred_element_type or x.dtype
+    rows = x.size // x.shape[-1]
+    if isinstance(kernel, Packed) and rows <= FEW_ROWS and current_device().platform == "cpu":
+        few = by_integers if rounds else by_codes
+        out = few(x.reshape(rows, -1), kernel)
+        return out.reshape(*x.shape[:-1], -1).astype(dtype)
+    whole = kernel.dequantized(x.dtype) if isinstance(kernel, Packed) else kernel.astype(x.dtype)
+    if rounds:
+        x = rounded(x)
+    return product(x, whole, preferred_element_type=preferred_element_type)
+
+
+def by_codes(x: Float[Array, "rows d_in"], kernel: Packed) -> Float[Array, "rows d_out"]:
+    """x @ kernel in float32, for few rows.
+
+    Codes are converted where they are multiplied, in a loop over the columns that adds up a tile of
+    inputs. The terms are written out: XLA makes vector code of that, and none of a sum over inputs
+    that are not floats in memory.
+    """
+    terms = _terms(x.astype(jnp.float32), kernel, kernel.scheme.kind.decode)
+    return _joined(_added(a * b for a, b in terms), _added(a for a, _ in terms), kernel)
+
+
+def by_integers(x: Float[Array, "rows d_in"], kernel: Packed) -> Float[Array, "rows d_out"]:
+    """rounded(x) @ kernel for few rows and whole levels, its sums of products exact.
+
+    Products are of 16 bits, and so are sums of as many as cannot overflow.
+    """
+    integers, scale = rounded_to_integers(x.astype(jnp.float32))
+    kind = kernel.scheme.kind
+    terms = _terms(integers.astype(jnp.int16), kernel, _integers[kind.codes])
+    highest = max(-kind.lowest, kind.largest) + kind.offset
+    safe = (2**15 - 1) // (LARGEST_ACTIVATION * highest)
+    parts = [terms[i : i + safe] for i in range(0, len(terms), safe)]
+    products = _added(_added(a * b for a, b in part).astype(jnp.int32) for part in parts)
+    inputs = _added(a.astype(jnp.int32) for a, _ in terms)
+    total = _joined(products.astype(jnp.float32), inputs.astype(jnp.float32), kernel)
+    return scale * total
+
+
+def rounded(x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_in"]:
+    """Each row rounded to whole multiples of a 127th of its largest; gradients go straight through.
+
+    It is off by half of that at most.
+    """
+    constant = jax.lax.stop_gradient(x)
+    integers, scale = rounded_to_integers(constant.astype(jnp.float32))
+    return (integers * scale).astype(x.dtype) + (x - constant)
+
+
+def rounded_to_integers(
+    x: Float[Array, "*batch d_in"],
+) -> tuple[Float[Array, "*batch d_in"], Float[Array, "*batch 1"]]:
+    """Those whole numbers, from -127 to 127, and the scale of each row."""
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    scale = jnp.where(largest > 0, largest / LARGEST_ACTIVATION, 1.0)
+    return jnp.round(x / scale), scale
+
+
+def _terms(
+    x: jax.Array, kernel: Packed, decode: Callable[[jax.Array], tuple[jax.Array, ...]]
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Factors whose products add up to a tile's: inputs (groups, tiles, rows, 1) and decoded codes
+    (groups, tiles, 1, d_out), a pair for each input of a tile.
+
+    The two pass a barrier together: a loop around would otherwise be free to unpack the kernel
+    before it begins, and to read floats.
+    """
+    groups, per = kernel.scales.shape[0], kernel.scheme.kind.codes
+    x, codes = jax.lax.optimization_barrier((x, kernel.codes))
+    if not kernel.scheme.kind.integer:
+        # As bits: XLA makes wider floats even of a slice of these.
+        codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+    stored, d_out = codes.shape
+    in_group = stored // groups
+    tile = max(size for size in range(1, TILE // per + 1) if in_group % size == 0)
+    inputs = x.T.reshape(groups, per, in_group // tile, tile, len(x), 1)
+    tiles = codes.reshape(groups, in_group // tile, tile, 1, d_out)
+    return [
+        (inputs[:, half, :, k], part)
+        for k in range(tile)
+        for half, part in enumerate(decode(tiles[:, :, k]))
+    ]
+
+
+def _joined(products: jax.Array, inputs: jax.Array, kernel: Packed) -> Float[Array, "rows d_out"]:
+    """The scaled sum over all tiles, of which each has its sums of products and of inputs."""
+    scales, offset = (part[:, :, None] for part in spread(kernel))
+    if kernel.zeros is not None or kernel.scheme.kind.offset:
+        products = products - offset * inputs
+    groups, tiles, rows, d_out = products.shape
+    scaled = (scales * products).reshape(groups * tiles, rows * d_out)
+    # A product, as XLA would put the loop over the columns inside one over the tiles for a sum.
+    return (jnp.ones((1, groups * tiles)) @ scaled).reshape(rows, d_out)
+
+
+def _added(terms: Iterable[jax.Array]) -> jax.Array:
+    """Their sum, in their own type."""
+    return functools.reduce(jnp.add, terms)
+
+
+_integers: dict[int, Callable[[jax.Array], tuple[jax.Array, ...]]] = {
+    1: lambda codes: (codes.astype(jnp.int16),),
+    2: lambda codes: ((codes & 15).astype(jnp.int16), (codes >> 4).astype(jnp.int16)),
+}
+"""Codes as whole numbers, by how many share an element."""
