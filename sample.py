@@ -56,6 +56,7 @@ def main() -> None:
     import jax.numpy as jnp
 
     from jaxdecoder.data.tokenizers import stream_decoder
+    from jaxdecoder.kernels import packing
     from jaxdecoder.sampling import filters
     from jaxdecoder.sampling.generate import encode_prompt, generate
     from jaxdecoder.training.runs import load_model
@@ -69,7 +70,7 @@ def main() -> None:
         decoder = decoder.clone(config=_with_threshold(model.config.model, options))
     if options.dtype != "auto":
         decoder = decoder.clone(dtype=jnp.dtype(options.dtype))
-        params = jax.tree.map(lambda x: x.astype(decoder.dtype), params)
+        params = packing.cast(params, decoder.dtype)
     # Spare rows of the head mean nothing; penalties act on the raw logits, cuts on what the
     # temperature made of them.
     steps = [filters.first(model.tokenizer.vocab_size), filters.temperature(options.temperature)]

@@ -18,12 +18,13 @@ def main() -> None:
     config = load(sys.argv[1], sys.argv[2:])
 
     # Imported late: --help and a refused config need no JAX.
+    from jaxdecoder.compression.distillation import objective
     from jaxdecoder.sampling.generate import show_sample
     from jaxdecoder.training.devices import set_up
     from jaxdecoder.training.loop import train
 
     set_up(config)
-    train(config, sampler=show_sample)
+    train(config, sampler=show_sample, objective=objective)
 
 
 if __name__ == "__main__":

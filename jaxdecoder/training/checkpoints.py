@@ -69,9 +69,9 @@ def recorded_loss(folder: Path, step: int) -> float | None:
         return None
 
 
-def best_loss(folder: Path) -> float:
-    """The lowest validation loss among a folder's checkpoints; infinite if there are none."""
-    losses = [recorded_loss(folder, step) for step in steps_in(folder)]
+def best_loss(folder: Path, since: int = 0) -> float:
+    """The lowest validation loss among checkpoints from step `since` on; infinite if none."""
+    losses = [recorded_loss(folder, step) for step in steps_in(folder) if step >= since]
     return min((loss for loss in losses if loss is not None), default=math.inf)
 
 
@@ -116,16 +116,28 @@ def restore_latest(
     return None
 
 
-def restore_params(run: Path, like: Any, which: str = "best") -> tuple[int, Any]:
-    """Step and weights of a run's `best` or `last` checkpoint; the moving average if it has one.
+def restore_params(
+    run: Path, like: Any, which: str | int = "best", since: int = 0
+) -> tuple[int, Any]:
+    """Step and weights of a run's `best` or `last` checkpoint, or of the one of a step.
 
-    `like` has their shapes. They come as NumPy arrays, whatever devices they were saved from.
+    They are the moving average where the run has one, and come as NumPy arrays, whatever devices
+    they were saved from. `like` has their shapes. The best is sought from step `since` on.
     """
     folder = run / "checkpoints"
     steps = steps_in(folder)
     if not steps:
         raise UserError(f"{run}: no checkpoint there yet; has train.py run in this folder?")
-    losses = {step: loss for step in steps if (loss := recorded_loss(folder, step)) is not None}
+    if isinstance(which, int):
+        if which not in steps:
+            listed = ", ".join(map(str, sorted(steps)))
+            raise UserError(f"{run}: no checkpoint of step {which} there; there are: {listed}")
+        steps = [which]
+    losses = {
+        step: loss
+        for step in steps
+        if step >= since and (loss := recorded_loss(folder, step)) is not None
+    }
     if which == "best" and losses:
         # The wanted one first, then the newest ones, should it be damaged.
         steps.insert(0, min(losses, key=losses.__getitem__))

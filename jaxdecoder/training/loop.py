@@ -18,6 +18,7 @@ from jaxdecoder.config import Config, ConfigError
 from jaxdecoder.data import batches, tokenizers
 from jaxdecoder.data.tokens import Corpus, cache_key, prepare
 from jaxdecoder.errors import UserError
+from jaxdecoder.kernels import packing
 from jaxdecoder.training import checkpoints, runs
 from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.evaluation import (
@@ -105,7 +106,7 @@ def _train(
 ) -> dict[str, Any]:
     t = config.train
     mesh = make_mesh(config)
-    feed = partial(_feed, config, corpus, mesh)
+    feed = partial(_feed, config, corpus, mesh, objective)
     fixed = _evaluation_batches(config, corpus, mesh)
     evaluate = make_evaluator(make_decoder(config))
     manager = checkpoints.open_checkpoints(run, keep=t.keep)
@@ -120,8 +121,9 @@ def _train(
     held = jax.device_put(objective.held, everywhere(mesh))
 
     step = int(state.step)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    best = checkpoints.best_loss(run / "checkpoints")
+    parameters = packing.size(state.params, nonzero=False).parameters
+    settles_at = config.compression.settles_at
+    best = checkpoints.best_loss(run / "checkpoints", settles_at)
     tokens_per_step = t.batch_size * config.model.context_length
     with Log(run, steps=t.steps, start=step, tensorboard=t.tensorboard) as log:
         log.say(_greeting(run, config, corpus, parameters, mesh.size, step))
@@ -140,9 +142,11 @@ def _train(
                     if not math.isfinite(loss):
                         raise diverged(step, f"the validation loss is {loss}")
                     log.write(step, validation_loss=loss, seconds=record.seconds())
-                    if loss < best or step % t.checkpoint_every == 0 or step == t.steps:
+                    # What is still to become sparse is not held against what is.
+                    better = step >= settles_at and loss < best
+                    if better or step % t.checkpoint_every == 0 or step == t.steps:
                         checkpoints.save(manager, state, loss)
-                    best = min(best, loss)
+                    best = loss if better else best
                 if sampler is not None and t.sample_every and step % t.sample_every == 0:
                     text = sampler(config, evaluated_params(state), corpus.tokenizer)
                     _show_sample(log, run, step, text)
@@ -290,11 +294,13 @@ class _Recorder:
         return self.log.earlier_seconds + time.perf_counter() - self.started
 
 
-def _feed(config: Config, corpus: Corpus, mesh: Any, step: int, count: int) -> batches.Batch:
+def _feed(
+    config: Config, corpus: Corpus, mesh: Any, objective: Objective, step: int, count: int
+) -> Any:
     """The batches of `count` steps on the devices, each host giving its rows."""
     rows = _rows_of_this_host(config.train.batch_size)
     stacked = batches.of_steps(config, corpus, step, count, rows)
-    return _place(stacked, batch_sharding(mesh, 1))
+    return _place(objective.feed(stacked, step, rows), batch_sharding(mesh, 1))
 
 
 def _evaluation_batches(config: Config, corpus: Corpus, mesh: Any) -> Callable[..., Any]:
@@ -313,7 +319,7 @@ def _rows_of_this_host(batch_size: int) -> slice:
     return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
 
 
-def _place(batch: batches.Batch, sharding: Any) -> batches.Batch:
+def _place(batch: Any, sharding: Any) -> Any:
     return jax.tree.map(
         lambda array: jax.make_array_from_process_local_data(sharding, array), batch
     )

@@ -32,6 +32,8 @@ FREE = (
     "data.cache",
     "data.processes",
     "data.tokenizer_path",
+    "distillation.teacher",
+    "distillation.cached_most_gigabytes",
 )
 
 
@@ -52,13 +54,16 @@ def read_config(run: Path) -> Config:
     return from_dict(read_toml(run / "config.toml"), str(run / "config.toml"))
 
 
-def load_model(run: str | Path, which: str = "best") -> Model:
-    """A run's model at its `best` or `last` checkpoint."""
+def load_model(run: str | Path, which: str | int = "best") -> Model:
+    """A run's model at its `best` or `last` checkpoint, or at that of a step.
+
+    A model that training makes sparse is not best before it is as sparse as it is to be.
+    """
     run = Path(run)
     config = read_config(run)
     tokenizer = tokenizers.load(run / "tokenizer.json")
     like = jax.eval_shape(partial(init_state, config)).params
-    step, params = restore_params(run, like, which)
+    step, params = restore_params(run, like, which, since=config.compression.settles_at)
     params = jax.tree.map(jnp.asarray, params)
     return Model(config, make_decoder(config), params, tokenizer, step)
 
@@ -119,6 +124,10 @@ def check_same_model(config: Config, theirs: Config) -> None:
     free = ["dropout", "attention_implementation", "initializer", "init_std", "remat"]
     if config.model.position != "learned":
         free.append("context_length")
+    if not config.model.packed and not theirs.model.packed:
+        # Float weights, rounded where they are used or not.
+        free += [name for name in vars(config.model) if name.startswith("weight_")]
+        free.append("activation_format")
     adopted = {name: getattr(config.model, name) for name in free}
     model = dataclasses.replace(theirs.model, **adopted)
     different = differences(dataclasses.replace(config, model=model), config)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxdecoder.config import Config
+from jaxdecoder.config import Config, ConfigError
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.decoder import Decoder
 from jaxdecoder.kernels.dropout import Rate
@@ -22,6 +22,7 @@ from jaxdecoder.training.optimizers import (
     make_schedule,
     numbers_of,
 )
+from jaxdecoder.training.sparsity import gradual, zeros_of
 
 
 class State(NamedTuple):
@@ -52,17 +53,29 @@ class Objective(NamedTuple):
     loss: (params, batch, key, held) -> the loss summed over the batch's tokens, in nats. The key
         is the step's own.
     held: arrays that every step takes along unchanged, such as the weights of a teacher.
+    feed: (batches of some steps, the first of them, this host's rows) -> what the loss gets of them
+        as its batch. It has `weights`, and all its arrays begin with the axes (steps, batch).
     """
 
-    loss: Callable[[Any, Batch, jax.Array, Any], Float[Array, ""]]
+    loss: Callable[[Any, Any, jax.Array, Any], Float[Array, ""]]
     held: Any = ()
+    feed: Callable[[Batch, int, slice], Any] = lambda stacked, step, rows: stacked
 
 
 def next_token(config: Config, dropout: Rate | None = None) -> Objective:
     """The decoder's own loss: cross-entropy, and what its variants add to it.
 
     `dropout` stands in for the config's rate.
+
+    Raises:
+        ConfigError: if the config has a teacher, whose part in the loss is not here.
     """
+    if config.distillation.teacher:
+        raise ConfigError(
+            "distillation.teacher",
+            config.distillation.teacher,
+            "only train.py and compress.py distill learn from a teacher; leave it out",
+        )
     rate = config.model.dropout if dropout is None else dropout
     decoder = make_decoder(config)
 
@@ -95,15 +108,21 @@ def init_state(config: Config, key: jax.Array | None = None) -> State:
 def state_of(config: Config, params: Any) -> State:
     """The state at step 0 of a run that starts from these weights."""
     optimizer = optimizer_of(config, numbers_of(config)).init(params)
+    averaged = config.optimizer.ema_decay and not config.model.packed
     # A copy: the state is donated to every call, and no buffer may be given away twice.
-    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else ()
+    ema = jax.tree.map(jnp.copy, params) if averaged else ()
     return State(jnp.zeros((), jnp.int32), params, optimizer, ema)
 
 
 def optimizer_of(config: Config, numbers: Numbers) -> optax.GradientTransformation:
     """The update rule, and what compressed weights keep to."""
-    rule = make_optimizer(config.optimizer, numbers)
-    return optax.chain(rule, keep_zeros()) if config.compression.keep_zeros else rule
+    if config.model.packed:
+        # Codes do not train, and need no moments: the count of steps is all the state there is.
+        return optax.scale_by_schedule(lambda step: 0.0)
+    rule, compression = make_optimizer(config.optimizer, numbers), config.compression
+    if compression.sparsity:
+        return optax.chain(rule, keep_zeros(), gradual(compression))
+    return optax.chain(rule, keep_zeros()) if compression.keep_zeros else rule
 
 
 def evaluated_params(state: State) -> Any:
@@ -121,7 +140,7 @@ def make_step(
     schedule = make_schedule(config.optimizer, n.steps, n.learning_rate)
     accumulation = config.train.gradient_accumulation
 
-    def gradients(params: Any, batch: Batch, key: jax.Array, held: Any) -> tuple[Any, Any]:
+    def gradients(params: Any, batch: Any, key: jax.Array, held: Any) -> tuple[Any, Any]:
         if accumulation == 1:
             return jax.value_and_grad(loss)(params, batch, key, held)
 
@@ -137,7 +156,7 @@ def make_step(
         total, _ = jax.lax.scan(add_part, zeros, (parts, jax.random.split(key, accumulation)))
         return total
 
-    def step(state: State, batch: Batch, held: Any = ()) -> tuple[State, Metrics]:
+    def step(state: State, batch: Any, held: Any = ()) -> tuple[State, Metrics]:
         # A step's randomness depends on the seed and the step alone, so a run can stop anywhere.
         key = jax.random.fold_in(jax.random.key(n.seed + 1), state.step)
         total, grads = gradients(state.params, batch, key, held)
@@ -151,6 +170,9 @@ def make_step(
             if decay
             else ()
         )
+        if decay and config.compression.sparsity:
+            # What has just become zero is not yet forgotten by the average.
+            ema = zeros_of(params, ema)
         metrics = Metrics(total / count, optax.tree.norm(grads), schedule(state.step))
         return State(state.step + 1, params, optimizer_state, ema), metrics
 
@@ -160,7 +182,7 @@ def make_step(
 def fuse(step: Step) -> Step:
     """Several steps as one: batches and metrics gain a leading axis."""
 
-    def several(state: State, batches: Batch, held: Any = ()) -> tuple[State, Metrics]:
+    def several(state: State, batches: Any, held: Any = ()) -> tuple[State, Metrics]:
         return jax.lax.scan(lambda state, batch: step(state, batch, held), state, batches)
 
     return several

@@ -1,0 +1,171 @@
+"""Which weights are zero: groups of them that compare with one another, and zeros made in training.
+
+Matrices go by their paths in the parameters. Layers are stacked, so a leaf (*layers, d_in, d_out)
+is a matrix for each layer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxdecoder.config import CompressionConfig
+
+Path = tuple[str, ...]
+Matrices = dict[Path, Any]
+"""Arrays (*layers, d_in, d_out) by their paths."""
+
+
+class Scope(NamedTuple):
+    """Which weights compare with one another.
+
+    split: matrices -> arrays (groups, members), each row a group.
+    join: such arrays, and the shapes they came from -> the matrices.
+    """
+
+    split: Callable[[Matrices], list[Any]]
+    join: Callable[[list[Any], dict[Path, tuple[int, ...]]], Matrices]
+
+
+def _split_matrices(matrices: Matrices) -> list[Any]:
+    return [x.reshape(-1, x.shape[-2] * x.shape[-1]) for x in matrices.values()]
+
+
+def _join_matrices(groups: list[Any], shapes: dict[Path, tuple[int, ...]]) -> Matrices:
+    return {p: x.reshape(shape) for x, (p, shape) in zip(groups, shapes.items(), strict=True)}
+
+
+def _split_outputs(matrices: Matrices) -> list[Any]:
+    return [x.swapaxes(-1, -2).reshape(-1, x.shape[-2]) for x in matrices.values()]
+
+
+def _join_outputs(groups: list[Any], shapes: dict[Path, tuple[int, ...]]) -> Matrices:
+    return {
+        path: x.reshape(*shape[:-2], shape[-1], shape[-2]).swapaxes(-1, -2)
+        for x, (path, shape) in zip(groups, shapes.items(), strict=True)
+    }
+
+
+def _split_nothing(matrices: Matrices) -> list[Any]:
+    return [jnp.concatenate([x.ravel() for x in matrices.values()])[None]]
+
+
+def _join_all(groups: list[Any], shapes: dict[Path, tuple[int, ...]]) -> Matrices:
+    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
+    parts = jnp.split(groups[0][0], ends[:-1])
+    return {p: x.reshape(shape) for x, (p, shape) in zip(parts, shapes.items(), strict=True)}
+
+
+SCOPES: dict[str, Scope] = {
+    "matrix": Scope(_split_matrices, _join_matrices),
+    "output": Scope(_split_outputs, _join_outputs),
+    "global": Scope(_split_nothing, _join_all),
+}
+"""Within each matrix of each layer, among the weights of one output unit, or among all."""
+
+
+def body_matrices(params: Any, *, head: bool = False) -> Matrices:
+    """The linear layers' matrices, from the body alone, or with the head's where it has its own.
+
+    Embeddings, norms, biases and the routers of a mixture of depths are never among them.
+    """
+    return {
+        path: leaf
+        for path, leaf in flatten_dict(params).items()
+        if path[-1] == "kernel"
+        and path[-2] != "router"
+        and (path[0] == "body" or (head and path == ("head", "kernel")))
+    }
+
+
+def with_matrices(params: Any, matrices: Matrices) -> Any:
+    """The parameters with these in place of their own."""
+    return unflatten_dict({**flatten_dict(params), **matrices})
+
+
+def count_of(share: float, size: int) -> int:
+    """How many of so many this share is, to the nearest whole number, halves upwards."""
+    return math.floor(share * size + 0.5)
+
+
+def highest(
+    scores: Float[Array, "groups members"], dropped: Int[Array, "#groups"]
+) -> Bool[Array, "groups members"]:
+    """False for the `dropped` lowest scores of each group, exactly so many; ties go by place."""
+    ranks = jnp.argsort(jnp.argsort(scores, axis=-1), axis=-1)
+    return ranks >= dropped[:, None]
+
+
+def zeros_of(params: Any, others: Any) -> Any:
+    """`others`, with zeros where a matrix of the body in `params` has them."""
+    theirs = flatten_dict(others)
+    cut = {p: jnp.where(x == 0, 0, theirs[p]) for p, x in body_matrices(params).items()}
+    return with_matrices(others, cut)
+
+
+# --- Zeros made in training -----------------------------------------------------------------------
+
+
+class Rounds(NamedTuple):
+    """The state of `gradual`."""
+
+    step: Int[Array, ""]
+
+
+def rounds(c: CompressionConfig) -> dict[int, float]:
+    """The steps after which weights become zero, and the share that is zero from there on.
+
+    s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^3: many while there are many to spare, and few
+    towards the end (arXiv 1710.01878).
+    """
+    span = max(1, c.sparsity_end - c.sparsity_begin)
+    steps = {*range(c.sparsity_begin, c.sparsity_end, c.sparsity_every), c.sparsity_end} - {0}
+    return {
+        step: c.sparsity + (c.sparsity_from - c.sparsity) * ((c.sparsity_end - step) / span) ** 3
+        for step in sorted(steps)
+    }
+
+
+def gradual(c: CompressionConfig) -> optax.GradientTransformation:
+    """Updates that leave zeros in the body's matrices, more at every one of `rounds`.
+
+    The smallest weights go, as they would be after the update. Comes after `keep_zeros`, which
+    keeps what is zero already; how many there are to be is known beforehand, exactly.
+    """
+    scope, schedule = SCOPES[c.sparsity_scope], rounds(c)
+    steps = np.array(list(schedule), np.int32)
+
+    def make_zeros(updates: Any, params: Any, number: Any) -> Any:
+        ours, theirs = body_matrices(params), flatten_dict(updates)
+        shapes = {path: x.shape for path, x in ours.items()}
+        sizes = scope.split({path: jnp.abs(x + theirs[path]) for path, x in ours.items()})
+        kept = []
+        for groups in sizes:
+            counts = np.array([count_of(share, groups.shape[1]) for share in schedule.values()])
+            kept.append(highest(groups, jnp.asarray(counts, jnp.int32)[number][None]))
+        masks = scope.join(kept, shapes)
+        cut = {path: jnp.where(masks[path], theirs[path], -x) for path, x in ours.items()}
+        return with_matrices(updates, cut)
+
+    def update(updates: Any, state: Rounds, params: Any = None) -> tuple[Any, Rounds]:
+        step = state.step + 1
+        updates = jax.lax.cond(
+            jnp.any(steps == step),
+            make_zeros,
+            lambda updates, params, number: updates,
+            updates,
+            params,
+            jnp.argmax(steps == step),
+        )
+        return updates, Rounds(step)
+
+    return optax.GradientTransformation(lambda params: Rounds(jnp.zeros((), jnp.int32)), update)
