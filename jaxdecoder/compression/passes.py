@@ -13,14 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-
-from jaxdecoder.config import Config
+from jaxdecoder.config import Config, DistillationConfig
 from jaxdecoder.data import batches, tokenizers
 from jaxdecoder.data.tokens import Corpus, cache_key, prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.files import write_atomically
+from jaxdecoder.kernels import packing
 from jaxdecoder.training import checkpoints, runs
 from jaxdecoder.training.evaluation import make_evaluator
 from jaxdecoder.training.loop import Sampler, ToObjective, train
@@ -31,7 +29,7 @@ class Made(NamedTuple):
     """What a pass makes of a model.
 
     config: the new run's; its model section is that of `params`, its train section what training
-        takes on from here (0 steps: none).
+        takes on from here (0 steps: none), its recipe that of what `params` were made from.
     notes: what summary.json is to say of the pass, under `compression`.
     """
 
@@ -48,22 +46,23 @@ def run_pass(
     *,
     sampler: Sampler,
     objective: ToObjective = next_token,
+    takes_packed: bool = False,
 ) -> dict[str, Any]:
     """Makes the run `out` of the run `source`; returns its summary.
 
-    `command` goes into the new run's recipe, after those of the source. A pass that was begun by
-    the same command goes on where it stopped.
+    `make` is given the source's model, which learns from no teacher any more. Its `before` is held
+    against what is made on the new run's corpus. `command` is put at the end of the recipe of what
+    was made. A pass that was begun by the same command goes on where it stopped. Packed weights
+    are for one that `takes_packed`.
 
     Raises:
-        UserError: if `out` is another run.
+        UserError: if `out` is another run, or the source's weights are packed.
     """
     run = Path(out)
-    model = runs.load_model(source)
-    recipe = (*model.config.compression.recipe, command)
     if not checkpoints.steps_in(run / "checkpoints"):
-        _begin(run, model, recipe, Path(source), make, sampler)
+        _begin(run, Path(source), command, make, sampler, takes_packed)
     config = runs.read_config(run)
-    if config.compression.recipe != recipe:
+    if config.compression.recipe[-1:] != (command,):
         raise UserError(
             f"{run}: this run was made by another command:\n  "
             + ("\n  ".join(config.compression.recipe) or "train.py")
@@ -77,9 +76,13 @@ def run_pass(
 
 
 def corpus_of(model: runs.Model, source: Path) -> tuple[Config, Corpus]:
-    """The config of a run with its tokenizer held fast, and its corpus."""
+    """The config of a run with its tokenizer held fast and no zeros to come, and its corpus."""
     path = model.config.data.tokenizer_path or str(source / "tokenizer.json")
-    config = replace(model.config, data=replace(model.config.data, tokenizer_path=path))
+    config = replace(
+        model.config,
+        data=replace(model.config.data, tokenizer_path=path),
+        compression=model.config.compression.settled(),
+    )
     return config, prepare(config.data)
 
 
@@ -91,34 +94,40 @@ def loss_of(config: Config, corpus: Corpus, params: Any) -> float:
 
 def sizes(params: Any) -> dict[str, int]:
     """How many weights there are, how many are not zero, and the bytes that hold them."""
-    leaves = jax.tree.leaves(params)
-    return {
-        "parameters": sum(leaf.size for leaf in leaves),
-        "nonzero": sum(int(np.count_nonzero(np.asarray(leaf))) for leaf in leaves),
-        "bytes": sum(leaf.nbytes for leaf in leaves),
-    }
+    return packing.size(params)._asdict()
 
 
 def _begin(
     run: Path,
-    model: runs.Model,
-    recipe: tuple[str, ...],
     source: Path,
+    command: str,
     make: Callable[[runs.Model, Corpus], Made],
     sampler: Sampler,
+    takes_packed: bool,
 ) -> None:
     """Writes the new run as it is at step 0."""
+    model = runs.load_model(source)
+    if model.config.model.packed and not takes_packed:
+        raise UserError(
+            f"{source}: its weights are quantized already, to {model.config.model.weight_format}. "
+            "Give the run it was made from, or make floats of it first: "
+            f"python compress.py dequantize {source} {source}_float"
+        )
     config, corpus = corpus_of(model, source)
+    config = replace(config, distillation=DistillationConfig())
     model = model._replace(config=config)
+    made = make(model, corpus)
+    config, corpus = replace(config, data=made.config.data), prepare(made.config.data)
     before = sizes(model.params) | {"validation_loss": loss_of(config, corpus, model.params)}
     text = sampler(config, model.params, model.tokenizer)
     print(f"{source}: validation {before['validation_loss']:.4f} nats a token; a sample:\n{text}\n")
-    made = make(model, corpus)
     loss = loss_of(made.config, corpus, made.params)
     new = replace(
         made.config,
         train=replace(made.config.train, out=str(run), init_from=""),
-        compression=replace(made.config.compression, recipe=recipe),
+        compression=replace(
+            made.config.compression, recipe=(*made.config.compression.recipe, command)
+        ),
     )
     told = {
         "before": before,

@@ -1,0 +1,245 @@
+"""How much the loss minds each layer's pruning, alone: a scan, its picture and its table."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+from jaxdecoder.compression.calibration import calibrate, calibration_batches
+from jaxdecoder.compression.importance import by_gates
+from jaxdecoder.compression.options import Sensitivity
+from jaxdecoder.compression.parts import BLOCKS, PARTS
+from jaxdecoder.compression.passes import corpus_of
+from jaxdecoder.compression.sparsity import CRITERIA, apply, mask
+from jaxdecoder.config import ModelConfig
+from jaxdecoder.data import batches
+from jaxdecoder.data.batches import Batch
+from jaxdecoder.data.tokens import Corpus
+from jaxdecoder.errors import UserError
+from jaxdecoder.layers.serial import periods, turn
+from jaxdecoder.training.devices import set_up
+from jaxdecoder.training.evaluation import make_evaluator
+from jaxdecoder.training.runs import Model, load_model, read_config, write_atomically
+from jaxdecoder.training.sparsity import body_matrices, count_of, with_matrices
+
+WHOLE = "whole"
+"""The part that is all of a layer."""
+
+
+class Row(NamedTuple):
+    """What pruning one thing alone does."""
+
+    layer: str
+    part: str
+    """A kind of matrix, heads, neurons, or whole: the layer is passed by."""
+    sparsity: float
+    loss: float
+    """Nats a token, over the same batches of validation text for every row."""
+    increase: float
+    """Over that of the model as it is."""
+
+
+class Variant(NamedTuple):
+    """A model with one thing pruned."""
+
+    layer: str
+    part: str
+    sparsity: float
+    params: Callable[[], Any]
+
+
+def sensitivity(options: Sensitivity, command: str) -> list[Row]:
+    """Scans a run, and writes the picture, .csv and .md; returns the table's rows.
+
+    Raises:
+        UserError: for options that cannot be.
+    """
+    out = Path(options.out)
+    if out.suffix != ".png":
+        raise UserError(f"--out {options.out}: must be the name of a .png file")
+    if not options.sparsities or not all(0 < share < 1 for share in options.sparsities):
+        shown = " ".join(map(str, options.sparsities))
+        raise UserError(f"--sparsities {shown}: each must be between 0 and 1, such as 0.5")
+    for name in ("batches", "seed"):
+        least = int(name == "batches")
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} {getattr(options, name)}: must be {least} or more")
+    set_up(read_config(Path(options.run)))
+    model = load_model(options.run)
+    config, corpus = corpus_of(model, Path(options.run))
+    rows = scan(options, model._replace(config=config), corpus)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(draw(rows, options))
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows([Row._fields, *rows])
+    write_atomically(out.with_suffix(".csv"), buffer.getvalue())
+    write_atomically(out.with_suffix(".md"), markdown(rows, command))
+    worst = max(rows, key=lambda row: row.increase)
+    print(
+        f"{out} shows it; the loss minds {worst.part} of layer {worst.layer} most: "
+        f"{worst.increase:+.4f} nats a token without {worst.sparsity:.0%}"
+    )
+    return rows
+
+
+def scan(options: Sensitivity, model: Model, corpus: Corpus) -> list[Row]:
+    """A row for every layer, part and sparsity."""
+    text = list(batches.fixed(model.config, corpus, "validation", options.batches))
+    evaluate = make_evaluator(model.decoder)
+    base = evaluate(model.params, text)
+    print(f"{options.run}: {base:.4f} nats a token over {len(text)} batches")
+    variants = [*of_matrices(options, model, corpus), *of_parts(options, model, corpus)]
+    rows = []
+    for variant in track(variants, description="sensitivity"):
+        loss = evaluate(variant.params(), text)
+        rows.append(Row(*variant[:3], loss, loss - base))
+    return rows + without_a_layer(model, text, base)
+
+
+def of_matrices(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[Variant]:
+    """Each matrix of each layer with some of its weights zero."""
+    matrices = body_matrices(model.params)
+    squares: Any = {}
+    if options.criterion == "wanda":
+        squares = calibrate(model, corpus, options.calibration_tokens).squares
+    scores = CRITERIA[options.criterion](matrices, squares, options.seed)
+    for share in options.sparsities:
+        cut = apply(matrices, mask(matrices, scores, share, options.scope))
+        for path, whole in matrices.items():
+            for place in np.ndindex(whole.shape[:-2]):
+
+                def params(
+                    path: Any = path, place: Any = place, whole: Any = whole, cut: Any = cut
+                ) -> Any:
+                    one = whole.at[place].set(cut[path][place])
+                    return with_matrices(model.params, {path: one})
+
+                layer = layer_name(path, place, model.config.model)
+                yield Variant(layer, path[-2], share, params)
+
+
+def of_parts(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[Variant]:
+    """The heads and the neurons of each layer, the least important of them closed by gates."""
+    config = model.config.model
+    for name in ("heads", "neurons"):
+        part = PARTS[name]
+        if part.refusal(config):
+            continue
+        text = calibration_batches(model.config, corpus, options.calibration_tokens)
+        scores = by_gates(model, part, text, options.importance)
+        ones, done = part.ones(model.params, config), set()
+        for share in options.sparsities:
+            for path, gate in ones.items():
+                count = count_of(share, gate.shape[-1])
+                if (path, count) in done or not 0 < count < gate.shape[-1]:
+                    continue
+                done.add((path, count))
+                for place in np.ndindex(gate.shape[:-1]):
+                    least = jnp.argsort(scores[path][place])[:count]
+                    closed = {**ones, path: gate.at[*place, least].set(0.0)}
+
+                    def params(part: Any = part, closed: Any = closed) -> Any:
+                        return part.gated(model.params, config, closed)
+
+                    layer = layer_name(path, place, config)
+                    yield Variant(layer, name, count / gate.shape[-1], params)
+
+
+def without_a_layer(model: Model, text: Sequence[Batch], base: float) -> list[Row]:
+    """The model without each of its layers, or turns of its layers' pattern."""
+    config, part = model.config.model, PARTS["layers"]
+    if part.refusal(config) or periods(config) < 2:
+        return []
+    rows, evaluate = [], None
+    for gone in track(range(periods(config)), description="without a layer"):
+        keep = np.delete(np.arange(periods(config)), gone)
+        params, smaller = part.remove(model.params, config, {BLOCKS: keep})
+        evaluate = evaluate or make_evaluator(model.decoder.clone(config=smaller))
+        loss = evaluate(params, text)
+        first, length = gone * len(turn(config)), len(turn(config))
+        name = str(first) if length == 1 else f"{first} to {first + length - 1}"
+        rows.append(Row(name, WHOLE, 1.0, loss, loss - base))
+    return rows
+
+
+def layer_name(path: tuple[str, ...], place: tuple[int, ...], config: ModelConfig) -> str:
+    """Which layer a stacked module is that of, counted from 0 at the bottom."""
+    blocks = [int(name.split("_")[1]) for name in path if name.startswith("block_")]
+    stacks = [name.split("_")[1] for name in path if name.startswith("stack_")]
+    if not stacks:
+        return str(place[0] * len(turn(config)) + blocks[0])
+    if not blocks:
+        return f"stack {stacks[0]}"
+    return f"stack {stacks[0]}, {place[0] * len(config.attention_pattern) + blocks[0]}"
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def markdown(rows: Sequence[Row], command: str) -> str:
+    """The table as Markdown, the rows that the loss minds most first."""
+    lines = ["| layer | part | sparsity | loss | increase |", "| --- | --- | --- | --- | --- |"]
+    for row in sorted(rows, key=lambda row: -row.increase):
+        lines.append(
+            f"| {row.layer} | {row.part} | {row.sparsity:.0%} | {row.loss:.4f} | "
+            f"{row.increase:+.4f} |"
+        )
+    return f"`{command}`\n\n" + "\n".join(lines) + "\n"
+
+
+def draw(rows: Sequence[Row], options: Sensitivity) -> bytes:
+    """A panel a sparsity, layers by parts, and one for whole layers; darker is worse."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [
+        (f"{share:.0%} of each", [r for r in rows if r.part != WHOLE and _nearest(r, options) == i])
+        for i, share in enumerate(options.sparsities)
+    ]
+    panels.append(("passed by", [row for row in rows if row.part == WHOLE]))
+    panels = [(title, of) for title, of in panels if of]
+    widths = [len({row.part for row in of}) + 1.0 for _, of in panels]
+    tallest = max(len({row.layer for row in of}) for _, of in panels)
+    figure, axes = pyplot.subplots(
+        1,
+        len(panels),
+        figsize=(2.5 + 0.6 * sum(widths), 1.8 + 0.4 * tallest),
+        width_ratios=widths,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (title, of) in zip(axes[0], panels, strict=True):
+        layers, parts = ([*dict.fromkeys(getattr(r, name) for r in of)] for name in Row._fields[:2])
+        table = np.full((len(layers), len(parts)), np.nan)
+        for row in of:
+            table[layers.index(row.layer), parts.index(row.part)] = row.increase
+        # Each panel has its own scale: a layer that is gone would make all else pale.
+        axis.imshow(table, cmap="OrRd", vmin=0.0, vmax=max(1e-9, np.nanmax(table)), aspect="auto")
+        for (y, x), value in np.ndenumerate(table):
+            if not np.isnan(value):
+                dark = value > 0.6 * np.nanmax(table)
+                colour = "white" if dark else "black"
+                axis.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=6, color=colour)
+        axis.set_xticks(range(len(parts)), parts, rotation=60, ha="right", fontsize=7)
+        axis.set_yticks(range(len(layers)), layers, fontsize=7)
+        axis.set_title(title, fontsize=8)
+    axes[0][0].set_ylabel("layer", fontsize=8)
+    figure.suptitle(f"{Path(options.run).name}: nats a token more, pruned alone", fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def _nearest(row: Row, options: Sensitivity) -> int:
+    """The number of the sparsity asked for that a row's is nearest to."""
+    return int(np.argmin([abs(row.sparsity - share) for share in options.sparsities]))

@@ -1,0 +1,109 @@
+"""Unstructured sparsity: how much each weight matters, and which of them become zero.
+
+A criterion scores weights; a scope says which of them compare with one another; a mask keeps the
+highest. A weight that is zero already scores below all others, so that a share is always one of the
+weights that are left: half, and then half again, leaves a quarter.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxdecoder.errors import UserError
+from jaxdecoder.training.sparsity import SCOPES, Matrices, Path, highest
+
+Squares = dict[Path, Float[Array, "... d_in"]]
+Criterion = Callable[[Matrices, Squares, int], Matrices]
+"""(matrices, sums of squares of their inputs' features, seed) -> a score for each weight."""
+
+
+def magnitude(matrices: Matrices, squares: Squares, seed: int) -> Matrices:
+    """|w| (arXiv 1506.02626)."""
+    return {path: jnp.abs(weights) for path, weights in matrices.items()}
+
+
+def wanda(matrices: Matrices, squares: Squares, seed: int) -> Matrices:
+    """|w_ij| times the norm of input feature i over the calibration set (arXiv 2306.11695)."""
+    return {
+        path: jnp.abs(weights) * jnp.sqrt(squares[path])[..., None]
+        for path, weights in matrices.items()
+    }
+
+
+def random(matrices: Matrices, squares: Squares, seed: int) -> Matrices:
+    """A number by lot, for a control; an array's depend on the seed and its path."""
+
+    def draw(path: Path, shape: tuple[int, ...]) -> Any:
+        name = zlib.crc32("/".join(path).encode())
+        return jnp.asarray(np.random.default_rng([seed, name]).random(shape, np.float32))
+
+    return {path: draw(path, weights.shape) for path, weights in matrices.items()}
+
+
+CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "wanda": wanda, "random": random}
+
+
+def mask(matrices: Matrices, scores: Matrices, sparsity: float, scope: str) -> Matrices:
+    """True where weights stay.
+
+    Of each group of the scope, `sparsity` of the weights that are not zero yet go, to the nearest
+    whole number, halves upwards.
+    """
+    groups = SCOPES[scope].split(below_all_where_zero(matrices, scores))
+    shapes = {path: weights.shape for path, weights in matrices.items()}
+    kept = [highest(group, _dropped(np.asarray(group), sparsity)) for group in groups]
+    return SCOPES[scope].join(kept, shapes)
+
+
+def n_of_m(matrices: Matrices, scores: Matrices, n: int, m: int) -> Matrices:
+    """True for the n highest of every m weights that follow one another in an output's inputs.
+
+    2 of 4 is what sparse tensor cores read (arXiv 2104.08378).
+
+    Raises:
+        UserError: if a matrix's inputs do not divide into groups of m.
+    """
+    ranked = below_all_where_zero(matrices, scores)
+
+    def keep(path: Path, x: Any) -> Any:
+        *layers, d_in, d_out = x.shape
+        if d_in % m:
+            raise UserError(f"--m {m}: {'/'.join(path)} has {d_in} inputs, which it must divide")
+        groups = x.swapaxes(-1, -2).reshape(-1, m)
+        kept = highest(groups, jnp.array([m - n]))
+        return kept.reshape(*layers, d_out, d_in).swapaxes(-1, -2)
+
+    return {path: keep(path, x) for path, x in ranked.items()}
+
+
+def below_all_where_zero(matrices: Matrices, scores: Matrices) -> Matrices:
+    """The scores, with that of a weight that is zero lower than any."""
+    return {path: jnp.where(w == 0, -1.0, scores[path]) for path, w in matrices.items()}
+
+
+def apply(matrices: Matrices, masks: Matrices) -> Matrices:
+    """The matrices with zeros where the masks are False."""
+    return {path: jnp.where(masks[path], w, 0.0) for path, w in matrices.items()}
+
+
+def zeros(matrices: Matrices) -> dict[str, Any]:
+    """How many weights there are and how many are zero, in all and by matrix."""
+    counts = {
+        "/".join(path): {"weights": w.size, "zeros": int(np.sum(np.asarray(w) == 0))}
+        for path, w in matrices.items()
+    }
+    total = {name: sum(count[name] for count in counts.values()) for name in ("weights", "zeros")}
+    return {**total, "matrices": counts}
+
+
+def _dropped(scores: Float[np.ndarray, "groups members"], sparsity: float) -> Int[Array, " groups"]:
+    """How many of each group are zero or go."""
+    already = np.sum(scores < 0, axis=1)
+    going = np.floor(sparsity * (scores.shape[1] - already) + 0.5)
+    return jnp.asarray(already + going, jnp.int32)

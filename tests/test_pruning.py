@@ -1,0 +1,276 @@
+"""compress.py prune and sensitivity: runs of runs, that train, resume and prune further."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+from typing import get_args, get_type_hints
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxdecoder.compression.importance import MEASURES
+from jaxdecoder.compression.options import Prune, Sensitivity
+from jaxdecoder.compression.parts import PARTS
+from jaxdecoder.compression.passes import corpus_of
+from jaxdecoder.compression.pruning import (
+    COMMON,
+    METHODS,
+    check,
+    check_rewind,
+    made,
+    prune,
+    recovery,
+)
+from jaxdecoder.compression.sensitivity import sensitivity
+from jaxdecoder.compression.sparsity import CRITERIA
+from jaxdecoder.config import CompressionConfig, load, to_toml
+from jaxdecoder.data import batches
+from jaxdecoder.errors import UserError
+from jaxdecoder.training.evaluation import make_evaluator
+from jaxdecoder.training.loop import train
+from jaxdecoder.training.runs import load_model, read_config
+from jaxdecoder.training.sparsity import SCOPES, body_matrices, count_of
+from jaxdecoder.training.step import init_state
+from tests.runs import losses, script, write_config
+from tests.test_resume import assert_same_bits, final_state
+
+COMMAND = "python compress.py prune RUN NEW"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A trained run, with checkpoints from step 4 on."""
+    folder = tmp_path_factory.mktemp("source")
+    keep = ["--train.keep", "6", "--train.checkpoint-every", "4", "--train.evaluate-every", "24"]
+    train(load(write_config(folder), keep))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def given(source):
+    """That run's model, and its corpus."""
+    model = load_model(source)
+    config, corpus = corpus_of(model, source)
+    return model._replace(config=config), corpus
+
+
+def matrices_of(params):
+    return {path: np.asarray(x) for path, x in body_matrices(params).items()}
+
+
+def after(model, made):
+    """The model that a pass has made of one."""
+    decoder = model.decoder.clone(config=made.config.model)
+    return model._replace(config=made.config, decoder=decoder, params=made.params)
+
+
+def test_the_options_name_what_the_dicts_hold():
+    def names(cls, field):
+        kind = get_type_hints(cls)[field]
+        return get_args(get_args(kind)[0] if type(None) in get_args(kind) else kind)
+
+    assert names(Prune, "method") == tuple(METHODS)
+    assert {*PARTS} < {*METHODS}
+    assert names(Prune, "scope") == names(CompressionConfig, "sparsity_scope") == tuple(SCOPES)
+    assert names(Prune, "criterion") == names(Sensitivity, "criterion") == tuple(CRITERIA)
+    assert names(Prune, "importance") == names(Sensitivity, "importance") == tuple(MEASURES)
+    known = {field.name for field in dataclasses.fields(Prune)}
+    assert {name for method in METHODS.values() for name in method.takes} | {*COMMON} == known
+
+
+def test_wanda_zeroes_half_of_each_unit_and_trains_from_there(source, given):
+    options = Prune(str(source), "new", sparsity=0.5, recover_steps=40, calibration_tokens=256)
+    config, params, notes = made(options, *given)
+    told = notes["pruning"]
+    assert told["scope"] == "output"
+    assert told["zeros"] * 2 == told["weights"]
+    for weights in matrices_of(params).values():
+        assert (np.sum(weights == 0, axis=-2) * 2 == weights.shape[-2]).all()
+    assert config.compression.keep_zeros
+    assert config.train.steps == 40
+    rate = given[0].config.optimizer.learning_rate
+    assert config.optimizer == dataclasses.replace(
+        given[0].config.optimizer, schedule="linear", warmup_steps=2, final_fraction=0.0
+    )
+    slower = recovery(dataclasses.replace(options, learning_rate=rate / 4), given[0].config, 40)
+    assert slower.learning_rate == rate / 4
+
+
+def test_pruning_twice_equals_pruning_once_to_the_product(source, given):
+    def cut(model, sparsity):
+        options = Prune(str(source), "new", method="magnitude", sparsity=sparsity)
+        return after(model, made(options, model, given[1]))
+
+    twice, once = cut(cut(given[0], 0.5), 0.5), cut(given[0], 0.75)
+    jax.tree.map(np.testing.assert_array_equal, twice.params, once.params)
+
+
+def test_parts_go_one_after_another_and_the_config_says_so(source, given):
+    model, corpus = given
+    before = model.config.model
+    fields = {"layers": "n_layers", "heads": "n_heads", "width": "d_model"}
+    for method, field in fields.items():
+        options = Prune(str(source), "new", method=method, sparsity=0.5, calibration_tokens=256)
+        result = made(options, model, corpus)
+        assert getattr(result.config.model, field) * 2 == getattr(before, field)
+        told = result.notes["pruning"]
+        assert told["after"] * 2 == told["before"]
+        gone = {np.shape(numbers)[-1] for numbers in told["removed"].values()}
+        assert gone == {told["before"] - told["after"]}
+        model = after(model, result)
+    shapes = jax.tree.map(np.shape, model.params)
+    fresh = jax.eval_shape(lambda: init_state(model.config).params)
+    assert shapes == jax.tree.map(lambda x: x.shape, fresh)
+
+
+def test_a_gradual_run_that_is_stopped_ends_with_the_same_bits(source, given, tmp_path):
+    """Zeros grow by the schedule, in the average of the weights too, and the dense start, though
+    its loss is lower, is not what the run is loaded as."""
+    out = tmp_path / "gradual"
+    process = script(
+        "compress.py",
+        *("prune", source, out, "--method", "magnitude", "--sparsity", "0.9"),
+        *("--recover-steps", "20", "--gradual", "--gradual-every", "3"),
+    )
+    assert process.returncode == 0, process.output
+    config = read_config(out)
+    assert (config.compression.sparsity, config.compression.sparsity_end) == (0.9, 12)
+    sparse = load_model(out)
+    assert sparse.step >= 12
+    ours = matrices_of(sparse.params)
+    for weights in ours.values():
+        for layer in weights:
+            assert np.sum(layer == 0) == count_of(0.9, layer.size)
+    told = json.loads((out / "summary.json").read_text())["compression"]
+    assert told["pruning"]["zeros"] == 0
+    assert told["after"]["zeros"] == sum(np.sum(weights == 0) for weights in ours.values())
+
+    end, said = final_state(out), losses(out)
+    for step in ("12", "16", "20"):
+        shutil.rmtree(out / "checkpoints" / step)
+    train(config)
+    assert losses(out) == said
+    assert_same_bits(final_state(out), end)
+
+    # The next pass counts from what is zero.
+    again = Prune(str(out), "again", method="random", sparsity=0.5)
+    model = sparse._replace(config=corpus_of(sparse, out)[0])
+    for weights in matrices_of(made(again, model, given[1]).params).values():
+        assert np.mean(weights == 0) == pytest.approx(0.95, abs=0.01)
+
+
+def test_a_lottery_ticket_is_the_mask_of_the_end_and_the_weights_of_the_beginning(
+    source, given, tmp_path
+):
+    model, corpus = given
+    trained = matrices_of(model.params)
+    first = jax.jit(lambda: init_state(model.config).params)()
+    fourth = load_model(source, 4).params
+    for step, then in {0: first, 4: fourth}.items():
+        options = Prune(str(source), "new", method="magnitude", sparsity=0.5, rewind=step)
+        result = made(options, model, corpus)
+        for path, weights in matrices_of(result.params).items():
+            for place in np.ndindex(weights.shape[:-2]):
+                size = np.abs(trained[path][place])
+                kept = size >= np.sort(size.ravel())[size.size // 2]
+                expected = np.where(kept, body_matrices(then)[path][place], 0)
+                np.testing.assert_array_equal(weights[place], expected)
+        np.testing.assert_array_equal(result.params["embedding"], then["embedding"])
+        # It trains as the run did, for the steps that it had left.
+        assert result.config.optimizer == model.config.optimizer
+        assert result.config.train.steps == 24 - step
+
+
+def test_a_step_that_there_is_no_going_back_to_is_refused(source, given, tmp_path):
+    options = Prune(str(source), "new", method="magnitude", sparsity=0.5, rewind=5)
+    config = read_config(source)
+    with pytest.raises(UserError, match="checkpoints of these steps: 4, 8, 12, 16, 20, 24; 0, its"):
+        check_rewind(options, config)
+    # A run that began from another one: its own step 0 is nowhere.
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    recipe = dataclasses.replace(config.compression, recipe=("python compress.py prune a b",))
+    (begun / "config.toml").write_text(to_toml(dataclasses.replace(config, compression=recipe)))
+    options = dataclasses.replace(options, run=str(begun), rewind=0)
+    with pytest.raises(UserError, match="came from another run, so they cannot be drawn again"):
+        check_rewind(options, config)
+    check_rewind(dataclasses.replace(options, rewind_run=str(source)), config)
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=32))
+    with pytest.raises(UserError, match=r"another model:\n  model\.d_ff"):
+        check_rewind(dataclasses.replace(options, rewind_run=str(source)), wider)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "how much"),
+        ({"sparsity": 1.2}, "--sparsity 1.2: must be between 0 and 1"),
+        ({"sparsity": 0.0}, "--sparsity 0.0: must be between 0 and 1"),
+        ({"sparsity": 0.5, "method": "n-m"}, "--sparsity: not an option of --method n-m"),
+        ({"sparsity": 0.5, "scope": "global", "method": "heads"}, "--scope: not an option of"),
+        ({"sparsity": 0.5, "importance": "gates", "method": "layers"}, "--importance: not an"),
+        ({"n": 4, "method": "n-m"}, "--n 4: must be between 0 and --m 4"),
+        ({"m": 2, "method": "n-m"}, "give --n as well"),
+        ({"sparsity": 0.5, "recover_steps": -1}, "--recover-steps -1: must be 0 or more"),
+        ({"sparsity": 0.5, "learning_rate": 0.0}, "--learning-rate 0.0: must be more than 0"),
+        ({"sparsity": 0.5, "rewind_run": "x"}, "give --rewind as well"),
+        ({"sparsity": 0.5, "gradual": True, "method": "magnitude"}, "give --recover-steps"),
+        ({"sparsity": 0.5, "gradual": True}, "--gradual: not an option of --method wanda"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        check(Prune("run", "out", **options))
+
+
+def test_what_a_run_cannot_lose_is_refused_before_anything_is_computed(source, tmp_path):
+    refused = Prune(str(source), str(tmp_path / "new"), method="heads", sparsity=0.1)
+    with pytest.raises(UserError, match=r"of 2, none would go; 0\.5 to 0\.5 would do"):
+        prune(refused, COMMAND)
+    assert not (tmp_path / "new").exists()
+
+
+def test_groups_that_do_not_divide_are_refused(source, given):
+    options = Prune(str(source), "new", method="n-m", m=3, calibration_tokens=256)
+    with pytest.raises(UserError, match=r"--m 3: .* has 16 inputs"):
+        made(options, *given)
+
+
+def test_the_scan_tells_what_each_matrix_and_each_part_costs_alone(source, given, tmp_path):
+    out = tmp_path / "scan.png"
+    options = Sensitivity(
+        str(source),
+        str(out),
+        sparsities=(0.5,),
+        batches=2,
+        scope="matrix",
+        criterion="magnitude",
+        calibration_tokens=256,
+    )
+    rows = sensitivity(options, "python compress.py sensitivity RUN")
+    assert {(row.layer, row.part) for row in rows} == {
+        (layer, part)
+        for layer in ("0", "1")
+        for part in ("query", "key", "value", "out", "up", "down", "heads", "neurons", "whole")
+    }
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    with out.with_suffix(".csv").open(newline="") as file:
+        assert [line["part"] for line in csv.DictReader(file)] == [row.part for row in rows]
+    assert out.with_suffix(".md").read_text().count("\n| ") == len(rows) + 2
+    # What the scan says of one, pruning that one says.
+    model, corpus = given
+    params = unflatten_dict(flatten_dict(model.params))
+    up = params["body"]["blocks"]["block_0"]["feed_forward"]["up"]
+    kernel = np.array(up["kernel"])
+    size = np.abs(kernel[1])
+    kernel[1][size < np.median(size)] = 0
+    up["kernel"] = kernel
+    text = list(batches.fixed(model.config, corpus, "validation", 2))
+    loss = make_evaluator(model.decoder)(params, text)
+    (row,) = [row for row in rows if (row.layer, row.part) == ("1", "up")]
+    assert row.loss == pytest.approx(loss, abs=1e-6)
