@@ -1,0 +1,127 @@
+"""GPTQ over a whole model: which text its layers see, and in which order they are rounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.progress import track
+
+from jaxdecoder.compression.gptq import gptq, output_error
+from jaxdecoder.compression.inputs import HEAD, Path, gram_matrices
+from jaxdecoder.config import Config
+from jaxdecoder.data import batches
+from jaxdecoder.data.tokens import Corpus
+from jaxdecoder.errors import UserError
+from jaxdecoder.kernels.packing import Packed, Scheme, quantize
+from jaxdecoder.training.runs import Model
+
+Change = Callable[[Path, jax.Array], Packed]
+"""(path, kernel of one or several layers) -> the same, packed."""
+
+
+def calibration(config: Config, corpus: Corpus, count: int) -> list[batches.Batch]:
+    """So many batches of training text."""
+    return list(batches.fixed(config, corpus, "train", count))
+
+
+def corrected(
+    model: Model, shown: Sequence[batches.Batch], scheme: Scheme, kernels: dict[Path, jax.Array]
+) -> tuple[Change, dict[str, Any]]:
+    """Kernels by GPTQ, and the mean error of their layers' outputs beside that of the nearest.
+
+    Stage by stage: what enters a layer has passed those before it as they are rounded.
+
+    Raises:
+        UserError: if there are fewer tokens than a layer has inputs.
+    """
+    _check_enough(shown, kernels)
+    params, layers = model.params, {path: _layers(kernel) for path, kernel in kernels.items()}
+    packed: dict[tuple[Path, int], Packed] = {}
+    nearest, errors = [], []
+    for stage in track(stages(kernels), description="GPTQ"):
+        grams = gram_matrices(model.decoder, params, shown)
+        for path, layer in stage:
+            kernel, gram = layers[path][layer], _layers(grams[path])[layer]
+            packed[path, layer] = gptq(scheme, kernel, gram)
+            whole = packed[path, layer].dequantized()
+            nearest.append(
+                float(output_error(kernel, quantize(scheme, kernel).dequantized(), gram))
+            )
+            errors.append(float(output_error(kernel, whole, gram)))
+            params = _with_layer(params, path, layer, whole)
+    if not all(map(math.isfinite, errors)):
+        raise UserError(
+            "--method gptq: the inputs of a layer are too much alike to correct for; "
+            "more --calibration-batches, or --method nearest, would do"
+        )
+
+    def change(path: Path, kernel: jax.Array) -> Packed:
+        parts = [packed[path, layer] for layer in range(len(layers[path]))]
+
+        def stack(*parts: jax.Array) -> jax.Array:
+            return jnp.stack(parts).reshape(*kernel.shape[:-2], *parts[0].shape)
+
+        return jax.tree.map(stack, *parts)
+
+    return change, {
+        "calibration_tokens": _tokens(shown),
+        "output_error_nearest": sum(nearest) / len(nearest),
+        "output_error": sum(errors) / len(errors),
+    }
+
+
+def stages(kernels: dict[Path, jax.Array]) -> list[list[tuple[Path, int]]]:
+    """All kernels, each a path and the number of its layer, in the order that text meets them.
+
+    Those of a stage belong to one block, or to blocks side by side.
+    """
+    found: dict[tuple[int, ...], list[tuple[Path, int]]] = {}
+    for path, kernel in kernels.items():
+        for layer in range(len(_layers(kernel))):
+            found.setdefault(_order(path, layer), []).append((path, layer))
+    return [found[order] for order in sorted(found)]
+
+
+def _order(path: Path, layer: int) -> tuple[int, ...]:
+    """Serial blocks repeat; stacks follow one another, their layers side by side; then the head."""
+    if path == HEAD:
+        return (1,)
+    if path[1] == "blocks":
+        return (0, layer, _number(path[2]))
+    return (0, _number(path[1]), int("blocks" not in path))
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition("_")[2])
+
+
+def _check_enough(shown: Sequence[batches.Batch], kernels: dict[Path, jax.Array]) -> None:
+    tokens, widest = _tokens(shown), max(kernel.shape[-2] for kernel in kernels.values())
+    if tokens < widest:
+        least = math.ceil(widest * len(shown) / max(1, tokens))
+        raise UserError(
+            f"--calibration-batches {len(shown)}: {tokens} tokens of training text say too little "
+            f"of layers with {widest} inputs; {least} would be the least"
+        )
+
+
+def _tokens(shown: Sequence[batches.Batch]) -> int:
+    return int(sum(batch.weights.sum() for batch in shown))
+
+
+def _layers(stacked: jax.Array) -> jax.Array:
+    """Matrices of one layer or of several, with one axis over the layers."""
+    return stacked.reshape(-1, *stacked.shape[-2:])
+
+
+def _with_layer(params: Any, path: Path, layer: int, kernel: jax.Array) -> Any:
+    """The parameters with one layer's kernel replaced."""
+    if not path:
+        old = params["kernel"]
+        new = _layers(old).at[layer].set(kernel).reshape(old.shape)
+        return {**params, "kernel": new}
+    return {**params, path[0]: _with_layer(params[path[0]], path[1:], layer, kernel)}

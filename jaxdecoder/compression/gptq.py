@@ -1,0 +1,102 @@
+"""GPTQ: rounding that makes up for itself (arXiv 2210.17323).
+
+Rounding weight after weight, each error is made up for by those that are not rounded yet, as well
+as the inputs that they see allow: what is kept small is |X (W - Q)|^2 over a calibration set of
+inputs X, rather than |W - Q|^2.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxdecoder.kernels.packing import (
+    Packed,
+    Scheme,
+    Steps,
+    levels_of,
+    pack,
+    steps_of,
+    weights_of,
+)
+
+DAMPING = 0.01
+"""Of the mean of the Gram matrix's diagonal, added to it (the paper's)."""
+
+BLOCK = 128
+"""Inputs whose errors reach the weights of later ones together (the paper's lazy batches)."""
+
+
+@partial(jax.jit, static_argnums=0)
+def gptq(
+    scheme: Scheme, kernel: Float[Array, "d_in d_out"], gram: Float[Array, "d_in d_in"]
+) -> Packed:
+    """A kernel quantized for inputs whose Gram matrix X^T X is given.
+
+    Inputs that were never there say nothing of their weights, which are rounded to the nearest.
+    """
+    d_in, d_out = kernel.shape
+    factor = _inverse_factor(gram)
+    grouped = scheme.granularity == "group"
+    # A group's scale is that of its weights as they are when their turn comes.
+    block = scheme.group_size if grouped else _divisor(d_in)
+    fixed = steps_of(scheme, kernel)
+    place = jnp.arange(d_in)
+
+    def one_block(weights: jax.Array, number: jax.Array) -> tuple[jax.Array, Any]:
+        start = number * block
+        own = jax.lax.dynamic_slice_in_dim(weights, start, block)
+        rows = jax.lax.dynamic_slice_in_dim(factor, start, block)
+        square = jax.lax.dynamic_slice_in_dim(rows, start, block, axis=1)
+        single = scheme._replace(group_size=block)
+        steps = steps_of(single, own) if grouped else fixed
+
+        def one_row(own: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
+            levels = levels_of(scheme, own[i][None], *steps)[0]
+            error = (own[i] - weights_of(levels[None], *steps)[0]) / square[i, i]
+            # Above the diagonal the factor is zero, so rows that had their turn stay.
+            own = own - jnp.outer(jnp.where(jnp.arange(block) > i, square[i], 0.0), error)
+            return own, (levels, error)
+
+        _, (levels, errors) = jax.lax.scan(one_row, own, jnp.arange(block))
+        later = jnp.where(place >= start + block, rows, 0.0)
+        return weights - later.T @ errors, (levels, steps)
+
+    _, (levels, steps) = jax.lax.scan(one_block, kernel, jnp.arange(d_in // block))
+    if grouped:
+        scales, zeros = steps
+        steps = Steps(scales[:, 0], None if zeros is None else zeros[:, 0])
+    return pack(scheme, levels.reshape(d_in, d_out), steps if grouped else fixed)
+
+
+def output_error(
+    kernel: Float[Array, "d_in d_out"],
+    rounded: Float[Array, "d_in d_out"],
+    gram: Float[Array, "d_in d_in"],
+) -> Float[Array, ""]:
+    """|X (W - Q)|^2 / |X W|^2, by the Gram matrix."""
+
+    def squared(difference: jax.Array) -> jax.Array:
+        return jnp.sum(difference * (gram @ difference))
+
+    return squared(kernel - rounded) / squared(kernel)
+
+
+def _inverse_factor(gram: Float[Array, "d_in d_in"]) -> Float[Array, "d_in d_in"]:
+    """U, upper triangular, with U^T U the inverse of the damped Gram matrix."""
+    diagonal = jnp.diagonal(gram)
+    there = diagonal > 0
+    mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(there), 1)
+    damped = gram + jnp.diag(jnp.where(there, DAMPING * mean, 1.0))
+    lower = jnp.linalg.cholesky(damped)
+    identity = jnp.eye(len(gram), dtype=gram.dtype)
+    inverse = jax.scipy.linalg.cho_solve((lower, True), identity)
+    return jnp.linalg.cholesky(inverse).T
+
+
+def _divisor(d_in: int) -> int:
+    return max(size for size in range(1, BLOCK + 1) if d_in % size == 0)
