@@ -1,0 +1,228 @@
+"""A teacher's answers, written to disk once: its likeliest next tokens, and the rest as one more.
+
+What a step trains on is a function of the seed and the step, so the answers are kept by step: they
+are those to the very windows that the student sees, whatever their place in the text. A token takes
+4 top_k + 2 bytes (6 top_k + 2 for vocabularies past 65,536), and a run has steps x batch_size x
+context_length of them; it is said, and refused if it is too much, before anything is written.
+
+The files are two arrays in `<data.cache>/answers/<key>`. The key stands for the teacher's weights,
+the text, and what else decides the windows. They grow in a sibling folder that is renamed when
+complete, under a lock: a process that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from rich.progress import track
+
+from jaxdecoder.compression.divergences import at_once, over_time, soften
+from jaxdecoder.config import Config, ConfigError
+from jaxdecoder.data import batches
+from jaxdecoder.data.tokens import Corpus, cache_key
+from jaxdecoder.errors import UserError
+from jaxdecoder.training.runs import Model
+from jaxdecoder.training.step import compute_dtype
+
+FORMAT = 1
+"""Part of every key: raise it when the files, or the meaning of what is in them, change."""
+LEAST = -60000.0
+"""The lowest log-probability there is: float16 ends soon after."""
+FILES = ("tokens.npy", "log_probabilities.npy")
+
+
+class Answers(NamedTuple):
+    """The teacher's answers to some tokens."""
+
+    tokens: Any
+    """The likeliest next ones, (..., top_k)."""
+    log_probabilities: Any
+    """Theirs, and last that of all others together, (..., top_k + 1)."""
+
+
+def outcomes(
+    log_probabilities: Float[Array, "*rows vocab"], tokens: Int[Array, "*rows top_k"]
+) -> Float[Array, "*rows outcomes"]:
+    """The log-probabilities of these tokens, and last that of all others together."""
+    chosen = jnp.take_along_axis(log_probabilities, tokens, axis=-1)
+    others = jnp.put_along_axis(log_probabilities, tokens, -jnp.inf, axis=-1, inplace=False)
+    rest = jax.nn.logsumexp(others, axis=-1, keepdims=True)
+    return jnp.concatenate([chosen, rest], axis=-1)
+
+
+def answer(logits: Float[Array, "*rows vocab"], top_k: int, temperature: float) -> Answers:
+    """What a teacher with these logits says at a temperature, in full precision."""
+    log_probabilities = soften(logits, temperature)
+    _, tokens = jax.lax.top_k(log_probabilities, top_k)
+    return Answers(tokens, outcomes(log_probabilities, tokens))
+
+
+def told(answers: Answers) -> Float[Array, "*rows outcomes"]:
+    """The teacher's log-probabilities, whose sum the rounding on disk has moved a little."""
+    return jax.nn.log_softmax(answers.log_probabilities.astype(jnp.float32), axis=-1)
+
+
+def feeding(
+    config: Config, corpus: Corpus, teacher: Callable[[], Model]
+) -> Callable[[int, int, slice], Answers]:
+    """A function from a step, a number of steps and this host's rows to their answers.
+
+    Nothing is opened, or written, before it is asked; the teacher is loaded to write alone.
+    """
+
+    @functools.cache
+    def files() -> Answers:
+        return prepare(config, corpus, teacher)
+
+    def feed(step: int, count: int, rows: slice) -> Answers:
+        tokens, log_probabilities = (np.asarray(x[step : step + count, rows]) for x in files())
+        return Answers(tokens.astype(np.int32), log_probabilities.astype(np.float32))
+
+    return feed
+
+
+def prepare(config: Config, corpus: Corpus, teacher: Callable[[], Model]) -> Answers:
+    """The answers to all that the run trains on, memory-mapped; written now if they are not there.
+
+    Raises:
+        UserError: if they would take more than distillation.cached_most_gigabytes, or more than
+            there is.
+    """
+    folder = folder_of(config)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{folder}.lock"):
+            if not folder.is_dir():  # another process may have been faster
+                _write(config, corpus, teacher(), folder)
+    return Answers(*(np.load(folder / name, mmap_mode="r") for name in FILES))
+
+
+def folder_of(config: Config) -> Path:
+    """Where the answers of a run are."""
+    t, d = config.train, config.distillation
+    settings = {
+        "format": FORMAT,
+        "teacher": d.teacher_digest,
+        "corpus": cache_key(config.data),
+        "mode": config.data.mode,
+        "sampling": config.data.sampling,
+        "dtype": str(compute_dtype(config)),
+        "batches": [t.seed, t.steps, t.batch_size, config.model.context_length],
+        "answers": [d.cached_top_k, d.temperature],
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    return Path(config.data.cache) / "answers" / key
+
+
+def shapes(config: Config) -> tuple[tuple[tuple[int, ...], np.dtype[Any]], ...]:
+    """Shape and dtype of each of `FILES`."""
+    t, k, vocab = config.train, config.distillation.cached_top_k, config.model.vocab_size
+    assert vocab is not None
+    tokens = (t.steps, t.batch_size, config.model.context_length)
+    small = np.dtype(np.uint16 if vocab <= 1 << 16 else np.uint32)
+    return ((*tokens, k), small), ((*tokens, k + 1), np.dtype(np.float16))
+
+
+def needed(config: Config) -> int:
+    """The bytes that the answers take."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes(config))
+
+
+def _write(config: Config, corpus: Corpus, teacher: Model, folder: Path) -> None:
+    unfinished = folder.with_name(folder.name + ".partial")
+    unfinished.mkdir(exist_ok=True)
+    paths = [unfinished / name for name in FILES]
+    headers = [_header(*shape) for shape in shapes(config)]
+    step_bytes = [math.prod(shape[1:]) * dtype.itemsize for shape, dtype in shapes(config)]
+    done = _steps_written(paths, headers, step_bytes)
+    _check_room(config, done, unfinished)
+    k, temperature = config.distillation.cached_top_k, config.distillation.temperature
+    decoder = teacher.decoder.clone(dtype=compute_dtype(config))
+    ask = jax.jit(functools.partial(_ask, decoder, k, temperature))
+    dtypes = [dtype for _, dtype in shapes(config)]
+    if done:
+        print(f"going on with the teacher's answers at step {done}")
+    with paths[0].open("r+b") as first, paths[1].open("r+b") as second:
+        files = (first, second)
+        for file, header, size in zip(files, headers, step_bytes, strict=True):
+            file.truncate(len(header) + done * size)
+            file.seek(0, os.SEEK_END)
+        for step in track(range(done, config.train.steps), description="the teacher's answers"):
+            batch = batches.of_steps(config, corpus, step, 1)
+            given = ask(teacher.params, batch.inputs[0])
+            for file, array, dtype in zip(files, given, dtypes, strict=True):
+                file.write(np.asarray(array).astype(dtype).tobytes())
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(unfinished, folder)
+
+
+def _ask(decoder: Any, top_k: int, temperature: float, params: Any, tokens: jax.Array) -> Answers:
+    features = decoder.apply({"params": params}, tokens, method="features")
+
+    def some(features: jax.Array) -> Answers:
+        logits = decoder.apply({"params": params}, features, method="logits")
+        return answer(logits, top_k, temperature)
+
+    chunk = at_once(tokens.shape[0], decoder.config.vocab_size, jax.default_backend())
+    answers = over_time(some, features, chunk)
+    return answers._replace(log_probabilities=jnp.maximum(answers.log_probabilities, LEAST))
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    """What stands before the numbers of an .npy file of this shape."""
+    buffer = io.BytesIO()
+    described = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": described, "fortran_order": False, "shape": shape}
+    )
+    return buffer.getvalue()
+
+
+def _steps_written(paths: list[Path], headers: list[bytes], step_bytes: list[int]) -> int:
+    """Steps whose answers are in all files; files that are not there, or not begun, are."""
+    done = []
+    for path, header, size in zip(paths, headers, step_bytes, strict=True):
+        if not path.exists() or path.stat().st_size < len(header):
+            path.write_bytes(header)
+        done.append((path.stat().st_size - len(header)) // size)
+    return min(done)
+
+
+def _check_room(config: Config, done: int, folder: Path) -> None:
+    total, d, t = needed(config), config.distillation, config.train
+    tokens = t.steps * t.batch_size * config.model.context_length
+    size = f"{total / 1e9:,.3f} GB for {d.cached_top_k} answers to each of {tokens:,} tokens"
+    if total > d.cached_most_gigabytes * 1e9:
+        fits = int(d.cached_most_gigabytes * 1e9 * d.cached_top_k / total)
+        raise ConfigError(
+            "distillation.cached_top_k",
+            d.cached_top_k,
+            f"the teacher's answers would take {size}, and at most {d.cached_most_gigabytes:g} GB "
+            f"are allowed; about {fits} would fit, or give --cached-most-gigabytes, or 0 to run "
+            "the teacher in every step",
+        )
+    free = shutil.disk_usage(folder).free
+    left = total - total * done // max(1, t.steps)
+    if left > free:
+        raise UserError(
+            f"{folder.parent}: the teacher's answers take {size}, and {free / 1e9:,.3f} GB are "
+            "free there; free some space, set data.cache to another disk, or give a lower "
+            "--cached-top-k"
+        )
+    print(f"{folder.parent}: the teacher's answers take {size}; written once, for any student")

@@ -1,0 +1,249 @@
+"""What of the layers a student matches, by measures that need no projection between widths.
+
+Each compares tokens with tokens inside one model, and the two models in how they do: no width, no
+number of heads and no depth has to agree. Losses are per token; masks are causal, so that what is
+matched at a token is what a decoder knows there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxdecoder.compression.divergences import forward_kl
+from jaxdecoder.config import Config, ConfigError, ModelConfig
+from jaxdecoder.config.sections import Teaching
+from jaxdecoder.decoder import Decoder
+from jaxdecoder.layers import serial
+
+MASKED = -1e30
+"""A score that no softmax sees, and from which no difference is infinite."""
+
+
+class Layer(NamedTuple):
+    """What one layer (of parallel stacks: one stack) has to show; queries and keys unturned."""
+
+    stream: Float[Array, "batch time width"]
+    """The residual stream after it."""
+    q: Float[Array, "batch time heads head_width"]
+    k: Float[Array, "batch time kv_heads head_width"]
+    v: Float[Array, "batch time kv_heads head_width"]
+
+
+PerToken = Float[Array, "batch time"]
+Matching = Callable[[Sequence[Layer], Sequence[Layer], PerToken, Teaching], PerToken]
+"""(student's layers, teacher's, weights of tokens, settings) -> a loss for each token."""
+
+
+# --- Looking into a decoder -----------------------------------------------------------------------
+
+
+def sow_heads(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """For `nn.intercept_methods`: notes the heads that every attention mechanism is given."""
+    if context.module.name == "mixing" and context.method_name == "__call__":
+        heads = args[0]
+        context.module.sow("intermediates", "heads", (heads.q, heads.k, heads.v))
+    return call(*args, **kwargs)
+
+
+def looking(decoder: Decoder, params: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[Layer]]:
+    """What `decoder.apply` gives, and the layers as they were."""
+    with nn.intercept_methods(sow_heads):
+        out, seen = decoder.apply({"params": params}, *args, mutable=["intermediates"], **kwargs)
+    config = decoder.config.resolve()
+    return out, LAYERS[config.layout](config, seen["intermediates"]["body"])
+
+
+def serial_layers(config: ModelConfig, body: Any) -> list[Layer]:
+    """The blocks, from the first to the last."""
+    found = []
+    for number in range(serial.periods(config)):
+        for i, (_, routed) in enumerate(serial.turn(config)):
+            block = body["blocks"][f"block_{i}"]
+            block = block["block"] if routed else block
+            (heads,) = block["attention"]["mixing"]["heads"]
+            (stream,) = body["blocks"][f"after_block_{i}"]
+            found.append(Layer(stream[number], *(x[number] for x in heads)))
+    return found
+
+
+def stack_layers(config: ModelConfig, body: Any) -> list[Layer]:
+    """The stacks, from the first to the last; the heads of one stand side by side."""
+
+    def beside(x: Float[Array, "turns batch time heads width"]) -> jax.Array:
+        _, batch, time, _, width = x.shape
+        return jnp.moveaxis(x, 0, 2).reshape(batch, time, -1, width)
+
+    found = []
+    for number in range(config.n_stacks):
+        blocks = body[f"stack_{number}"]["blocks"]
+        each = [
+            blocks[f"block_{i}"]["attention"]["mixing"]["heads"][0]
+            for i in range(len(config.attention_pattern))
+        ]
+        kinds = (
+            jnp.concatenate([beside(x) for x in kind], axis=2) for kind in zip(*each, strict=True)
+        )
+        found.append(Layer(body[f"after_stack_{number}"][0], *kinds))
+    return found
+
+
+LAYERS: dict[str, Callable[[ModelConfig, Any], list[Layer]]] = {
+    "serial": serial_layers,
+    "parallel_stacks": stack_layers,
+}
+
+
+# --- Measures -------------------------------------------------------------------------------------
+
+
+def relations(
+    student: Sequence[Layer], teacher: Sequence[Layer], weights: PerToken, settings: Teaching
+) -> PerToken:
+    """Self-attention relations of the last layer (MiniLMv2, arXiv 2012.15828; 2002.10957).
+
+    Queries with queries, keys with keys, values with values: softmax of their scaled products, and
+    the KL divergence of the student's from the teacher's. All heads' widths in a row are divided
+    anew into relation heads. Here a token is related to itself and those before it only.
+    """
+    theirs = teacher[settings.teacher_layer - 1]
+    mine = student[-1]
+    heads = settings.relation_heads or math.gcd(
+        *(kind.shape[2] for layer in (mine, theirs) for kind in (layer.q, layer.k, layer.v))
+    )
+    kinds = [
+        jnp.mean(forward_kl(relation(ours, heads), relation(told, heads)), axis=1)
+        for ours, told in ((mine.q, theirs.q), (mine.k, theirs.k), (mine.v, theirs.v))
+    ]
+    return sum(kinds[1:], kinds[0]) / len(kinds)
+
+
+def relation(
+    x: Float[Array, "batch time heads width"], relation_heads: int
+) -> Float[Array, "batch relation_heads time time"]:
+    """How much of each token is in the others, as log-probabilities over those not after it."""
+    batch, time = x.shape[:2]
+    x = x.astype(jnp.float32).reshape(batch, time, relation_heads, -1)
+    scores = jnp.einsum("bqhw,bkhw->bhqk", x, x) * x.shape[-1] ** -0.5
+    return jax.nn.log_softmax(jnp.where(_causal(time), scores, MASKED), axis=-1)
+
+
+def similarity(
+    student: Sequence[Layer], teacher: Sequence[Layer], weights: PerToken, settings: Teaching
+) -> PerToken:
+    """Squared differences of cosines between tokens in the residual streams (arXiv 1907.09682).
+
+    Layers are paired evenly, last with last. The paper compares the samples of a batch; here it is
+    each token with itself and those before it.
+    """
+
+    def cosines(x: jax.Array) -> Float[Array, "batch time time"]:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
+        return jnp.einsum("bqw,bkw->bqk", x, x)
+
+    def loss(ours: Layer, told: Layer) -> PerToken:
+        time = ours.stream.shape[1]
+        squares = jnp.square(cosines(ours.stream) - cosines(told.stream))
+        return jnp.sum(jnp.where(_causal(time), squares, 0.0), axis=-1) / jnp.arange(1, time + 1)
+
+    return _mean_over_pairs(loss, student, teacher)
+
+
+def cka(
+    student: Sequence[Layer], teacher: Sequence[Layer], weights: PerToken, settings: Teaching
+) -> PerToken:
+    """1 - linear centred kernel alignment of the residual streams (arXiv 1905.00414).
+
+    Over the real tokens of a row, each of which gets the row's loss; layers are paired evenly.
+    """
+    shares = (weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0))[..., None]
+
+    def centred(x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = (x - jnp.sum(shares * x, axis=1, keepdims=True)) * jnp.sqrt(shares)
+        # Of one size, so that no product of the small ones underflows.
+        return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=(1, 2), keepdims=True) + 1e-12)
+
+    def common(x: jax.Array, y: jax.Array) -> Float[Array, " batch"]:
+        return jnp.sum(jnp.square(jnp.einsum("btx,bty->bxy", x, y)), axis=(1, 2))
+
+    def loss(ours: Layer, told: Layer) -> PerToken:
+        x, y = centred(ours.stream), centred(told.stream)
+        aligned = common(x, y) * jax.lax.rsqrt(common(x, x) * common(y, y) + 1e-12)
+        return jnp.broadcast_to(1.0 - aligned[:, None], weights.shape)
+
+    return _mean_over_pairs(loss, student, teacher)
+
+
+MATCHINGS: dict[str, Matching] = {
+    "relations": relations,
+    "similarity": similarity,
+    "cka": cka,
+}
+
+
+def paired(n_student: int, n_teacher: int) -> list[int]:
+    """The teacher's layer for each of the student's, counted from 0: evenly, last with last."""
+    return [-(-(i + 1) * n_teacher // n_student) - 1 for i in range(n_student)]
+
+
+def check(config: Config, teacher: ModelConfig) -> None:
+    """Refuses a matching that these two models cannot have.
+
+    Raises:
+        ConfigError: for heads that do not divide, layers that are not there, and for relations of
+            a student whose routers give its blocks some of the tokens only.
+    """
+    settings, student = config.distillation, config.model
+    if settings.matching != "relations":
+        return
+    if student.depth == "mixture_of_depths":
+        raise ConfigError(
+            "distillation.matching",
+            settings.matching,
+            "the routers of a mixture_of_depths give blocks some of the tokens only, and no other "
+            'has relations to match; "similarity" or "cka" would do',
+        )
+    depth = teacher.n_stacks if teacher.layout == "parallel_stacks" else teacher.n_layers
+    if settings.teacher_layer > depth:
+        raise ConfigError(
+            "distillation.teacher_layer", settings.teacher_layer, f"the teacher has {depth}"
+        )
+    widths = [width for model in (student, teacher) for width in _widths(model)]
+    heads = settings.relation_heads
+    if heads and any(width % heads for width in widths):
+        most = math.gcd(*widths)
+        fits = [n for n in range(1, most + 1) if most % n == 0]
+        raise ConfigError(
+            "distillation.relation_heads",
+            heads,
+            f"must divide the widths of queries and keys in both models, {widths}: one of {fits}",
+        )
+
+
+def _widths(model: ModelConfig) -> tuple[int, int]:
+    """Of all queries of a layer, and of all keys."""
+    c = model.resolve()
+    assert c.d_head is not None
+    assert c.n_kv_heads is not None
+    beside = (c.layers_per_stack or 1) if c.layout == "parallel_stacks" else 1
+    return beside * c.n_heads * c.d_head, beside * c.n_kv_heads * c.d_head
+
+
+def _causal(time: int) -> jax.Array:
+    return jnp.tril(jnp.ones((time, time), bool))
+
+
+def _mean_over_pairs(
+    loss: Callable[[Layer, Layer], PerToken], student: Sequence[Layer], teacher: Sequence[Layer]
+) -> PerToken:
+    pairs = zip(student, paired(len(student), len(teacher)), strict=True)
+    losses = [loss(ours, teacher[number]) for ours, number in pairs]
+    return sum(losses[1:], losses[0]) / len(losses)

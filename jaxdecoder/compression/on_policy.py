@@ -1,0 +1,102 @@
+"""Texts that a student itself goes on with, for its teacher to judge (GKD, arXiv 2306.13649).
+
+A student that learns on others' texts alone never meets the situations that its own mistakes lead
+to. So in a share of the steps it samples the rest of every row itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxdecoder.data.batches import Batch
+from jaxdecoder.decoder import Decoder, empty_cache, unroll_params
+
+
+def continued(
+    decoder: Decoder,
+    params: Any,
+    prompts: Int[Array, "batch prompt"],
+    time: int,
+    key: jax.Array,
+    entries: int,
+) -> Int[Array, "batch time"]:
+    """The prompts and what the decoder goes on with, `time` tokens in all.
+
+    Drawn at temperature 1 from the first `entries` of the vocabulary, through the decoder's cache.
+    """
+    config = decoder.config
+    decoder, params = decoder.clone(unrolled=True), unroll_params(params, config)
+
+    def extend(tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        out: Any = decoder.apply({"params": params}, tokens, cache, last=True, method="extend")
+        logits, cache = out
+        return logits[:, -1], cache
+
+    def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+        logits, cache = carry
+        known = jnp.where(jnp.arange(logits.shape[-1]) < entries, logits, -jnp.inf)
+        token = jax.random.categorical(key, known).astype(jnp.int32)
+        return extend(token[:, None], cache), token
+
+    first = extend(prompts, empty_cache(config, prompts.shape[0], dtype=decoder.dtype))
+    _, drawn = jax.lax.scan(step, first, jax.random.split(key, time - prompts.shape[1]))
+    return jnp.concatenate([prompts, drawn.T], axis=1)
+
+
+def judged(
+    tokens: Int[Array, "batch time"],
+    weights: Float[Array, "batch time"],
+    prompt: int,
+    end_token: int | None,
+) -> Float[Array, "batch time"]:
+    """The weights of sampled texts: what is predicted of the sampled part counts, and all alike.
+
+    A row whose prompt is not all text does not count. With an `end_token`, nothing counts after it;
+    the one that a row may start on ends the document before. The sum is that of the batch's own
+    `weights`, by which the step divides.
+    """
+    time = tokens.shape[1]
+    counted = jnp.broadcast_to(jnp.arange(time) >= prompt - 1, tokens.shape)
+    counted &= jnp.all(weights[:, : prompt - 1] > 0, axis=1, keepdims=True)
+    if end_token is not None:
+        ends = (tokens == end_token) & (jnp.arange(time) > 0)
+        counted &= jnp.cumsum(ends, axis=1) == 0
+    share = jnp.sum(weights) / jnp.maximum(jnp.sum(counted), 1)
+    return counted.astype(jnp.float32) * share
+
+
+def sampled_or_not(
+    decoder: Decoder,
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    share: float,
+    prompt: int,
+    entries: int,
+    end_token: int | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens, their weights, and whether they were sampled: with probability `share`, else the
+    batch's own.
+
+    `end_token`: given where rows are single documents. No gradient passes through the sampling, and
+    the key alone decides what is drawn.
+    """
+    params = jax.lax.stop_gradient(params)
+    coin, draw = jax.random.split(key)
+
+    def sample() -> tuple[jax.Array, jax.Array]:
+        prompts, time = batch.inputs[:, :prompt], batch.inputs.shape[1]
+        tokens = continued(decoder, params, prompts, time, draw, entries)  # type: ignore[arg-type]
+        return tokens, judged(tokens, batch.weights, prompt, end_token)  # type: ignore[arg-type]
+
+    def keep() -> tuple[jax.Array, jax.Array]:
+        return batch.inputs, batch.weights  # type: ignore[return-value]
+
+    sampled = jax.random.uniform(coin) < share
+    tokens, weights = jax.lax.cond(sampled, sample, keep)
+    return tokens, weights, sampled
