@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import covering_configs, name_of, quick_jit, random_params, random_tokens, small
+from models import covering_configs, name_of, random_params, random_tokens
 
 from jaxdecoder import Decoder
+from jaxdecoder.compression.calibration import sums
 from jaxdecoder.compression.correction import stages
 from jaxdecoder.compression.gptq import BLOCK, DAMPING, gptq, output_error
-from jaxdecoder.compression.inputs import HEAD, gram_matrices
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.kernels import packing
 from jaxdecoder.kernels.packing import Scheme
 
+HEAD = ("head", "kernel")
 SCHEMES = [
     Scheme("int4", "channel"),
     Scheme("int4", "group", 8),
@@ -109,11 +109,6 @@ def test_the_error_of_outputs_is_that_of_the_inputs_themselves():
     assert output_error(kernel, other, x.T @ x) == pytest.approx(expected, rel=1e-4)
 
 
-@partial(quick_jit, static_argnums=0)
-def features_of(decoder, params, tokens):
-    return decoder.apply({"params": params}, tokens, method="features")
-
-
 # --- Inputs ---------------------------------------------------------------------------------------
 
 
@@ -124,39 +119,19 @@ def batch_of(config, rows=3, seed=0):
     return Batch(tokens, tokens, weights)
 
 
-def test_gram_matrices_are_sums_over_the_tokens_that_count():
-    config = small(norm="none", norm_placement="none", position="none", feed_forward=False)
-    params = random_params(config)
-    shown = [batch_of(config, seed=0), batch_of(config, seed=1)]
-    grams = gram_matrices(Decoder(config), params, shown)
-    expected = 0.0
-    for batch in shown:
-        x = np.asarray(params["embedding"], np.float64)[batch.inputs[batch.weights > 0]]
-        expected = expected + x.T @ x
-    for name in ("query", "key", "value"):
-        found = grams["body", "blocks", "block_0", "attention", name]
-        assert found.shape == (2, 16, 16)
-        np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-4)
-    features = [
-        np.asarray(features_of(Decoder(config), params, b.inputs))[b.weights > 0] for b in shown
-    ]
-    x = np.concatenate(features)
-    np.testing.assert_allclose(grams[HEAD], x.T @ x, rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize("config", covering_configs()[::4], ids=name_of)
 def test_every_kernel_that_a_format_is_of_has_a_gram_matrix(config):
     config = dataclasses.replace(config, weight_format="int8")
     like = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     flat = jax.tree_util.tree_flatten_with_path(like["params"])[0]
     codes = {
-        tuple(entry.key for entry in path[:-1]): leaf.shape
+        (*(entry.key for entry in path[:-1]), "kernel"): leaf.shape
         for path, leaf in flat
         if path[-1].key == "codes"
     }
     plain = dataclasses.replace(config, weight_format="float32")
     grams = jax.eval_shape(
-        lambda params, batch: gram_matrices(Decoder(plain), params, [batch]),
+        lambda params, batch: sums(Decoder(plain), params, batch, True),
         random_params(plain),
         batch_of(plain),
     )
@@ -167,7 +142,7 @@ def test_every_kernel_that_a_format_is_of_has_a_gram_matrix(config):
 
 def test_stages_follow_the_text_through_the_model():
     serial = {
-        ("body", "blocks", f"block_{k}", "attention", "query"): jnp.zeros((2, 4, 4))
+        ("body", "blocks", f"block_{k}", "attention", "query", "kernel"): jnp.zeros((2, 4, 4))
         for k in range(2)
     } | {HEAD: jnp.zeros((4, 4))}
     order = [{(path[2:3], layer) for path, layer in stage} for stage in stages(serial)]

@@ -24,12 +24,10 @@ from models import shapes as shapes_of
 
 from jaxdecoder import Decoder, analysis
 from jaxdecoder.compression import quantization
-from jaxdecoder.compression.correction import corrected
 from jaxdecoder.compression.options import Dequantize, Quantize
 from jaxdecoder.compression.passes import corpus_of, loss_of
 from jaxdecoder.compression.quantization import dequantize, nearest, pack, quantize, unpack
 from jaxdecoder.config import Config, ConfigError, ModelConfig, TrainConfig, load
-from jaxdecoder.data.batches import Batch
 from jaxdecoder.decoder import empty_cache, unroll_params
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import packing
@@ -291,7 +289,8 @@ def test_what_is_packed_is_not_quantized_again_and_does_not_train(source, int8, 
         ({"format": "float8_e5m2", "symmetric": False}, "no zero point"),
         ({"format": "float8_e5m2", "activations": 8}, "whole numbers"),
         ({"method": "gptq", "fine_tune_steps": 5}, "not both"),
-        ({"calibration_batches": 0}, "at least 1"),
+        ({"method": "gptq", "calibration_tokens": 0}, "must be between 1 and"),
+        ({"method": "gptq", "calibration_tokens": 10**9}, "must be between 1 and"),
         ({"fine_tune_steps": -1}, "at least 0"),
         ({"learning_rate": 0.0}, "above 0"),
     ],
@@ -305,15 +304,6 @@ def test_what_cannot_be_is_refused_by_name(source, tmp_path, changes, told):
 def test_odd_widths_have_no_pairs():
     with pytest.raises(ConfigError, match="d_ff = 63 is odd"):
         ModelConfig(d_model=16, n_heads=2, d_ff=63, weight_format="int4")
-
-
-def test_calibration_text_shorter_than_a_layer_is_wide_is_refused(source):
-    model = load_model(source)
-    short = np.zeros((1, 16), np.int32)
-    batch = Batch(short, short, np.ones((1, 16), np.float32))
-    kernels = {("body", "blocks", "block_0", "feed_forward", "down"): jnp.zeros((1, 64, 16))}
-    with pytest.raises(UserError, match=r"16 tokens .* 64 inputs; 4 would"):
-        corrected(model, [batch], packing.Scheme(), kernels)
 
 
 # --- Scripts --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdecoder import Decoder
-from jaxdecoder.compression.calibration import calibrate, sums
+from jaxdecoder.compression.calibration import calibration_batches, input_squares, sums
 from jaxdecoder.compression.sparsity import CRITERIA, apply, mask, n_of_m, zeros
 from jaxdecoder.config import CompressionConfig, ConfigError, load
 from jaxdecoder.data.batches import Batch
@@ -149,7 +149,7 @@ def test_the_sums_are_those_of_the_inputs_that_products_meet(changes):
     weights[2, 5:] = 0
     batch = Batch(tokens, tokens, weights)
     decoder = Decoder(config)
-    squares_of, grams_of = quick_jit(partial(sums, decoder, grams=True))(params, batch)
+    squares_of, grams_of = (sums(decoder, params, batch, grams) for grams in (False, True))
     matrices = body_matrices(params, head=True)
     assert set(matrices) <= set(squares_of)
     for path, kernel in matrices.items():
@@ -200,14 +200,14 @@ def test_too_little_calibration_data_is_refused(tmp_path):
     model = Model(config, make_decoder(config), params, corpus.tokenizer, 0)
     have = len(corpus.train.tokens) - 1
     with pytest.raises(UserError, match=f"between 1 and the {have:,} tokens"):
-        calibrate(model, corpus, have + 1)
+        input_squares(model, corpus, have + 1)
     wide = dataclasses.replace(config.train, batch_size=1)
     few = model._replace(config=dataclasses.replace(config, train=wide))
     with pytest.raises(UserError, match="has 64 inputs, and 16 tokens"):
-        calibrate(few, corpus, 16)
-    one, again = (calibrate(model, corpus, 512) for _ in range(2))
-    assert one.tokens == 512
-    jax.tree.map(np.testing.assert_array_equal, one.squares, again.squares)
+        input_squares(few, corpus, 16)
+    one, again = (calibration_batches(config, corpus, 512) for _ in range(2))
+    assert sum(batch.weights.sum() for batch in one) == 512
+    jax.tree.map(np.testing.assert_array_equal, one, again)
 
 
 # --- Zeros made in training -----------------------------------------------------------------------

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,59 +28,21 @@ from jaxdecoder.errors import UserError
 from jaxdecoder.layers.depth import Routed
 from jaxdecoder.training.evaluation import predicted
 from jaxdecoder.training.runs import Model
-from jaxdecoder.training.sparsity import Path, body_matrices
+from jaxdecoder.training.sparsity import Matrices, body_matrices
 
 SOWN = "of_inputs"
 
 
-class Inputs(NamedTuple):
-    """Sums over calibration tokens, by the paths of the kernels that the inputs x meet."""
-
-    squares: dict[Path, Float[Array, "*layers d_in"]]
-    """Of x^2, each feature's."""
-    grams: dict[Path, Float[Array, "*layers d_in d_in"]]
-    """Of x x^T; empty unless asked for."""
-    tokens: int
-
-
-def calibrate(model: Model, corpus: Corpus, tokens: int, *, grams: bool = False) -> Inputs:
-    """Sums over some `tokens` tokens of the training split, of every linear layer's input.
-
-    The text is the same for the same config: whole batches, their rows spread evenly over the
-    split. Padding is left out, and so are, for the layers of a block with a router, the tokens that
-    it does not take. A head of its own is among the layers; embeddings and routers are not.
-
-    Raises:
-        UserError: if the split has fewer tokens, or those asked for are fewer than the widest input
-            has features, so that they could not tell what these are like.
-    """
-    chosen = calibration_batches(model.config, corpus, tokens)
-    kernels = body_matrices(model.params, head=True)
-    widest = max(kernel.shape[-2] for kernel in kernels.values())
-    total = int(sum(np.count_nonzero(batch.weights) for batch in chosen))
-    if total < widest:
-        raise UserError(
-            f"--calibration-tokens {tokens}: the widest layer has {widest:,} inputs, and {total:,} "
-            f"tokens cannot tell what they are like; give at least {widest:,}"
-        )
-    summed = jax.jit(lambda params, batch: sums(model.decoder, params, batch, grams=grams))
-    added: Any = None
-    for batch in track(chosen, description="calibration"):
-        new = summed(model.params, batch)
-        added = new if added is None else jax.tree.map(jnp.add, added, new)
-    squares, products = added
-    return Inputs(
-        {path: squares[path] for path in kernels},
-        {path: products[path] for path in kernels} if grams else {},
-        total,
-    )
-
-
-def calibration_batches(config: Config, corpus: Corpus, tokens: int) -> list[Batch]:
+def calibration_batches(
+    config: Config, corpus: Corpus, tokens: int, inputs: int = 1
+) -> list[Batch]:
     """Batches of about so many tokens of the training split, in whole batches.
 
+    The text is the same for the same config, its rows spread evenly over the split.
+
     Raises:
-        UserError: if the split has fewer.
+        UserError: if the split has fewer tokens, or those asked for are fewer than the widest
+            layer has `inputs`, so that they could not tell what these are like.
     """
     have = predicted(config, corpus.train)
     if not 0 < tokens <= have:
@@ -91,36 +54,68 @@ def calibration_batches(config: Config, corpus: Corpus, tokens: int) -> list[Bat
     if config.data.mode == "padded":
         a_row = have / len(corpus.train.starts)
     count = math.ceil(tokens / a_row / config.train.batch_size)
-    return list(batches.fixed(config, corpus, "train", count))
+    chosen = list(batches.fixed(config, corpus, "train", count))
+    if (total := weighty(chosen)) < inputs:
+        raise UserError(
+            f"--calibration-tokens {tokens}: the widest layer has {inputs:,} inputs, and {total:,} "
+            f"tokens cannot tell what they are like; give at least {inputs:,}"
+        )
+    return chosen
 
 
-def sums(
-    decoder: nn.Module, params: Any, batch: Batch, *, grams: bool = False
-) -> tuple[dict[Path, Any], dict[Path, Any]]:
-    """Of one batch the sums over its tokens of x^2 and, if asked for, of x x^T."""
+def widest(kernels: Matrices) -> int:
+    """The most inputs that one of these has."""
+    return max(kernel.shape[-2] for kernel in kernels.values())
 
-    def of(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
+
+def weighty(chosen: Iterable[Batch]) -> int:
+    """How many tokens count, padding aside."""
+    return int(sum(np.count_nonzero(batch.weights) for batch in chosen))
+
+
+def input_squares(model: Model, corpus: Corpus, tokens: int) -> Matrices:
+    """`calibrate` over some `tokens` tokens of the training split."""
+    kernels = body_matrices(model.params, head=True)
+    chosen = calibration_batches(model.config, corpus, tokens, widest(kernels))
+    return calibrate(model.decoder, model.params, track(chosen, description="calibration"))
+
+
+def calibrate(
+    decoder: nn.Module, params: Any, chosen: Iterable[Batch], *, grams: bool = False
+) -> Matrices:
+    """Sums over the tokens of these batches, by the paths of the kernels that the inputs x meet.
+
+    Of x^2, (*layers, d_in), or with `grams` of x x^T, (*layers, d_in, d_in). Padding is left out,
+    and so are, for the layers of a block with a router, the tokens that it does not take. The head
+    is among the layers, its kernel its own or not; embeddings and routers are not.
+    """
+    added: Any = None
+    for batch in chosen:
+        new = sums(decoder, params, batch, grams)
+        added = new if added is None else jax.tree.map(jnp.add, added, new)
+    return added
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def sums(decoder: nn.Module, params: Any, batch: Batch, grams: bool) -> Matrices:
+    """Those of `calibrate` over one batch."""
+
+    def of(x: jax.Array, weights: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         rows, weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1)
-        products = ((rows * weights[:, None]).T @ rows,) if grams else ()
-        return (weights @ jnp.square(rows), *products)
+        return (rows * weights[:, None]).T @ rows if grams else weights @ jnp.square(rows)
 
     with observed(of, (jnp.asarray(batch.weights) > 0).astype(jnp.float32)) as weights:
         features, seen = decoder.apply(
             {"params": params}, batch.inputs, method="features", mutable=["intermediates"]
         )
     found = {
-        path[: path.index(SOWN)]: value[0]
+        (*path[: path.index(SOWN)], "kernel"): value[0]
         for path, value in flatten_dict(seen["intermediates"]).items()
         if SOWN in path
     }
     # The head is a product of another kind, which no module's call makes.
-    found["head",] = of(features, weights)
-    by_kernel = {(*path, "kernel"): value for path, value in found.items()}
-    return (
-        {path: value[0] for path, value in by_kernel.items()},
-        {path: value[1] for path, value in by_kernel.items()} if grams else {},
-    )
+    return found | {("head", "kernel"): of(features, weights)}
 
 
 @contextlib.contextmanager

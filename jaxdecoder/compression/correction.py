@@ -10,40 +10,33 @@ import jax
 import jax.numpy as jnp
 from rich.progress import track
 
+from jaxdecoder.compression.calibration import calibrate, weighty
 from jaxdecoder.compression.gptq import gptq, output_error
-from jaxdecoder.compression.inputs import HEAD, Path, gram_matrices
-from jaxdecoder.config import Config
-from jaxdecoder.data import batches
-from jaxdecoder.data.tokens import Corpus
+from jaxdecoder.data.batches import Batch
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels.packing import Packed, Scheme, quantize
 from jaxdecoder.training.runs import Model
+from jaxdecoder.training.sparsity import Matrices, Path
 
 Change = Callable[[Path, jax.Array], Packed]
 """(path, kernel of one or several layers) -> the same, packed."""
 
 
-def calibration(config: Config, corpus: Corpus, count: int) -> list[batches.Batch]:
-    """So many batches of training text."""
-    return list(batches.fixed(config, corpus, "train", count))
-
-
 def corrected(
-    model: Model, shown: Sequence[batches.Batch], scheme: Scheme, kernels: dict[Path, jax.Array]
+    model: Model, shown: Sequence[Batch], scheme: Scheme, kernels: Matrices
 ) -> tuple[Change, dict[str, Any]]:
     """Kernels by GPTQ, and the mean error of their layers' outputs beside that of the nearest.
 
     Stage by stage: what enters a layer has passed those before it as they are rounded.
 
     Raises:
-        UserError: if there are fewer tokens than a layer has inputs.
+        UserError: if the inputs of a layer do not allow it.
     """
-    _check_enough(shown, kernels)
     params, layers = model.params, {path: _layers(kernel) for path, kernel in kernels.items()}
     packed: dict[tuple[Path, int], Packed] = {}
     nearest, errors = [], []
     for stage in track(stages(kernels), description="GPTQ"):
-        grams = gram_matrices(model.decoder, params, shown)
+        grams = calibrate(model.decoder, params, shown, grams=True)
         for path, layer in stage:
             kernel, gram = layers[path][layer], _layers(grams[path])[layer]
             packed[path, layer] = gptq(scheme, kernel, gram)
@@ -56,7 +49,7 @@ def corrected(
     if not all(map(math.isfinite, errors)):
         raise UserError(
             "--method gptq: the inputs of a layer are too much alike to correct for; "
-            "more --calibration-batches, or --method nearest, would do"
+            "more --calibration-tokens, or --method nearest, would do"
         )
 
     def change(path: Path, kernel: jax.Array) -> Packed:
@@ -68,13 +61,13 @@ def corrected(
         return jax.tree.map(stack, *parts)
 
     return change, {
-        "calibration_tokens": _tokens(shown),
+        "calibration_tokens": weighty(shown),
         "output_error_nearest": sum(nearest) / len(nearest),
         "output_error": sum(errors) / len(errors),
     }
 
 
-def stages(kernels: dict[Path, jax.Array]) -> list[list[tuple[Path, int]]]:
+def stages(kernels: Matrices) -> list[list[tuple[Path, int]]]:
     """All kernels, each a path and the number of its layer, in the order that text meets them.
 
     Those of a stage belong to one block, or to blocks side by side.
@@ -88,7 +81,7 @@ def stages(kernels: dict[Path, jax.Array]) -> list[list[tuple[Path, int]]]:
 
 def _order(path: Path, layer: int) -> tuple[int, ...]:
     """Serial blocks repeat; stacks follow one another, their layers side by side; then the head."""
-    if path == HEAD:
+    if path[0] == "head":
         return (1,)
     if path[1] == "blocks":
         return (0, layer, _number(path[2]))
@@ -99,20 +92,6 @@ def _number(name: str) -> int:
     return int(name.rpartition("_")[2])
 
 
-def _check_enough(shown: Sequence[batches.Batch], kernels: dict[Path, jax.Array]) -> None:
-    tokens, widest = _tokens(shown), max(kernel.shape[-2] for kernel in kernels.values())
-    if tokens < widest:
-        least = math.ceil(widest * len(shown) / max(1, tokens))
-        raise UserError(
-            f"--calibration-batches {len(shown)}: {tokens} tokens of training text say too little "
-            f"of layers with {widest} inputs; {least} would be the least"
-        )
-
-
-def _tokens(shown: Sequence[batches.Batch]) -> int:
-    return int(sum(batch.weights.sum() for batch in shown))
-
-
 def _layers(stacked: jax.Array) -> jax.Array:
     """Matrices of one layer or of several, with one axis over the layers."""
     return stacked.reshape(-1, *stacked.shape[-2:])
@@ -121,7 +100,5 @@ def _layers(stacked: jax.Array) -> jax.Array:
 def _with_layer(params: Any, path: Path, layer: int, kernel: jax.Array) -> Any:
     """The parameters with one layer's kernel replaced."""
     if not path:
-        old = params["kernel"]
-        new = _layers(old).at[layer].set(kernel).reshape(old.shape)
-        return {**params, "kernel": new}
+        return _layers(params).at[layer].set(kernel).reshape(params.shape)
     return {**params, path[0]: _with_layer(params[path[0]], path[1:], layer, kernel)}

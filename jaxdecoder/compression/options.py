@@ -126,8 +126,8 @@ class Quantize:
     to int8 on the way."""
     method: Literal["nearest", "gptq"] = "nearest"
     """Round each weight to the nearest level, or correct its error by those that follow (GPTQ)."""
-    calibration_batches: int = 32
-    """For gptq: batches of training text that show what the weights are multiplied with."""
+    calibration_tokens: int = 32768
+    """For gptq: tokens of the training text that show what the weights are multiplied with."""
     include_head: bool = False
     """The head and the token embedding too, which are left alone otherwise."""
     fine_tune_steps: int = 0

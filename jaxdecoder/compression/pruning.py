@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxdecoder.compression.calibration import calibrate, calibration_batches
+from jaxdecoder.compression.calibration import calibration_batches, input_squares
 from jaxdecoder.compression.importance import by_gates, influence
 from jaxdecoder.compression.options import Prune
 from jaxdecoder.compression.parts import PARTS, going, kept
@@ -252,7 +252,7 @@ def _scores(
     criterion: str, options: Prune, model: Model, corpus: Corpus, matrices: Matrices
 ) -> Matrices:
     measured = criterion == "wanda"
-    squares = calibrate(model, corpus, options.calibration_tokens).squares if measured else {}
+    squares = input_squares(model, corpus, options.calibration_tokens) if measured else {}
     return CRITERIA[criterion](matrices, squares, options.seed)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdecoder.compression.correction import Change, calibration, corrected
-from jaxdecoder.compression.inputs import Path
+from jaxdecoder.compression.calibration import calibration_batches, widest
+from jaxdecoder.compression.correction import Change, corrected
 from jaxdecoder.compression.options import Dequantize, Quantize
 from jaxdecoder.compression.passes import Made, run_pass
 from jaxdecoder.config import Config, ModelConfig
@@ -24,6 +24,7 @@ from jaxdecoder.kernels import packing
 from jaxdecoder.layers.linear import scheme_of
 from jaxdecoder.sampling.generate import show_sample
 from jaxdecoder.training.runs import Model
+from jaxdecoder.training.sparsity import Matrices, Path
 from jaxdecoder.training.step import init_state
 
 FINE_TUNED = "_fine_tuned"
@@ -81,7 +82,7 @@ def pack(params: Any, config: Config, change: Change) -> Any:
         if not isinstance(held, dict):  # an embedding, whose rows are columns of a kernel
             return packing.parameters_of(nearest(scheme_of(config.model))(path, held.T))
         rest = {name: leaf for name, leaf in held.items() if name != "kernel"}
-        return {**rest, **packing.parameters_of(change(path, held["kernel"]))}
+        return {**rest, **packing.parameters_of(change((*path, "kernel"), held["kernel"]))}
 
     return walk(params, _shapes(config), ())
 
@@ -137,8 +138,6 @@ def _check(options: Quantize) -> None:
         raise UserError(f"--format {options.format}: has 8 bits; --bits 8, or --format int")
     if options.fine_tune_steps < 0:
         raise UserError(f"--fine-tune-steps {options.fine_tune_steps}: must be at least 0")
-    if options.calibration_batches < 1:
-        raise UserError(f"--calibration-batches {options.calibration_batches}: must be at least 1")
     if options.fine_tune_steps and options.method == "gptq":
         raise UserError(
             "--method gptq: fine-tuning learns what is rounded to the nearest; either it or "
@@ -202,19 +201,22 @@ def _packed(options: Quantize, model: Model, corpus: Corpus) -> Made:
     scheme, notes = scheme_of(wanted), {"method": options.method}
     change = nearest(scheme)
     if options.method == "gptq":
-        shown = calibration(model.config, corpus, options.calibration_batches)
-        change, errors = corrected(model, shown, scheme, _kernels(model.params, _shapes(config)))
+        kernels = _kernels(model.params, _shapes(config))
+        shown = calibration_batches(
+            model.config, corpus, options.calibration_tokens, widest(kernels)
+        )
+        change, errors = corrected(model, shown, scheme, kernels)
         notes = {**notes, **errors}
     return Made(config, pack(model.params, config, change), notes)
 
 
-def _kernels(params: Any, like: Any, path: Path = ()) -> dict[Path, jax.Array]:
+def _kernels(params: Any, like: Any, path: Path = ()) -> Matrices:
     """The kernels that `pack` packs to the shapes `like`."""
     if not isinstance(like, dict) or not isinstance(params, dict):
         return {}
     if "codes" in like:
-        return {path: params["kernel"]}
-    found: dict[Path, jax.Array] = {}
+        return {(*path, "kernel"): params["kernel"]}
+    found: Matrices = {}
     for name, part in like.items():
         found |= _kernels(params[name], part, (*path, name))
     return found

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from jaxdecoder.compression.calibration import calibrate, calibration_batches
+from jaxdecoder.compression.calibration import calibration_batches, input_squares
 from jaxdecoder.compression.importance import by_gates
 from jaxdecoder.compression.options import Sensitivity
 from jaxdecoder.compression.parts import BLOCKS, PARTS
@@ -108,7 +108,7 @@ def of_matrices(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[
     matrices = body_matrices(model.params)
     squares: Any = {}
     if options.criterion == "wanda":
-        squares = calibrate(model, corpus, options.calibration_tokens).squares
+        squares = input_squares(model, corpus, options.calibration_tokens)
     scores = CRITERIA[options.criterion](matrices, squares, options.seed)
     for share in options.sparsities:
         cut = apply(matrices, mask(matrices, scores, share, options.scope))
