@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.turns import HERE, Turn, alternate, describe, write
+from benchmarks.turns import HERE, Turn, alternate, describe, trained, write
 from jaxdecoder.compression.options import Prune
 from jaxdecoder.compression.passes import Made, run_pass
 from jaxdecoder.compression.pruning import prune, recovery
@@ -34,7 +34,6 @@ from jaxdecoder.data import batches
 from jaxdecoder.data.tokens import Corpus, prepare
 from jaxdecoder.layers.serial import periods
 from jaxdecoder.sampling.generate import encode_prompt, generate, show_sample
-from jaxdecoder.training.loop import train
 from jaxdecoder.training.runs import Model, load_model, read_config
 
 RECOVERY = {"stories": 600, "shakespeare_small": 1500}
@@ -73,15 +72,6 @@ ROWS: dict[str, Options | None] = {
     },
     "a third of the layers, to the nearest": lambda c: {"method": "layers", "sparsity": 1 / 3},
 }
-
-
-def trained(preset: str, chosen: argparse.Namespace) -> Path:
-    """The run of a preset, trained if it is not there."""
-    out = Path("runs") / (f"quick_{preset}" if chosen.quick else preset)
-    if not (out / "summary.json").exists():
-        quick = QUICK if chosen.quick else ()
-        train(load(f"configs/{preset}.toml", ["--train.out", str(out), *quick]))
-    return out
 
 
 def pruned(name: str, run: Path, preset: str, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -216,7 +206,9 @@ def main() -> None:
     rows = json.loads(chosen.out.read_text())["rows"] if chosen.out.exists() else []
     described = describe()
     for preset in chosen.presets:
-        run = trained(preset, chosen)
+        run = Path("runs") / (f"quick_{preset}" if chosen.quick else preset)
+        quick = QUICK if chosen.quick else ()
+        trained(load(f"configs/{preset}.toml", ["--train.out", str(run), *quick]))
         dense = load_model(run)
         for number, row_name in enumerate(chosen.rows):
             if any((row["run"], row["pruned"]) == (run.name, row_name) for row in rows):

@@ -18,13 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.turns import HERE, describe, write
+from benchmarks.turns import HERE, describe, trained, write
 from jaxdecoder.ablation.statistics import estimate
 from jaxdecoder.compression.distillation import distill
 from jaxdecoder.compression.options import Distill
-from jaxdecoder.config import Config, load, to_toml
+from jaxdecoder.config import load, to_toml
 from jaxdecoder.config.sections import Teaching
-from jaxdecoder.training.loop import train
 
 STUDENTS = {"stories": "stories_student", "shakespeare_small": "shakespeare_student"}
 GOAL = 0.02
@@ -39,18 +38,13 @@ def summary_of(run: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def finished(config: Config) -> dict[str, Any]:
-    """The summary of a run, which is trained if need be."""
-    return summary_of(Path(config.train.out)) or train(config)
-
-
 def measure(preset: str, chosen: argparse.Namespace, report: dict[str, Any]) -> None:
     """Adds a row for each seed and arm to the report, and writes it."""
     overrides = QUICK if chosen.quick else []
     runs = Path(chosen.runs)
     teacher = load(f"configs/{preset}.toml", overrides)
     out = str(runs / f"{preset}_quick") if chosen.quick else teacher.train.out
-    taught_by = finished(replace(teacher, train=replace(teacher.train, out=out)))
+    taught_by = trained(replace(teacher, train=replace(teacher.train, out=out)))
     student = load(f"configs/{STUDENTS[preset]}.toml", overrides)
     steps = chosen.steps or student.train.steps
     how = Teaching(divergence=chosen.divergence, temperature=chosen.temperature, alpha=chosen.alpha)
@@ -63,7 +57,7 @@ def measure(preset: str, chosen: argparse.Namespace, report: dict[str, Any]) -> 
         alone = runs / f"{preset}{quick}_{steps}_alone_{seed}"
         lessons = runs / f"{preset}{quick}_{steps}_{name}_{seed}"
         config = replace(student.train, out=str(alone), seed=seed, steps=steps)
-        arms = {"alone": finished(replace(student, train=config))}
+        arms = {"alone": trained(replace(student, train=config))}
         options = Distill(out, str(file), str(lessons), how, seed=seed, steps=steps)
         arms["distilled"] = summary_of(lessons) or distill(options, f"{lessons} from {out}")
         for arm, summary in arms.items():

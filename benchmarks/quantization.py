@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.turns import HERE, describe, write
+from benchmarks.turns import HERE, describe, trained, write
 from jaxdecoder.compression.options import Quantize
 from jaxdecoder.compression.quantization import quantize
 from jaxdecoder.config import load
-from jaxdecoder.training.loop import train
 
 GROUPS = {"granularity": "group", "group_size": 64}
 WAYS: dict[str, dict[str, Any]] = {
@@ -67,14 +65,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def trained(run: Path) -> Path:
-    """The run, trained from the config of its name if it is not there."""
-    if not (run / "summary.json").is_file():
-        config = load(HERE.parent / "configs" / f"{run.name}.toml")
-        train(replace(config, train=replace(config.train, out=str(run))))
-    return run
-
-
 def main() -> None:
     """Reads the command line, measures, prints and writes."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -86,7 +76,9 @@ def main() -> None:
     described, results = describe(), {}
     with tempfile.TemporaryDirectory() as folder:
         for run in chosen.runs:
-            results[Path(run).name] = measure(trained(Path(run)), ways, Path(folder))
+            name = Path(run).name
+            trained(load(HERE.parent / "configs" / f"{name}.toml", ["--train.out", run]))
+            results[name] = measure(Path(run), ways, Path(folder))
     for run, found in results.items():
         print(f"\n{run}: {found['float32']['loss']:.4f} nats a token, as floats")
         print(table(found), flush=True)

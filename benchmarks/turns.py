@@ -1,4 +1,4 @@
-"""Two programs that take turns on one machine: what the CPU benchmarks share.
+"""What the CPU benchmarks share: programs that take turns on one machine, and trained runs.
 
 Turns alternate, so that whatever else the machine does slows both, and medians are compared. The
 peer has a Python of its own, with torch and transformers (`make bench` makes it).
@@ -105,6 +105,14 @@ def describe(**more: Any) -> dict[str, Any]:
     if described["load_before"] > 0.5:
         print("warning: other processes are running, so the ratio means little", flush=True)
     return described
+
+
+def trained(config: Any) -> dict[str, Any]:
+    """The summary of a config's run, which is trained if it is not there or not finished."""
+    from jaxdecoder.training.loop import train
+
+    path = Path(config.train.out) / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else train(config)
 
 
 def write(path: Path, report: dict[str, Any]) -> None:

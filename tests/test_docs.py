@@ -1,12 +1,16 @@
 """The page on variants tells of each of them, and shows it."""
 
+import dataclasses
 import re
 from pathlib import Path
+from typing import get_args
 
 import matplotlib
 import pytest
 
+from jaxdecoder.compression import options
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.config.sections import Teaching
 from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
@@ -74,6 +78,18 @@ def test_fields_it_names_exist():
         "attention_implementation",
         "attention_projection",
     }
+
+
+def test_options_of_compression_that_it_names_exist():
+    page = (DOCS / "compression.md").read_text(encoding="utf-8")
+    kinds = [kind for kind in vars(options).values() if dataclasses.is_dataclass(kind)]
+    fields = {field.name.replace("_", "-") for kind in kinds for field in dataclasses.fields(kind)}
+    prose = re.sub(r"^python train\.py .*$", "", page, flags=re.MULTILINE)
+    named = set(re.findall(r"--(?:no-)?([a-z][a-z-]+)", prose))
+    assert named - fields == {"help"}
+    # Every pass and every method of pruning is told of.
+    for name in (*get_args(options.PruningMethod), "distill", "quantize", "dequantize", "chart"):
+        assert f"`{name}`" in page or f"compress.py {name} " in page, name
 
 
 def test_findings_are_what_the_committed_results_say(tmp_path):
