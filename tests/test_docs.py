@@ -10,7 +10,6 @@ import pytest
 
 from jaxdecoder.compression import options
 from jaxdecoder.config import ModelConfig
-from jaxdecoder.config.sections import Teaching
 from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
@@ -84,7 +83,7 @@ def test_options_of_compression_that_it_names_exist():
     page = (DOCS / "compression.md").read_text(encoding="utf-8")
     kinds = [kind for kind in vars(options).values() if dataclasses.is_dataclass(kind)]
     fields = {field.name.replace("_", "-") for kind in kinds for field in dataclasses.fields(kind)}
-    prose = re.sub(r"^python train\.py .*$", "", page, flags=re.MULTILINE)
+    prose = re.sub(r"^python (train|sample)\.py .*$", "", page, flags=re.MULTILINE)
     named = set(re.findall(r"--(?:no-)?([a-z][a-z-]+)", prose))
     assert named - fields == {"help"}
     # Every pass and every method of pruning is told of.
