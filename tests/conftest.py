@@ -17,6 +17,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
+# Most of the time goes into compiling programs that then run for milliseconds: LLVM is to be quick.
+# What a test asks of XLA itself, such as how much memory a program takes, does not depend on it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 # Before anything of the package is imported: shapes and types in its annotations are checked.
 # The numeric tower is PEP 484's: an int will do for a float.
 install_import_hook(

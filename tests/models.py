@@ -37,15 +37,6 @@ SMALL = ModelConfig(
     mod_capacity=0.4,
 )
 
-# Small models spend their time in the compiler, and half of that in optimisation.
-quick_jit = partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-
 
 def small(**changes):
     """The small model with these fields changed."""
@@ -76,7 +67,7 @@ def random_tokens(config, *shape, seed=0):
     return np.random.default_rng(seed).integers(config.vocab_size, size=shape, dtype=np.int32)
 
 
-@partial(quick_jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
 def logits_of(decoder, params, tokens):
     """The logits of a full forward pass."""
     return decoder.apply({"params": params}, tokens)

@@ -18,7 +18,6 @@ from jaxdecoder.errors import UserError
 from jaxdecoder.training.loop import complete
 from jaxdecoder.training.runs import Model
 from jaxdecoder.training.step import init_state, make_decoder
-from tests.models import quick_jit
 from tests.runs import write_config
 
 DRAW = np.random.default_rng(0)
@@ -69,7 +68,7 @@ def test_files_hold_what_the_teacher_says_of_the_very_windows_of_each_step(taugh
     assert said.tokens.nbytes + said.log_probabilities.nbytes == answers.needed(config)
     assert answers.needed(config) == 160 * (4 * 4 + 2)
     batch = batches.of_steps(config, corpus, 3, 1)
-    logits = quick_jit(model.decoder.apply)({"params": model.params}, batch.inputs[0])
+    logits = jax.jit(model.decoder.apply)({"params": model.params}, batch.inputs[0])
     exact = answers.answer(logits, 4, 2.0)
     np.testing.assert_array_equal(said.tokens[3], exact.tokens)
     np.testing.assert_allclose(said.log_probabilities[3], exact.log_probabilities, rtol=1e-3)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from models import any_config, quick_jit, random_params, random_tokens, shapes
+from models import any_config, random_params, random_tokens, shapes
 from test_analysis import products
 from test_decoder import assert_close, decode
 
@@ -51,7 +51,7 @@ def check(config):
     costs_what_is_counted(config, decoder)
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def train(decoder, params, tokens):
     """The loss of predicting each row's tokens backwards, its gradients, and the logits."""
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jaxdecoder.ablation import statistics
 from jaxdecoder.ablation.claims import Outcome, check, judge
 from jaxdecoder.ablation.grid import METRICS, read
 from jaxdecoder.errors import UserError
@@ -105,8 +106,11 @@ class TestPlantedEffects:
         assert verdicts(tmp_path, ["norm=layernorm beats norm=none"], loss) == ["supported"]
 
 
-def test_a_planted_null_is_found_no_more_often_than_the_level_says(tmp_path):
+def test_a_planted_null_is_found_no_more_often_than_the_level_says(tmp_path, monkeypatch):
     """200 reports of four claims each about arms that differ in nothing."""
+    # No verdict asks for these, and they take most of the time.
+    monkeypatch.setattr(statistics, "RESAMPLES", 2)
+    monkeypatch.setattr(statistics, "detectable", lambda deviation, n, **told: 0.0)
     claims = [
         "norm=layernorm beats norm=none",
         "n_heads=4 beats n_heads=1",

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from models import quick_jit
 
 from jaxdecoder.kernels.cross_entropy import ACCELERATOR, CPU, cross_entropy
 
@@ -58,7 +57,7 @@ def differentiated(
     return losses, gradients
 
 
-ours = quick_jit(differentiated, static_argnums=(5, 6))
+ours = jax.jit(differentiated, static_argnums=(5, 6))
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -105,7 +104,7 @@ def test_of_bfloat16_features_is_summed_in_float32(chunk):
 def test_of_a_tied_head_has_the_gradient_of_the_embedding():
     features, kernel, _, targets, weights = inputs(2, 3, 4, 10, bias=False)
 
-    @quick_jit
+    @jax.jit
     def gradient(embedding, features, targets, weights):
         def tied(embedding):
             losses = cross_entropy(features, embedding.T, None, targets, chunk=4)
@@ -121,7 +120,7 @@ def test_works_under_vmap_and_remat():
     members = [inputs(2, 3, 4, 10, seed=seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *x: np.stack(x), *members)
     rematted = functools.partial(differentiated, softcap=2.0, chunk=4, wrapped_by=jax.checkpoint)
-    losses, gradients = quick_jit(jax.vmap(rematted))(*stacked)
+    losses, gradients = jax.jit(jax.vmap(rematted))(*stacked)
     for i, member in enumerate(members):
         assert_close(
             jax.tree.map(lambda x, i=i: x[i], (losses, gradients)), reference(*member, 2.0)

@@ -16,7 +16,6 @@ from models import (
     covering_configs,
     logits_of,
     name_of,
-    quick_jit,
     random_params,
     random_tokens,
     seeing,
@@ -139,7 +138,7 @@ def model(config):
     return Decoder(config), random_params(config)
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def run(decoder, params, tokens, weights):
     """Gradients of the weighted sum of logits, and the logits."""
 
@@ -150,7 +149,7 @@ def run(decoder, params, tokens, weights):
     return jax.grad(weighed, has_aux=True)(params)
 
 
-@functools.partial(quick_jit, static_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def decode(decoder, params, tokens, start, chunks):
     """Logits of a stream of left-padded rows: these chunks, then token by token."""
     empty = empty_cache(decoder.config, tokens.shape[0])
@@ -430,7 +429,7 @@ class TestDropout:
     )
 
     @staticmethod
-    @functools.partial(quick_jit, static_argnums=(0, 3))
+    @functools.partial(jax.jit, static_argnums=(0, 3))
     def blocks(decoder, params, tokens, dropout, key):
         _, state = decoder.apply(
             {"params": params},
@@ -506,7 +505,7 @@ class TestInitializers:
 
     def init(self, initializer, seed=0):
         config = dataclasses.replace(self.CONFIG, initializer=initializer)
-        init = quick_jit(Decoder(config).init)
+        init = jax.jit(Decoder(config).init)
         return init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
 
     def leaves(self, params):

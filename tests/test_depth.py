@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import naive
 import numpy as np
 import pytest
-from models import quick_jit, random_params, random_tokens, small
+from models import random_params, random_tokens, small
 
 from jaxdecoder import Decoder
 from jaxdecoder.config import ConfigError
@@ -64,7 +64,7 @@ def model(config):
     return Decoder(config, unrolled=True), random_params(config)
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def step(decoder, params, tokens, cache):
     """Logits, the cache and the intermediates of tokens that follow what the cache holds."""
     params = unroll_params(params, decoder.config)
@@ -212,20 +212,20 @@ class TestTraining:
         for _ in range(40):
             gradients = training_gradients(decoder, params, tokens)
             params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
-        apply = quick_jit(functools.partial(decoder.apply, mutable=["intermediates"]))
+        apply = jax.jit(functools.partial(decoder.apply, mutable=["intermediates"]))
         _, seen = apply({"params": params}, tokens[:, :-1])
         taken = seen["intermediates"]["body"]["blocks"]["block_1"]["taken"][0]
         assert abs(np.mean(taken) - 0.25) < 0.1
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def training_losses(decoder, params, inputs, targets):
     """What training minimises, and the loss when nothing is trained."""
     apply = functools.partial(decoder.apply, {"params": params}, inputs, targets, method="losses")
     return apply(dropout=0.0), apply()
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def training_gradients(decoder, params, tokens):
     def loss(params):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]

@@ -27,7 +27,7 @@ from jaxdecoder.errors import UserError
 from jaxdecoder.training.loop import train
 from jaxdecoder.training.runs import load_model, read_config
 from jaxdecoder.training.step import next_token
-from tests.models import quick_jit, random_params, random_tokens, small
+from tests.models import random_params, random_tokens, small
 from tests.runs import losses, script, write_config
 
 # --- What is minimised ----------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def a_batch(model):
 
 
 def logits_of(model, params, tokens):
-    return np.asarray(quick_jit(Decoder(model).apply)({"params": params}, tokens), np.float64)
+    return np.asarray(jax.jit(Decoder(model).apply)({"params": params}, tokens), np.float64)
 
 
 def test_the_loss_is_the_mixture_of_both():
@@ -50,7 +50,7 @@ def test_the_loss_is_the_mixture_of_both():
     settings = DistillationConfig(temperature=3.0, alpha=0.3)
     batch, params, held = a_batch(student), random_params(student), random_params(teacher, 1)
     loss = lesson(Config(model=student, distillation=settings), TOKENIZER, Decoder(teacher))
-    found = quick_jit(loss)(params, batch, jax.random.key(0), held)
+    found = jax.jit(loss)(params, batch, jax.random.key(0), held)
     ours, theirs = (
         logits_of(*model, batch.inputs) for model in ((student, params), (teacher, held))
     )
@@ -69,7 +69,7 @@ def test_with_no_divergence_it_is_the_decoders_own_loss_whatever_the_variant():
         config = Config(model=student, distillation=settings)
         loss = lesson(config, TOKENIZER, Decoder(small()))
         plain = next_token(Config(model=student)).loss
-        found, own = quick_jit(
+        found, own = jax.jit(
             lambda params, loss=loss, plain=plain, batch=batch: (
                 loss(params, batch, jax.random.key(0), random_params(small())),
                 plain(params, batch, jax.random.key(0), ()),
@@ -82,7 +82,7 @@ def test_what_a_student_goes_on_with_is_what_it_would_sample():
     """With the same keys, from full passes instead of a cache."""
     model, key = small(position="rope"), jax.random.key(3)
     params, prompts = random_params(model), jnp.asarray(random_tokens(model, 2, 3))
-    found = quick_jit(lambda p: continued(Decoder(model), p, prompts, 8, key, 11))(params)
+    found = jax.jit(lambda p: continued(Decoder(model), p, prompts, 8, key, 11))(params)
     tokens = np.asarray(prompts)
     for each in jax.random.split(key, 5):
         logits = logits_of(
@@ -111,7 +111,7 @@ def test_no_gradient_passes_through_sampling_and_the_key_decides_the_text():
     batch, params, held = a_batch(model), random_params(model), random_params(model, 1)
     batch = batch._replace(weights=jnp.ones((2, 8)))
     loss = lesson(Config(model=model, distillation=settings), TOKENIZER, Decoder(model))
-    both = quick_jit(jax.value_and_grad(loss))
+    both = jax.jit(jax.value_and_grad(loss))
     value, gradient = both(params, batch, jax.random.key(0), held)
     again, _ = both(params, batch, jax.random.key(0), held)
     other, _ = both(params, batch, jax.random.key(1), held)
@@ -129,7 +129,7 @@ def test_no_gradient_passes_through_sampling_and_the_key_decides_the_text():
         )
         return ((jnp.exp(p) * (p - q)).sum(-1) * judged(text, batch.weights, 2, None)).sum()
 
-    expected = quick_jit(jax.grad(by_hand))(params)
+    expected = jax.jit(jax.grad(by_hand))(params)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 

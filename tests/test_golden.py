@@ -51,7 +51,7 @@ import jax.numpy as jnp
 import naive
 import numpy as np
 import pytest
-from models import logits_of, quick_jit, seeing, shapes, small
+from models import logits_of, seeing, shapes, small
 
 from jaxdecoder import Decoder
 from jaxdecoder.config import ModelConfig
@@ -155,7 +155,7 @@ def test_gradients_of_a_models_loss_are_those_of_the_oracle(name):
     file, decoder = golden(name), Decoder(config_of(name))
     tokens = file["tokens"]
 
-    @quick_jit
+    @jax.jit
     def gradient(params):
         def loss(params):
             inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -227,7 +227,7 @@ class TestFunctions:
             losses = decoder.apply(variables, tokens, file["targets"], method="losses")
             return jnp.sum(losses * file["weights"]), losses
 
-        gradient, losses = quick_jit(jax.grad(weighed, has_aux=True))(file["logits"])
+        gradient, losses = jax.jit(jax.grad(weighed, has_aux=True))(file["logits"])
         np.testing.assert_allclose(losses, file["losses"], rtol=1e-5, atol=1e-5)
         assert_close(gradient, file["gradient"])
 

@@ -15,7 +15,7 @@ from jaxdecoder.compression import matching
 from jaxdecoder.compression.matching import MATCHINGS, Layer, check, looking, paired
 from jaxdecoder.config import Config, ConfigError, DistillationConfig, ModelConfig
 from jaxdecoder.config.sections import Teaching
-from tests.models import name_of, quick_jit, random_params, random_tokens, small
+from tests.models import name_of, random_params, random_tokens, small
 
 DRAW = np.random.default_rng(0)
 BATCH, TIME = 2, 6
@@ -142,7 +142,7 @@ def test_every_decoder_can_be_looked_into(config):
     params, tokens = random_params(config), jnp.asarray(random_tokens(config, 2, 8))
     decoder = Decoder(config)
 
-    @quick_jit
+    @jax.jit
     def both(params):
         plain = decoder.apply({"params": params}, tokens, method="features")
         return plain, looking(decoder, params, tokens, method="features")
@@ -186,7 +186,7 @@ def test_gradients_reach_the_student_through_its_layers():
         return [match(layers, teacher, weights, Teaching()).sum() for match in MATCHINGS.values()]
 
     for name, gradients in zip(
-        MATCHINGS, quick_jit(jax.jacrev(losses))(random_params(mine)), strict=True
+        MATCHINGS, jax.jit(jax.jacrev(losses))(random_params(mine)), strict=True
     ):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)), name
         assert np.abs(gradients["body"]["blocks"]["block_0"]["attention"]["key"]["kernel"]).max()
@@ -194,7 +194,7 @@ def test_gradients_reach_the_student_through_its_layers():
 
 def features_of(config):
     """A function from parameters and tokens to the features and the layers."""
-    return quick_jit(partial(looking, Decoder(config), method="features"))
+    return jax.jit(partial(looking, Decoder(config), method="features"))
 
 
 def with_settings(model, **settings):

@@ -27,7 +27,6 @@ from jaxdecoder.training.runs import Model
 from tests.models import (
     covering_configs,
     logits_of,
-    quick_jit,
     random_params,
     random_tokens,
     shapes,
@@ -162,7 +161,7 @@ def test_layer_norms_of_a_narrower_model_are_those_of_the_features_that_stay(mon
     got = logits_of(Decoder(smaller), fewer, tokens)
     monkeypatch.setattr(norms, "standardise", standardised)
     zero = silent(params, keep[()], 16)
-    expected = quick_jit(lambda p, t: Decoder(config).apply({"params": p}, t))(zero, tokens)
+    expected = jax.jit(lambda p, t: Decoder(config).apply({"params": p}, t))(zero, tokens)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
@@ -254,7 +253,7 @@ def test_importance_is_the_slope_of_the_loss_along_gates(name, measure):
     ones = part.ones(model.params, config)
     path = next(iter(ones))
 
-    @quick_jit
+    @jax.jit
     def loss(value, place, row):
         gates = {**ones, path: ones[path].at[place].set(value)}
         rows = jax.tree.map(lambda x: jnp.asarray(x)[row][None], batch)
@@ -275,7 +274,7 @@ def test_influence_is_one_less_the_cosine_of_the_stream_before_and_after():
     config = small(n_layers=4, depth="mixture_of_depths")
     model, batch = model_of(config), batch_of(config)
     found = influence(model, [batch])[BLOCKS]
-    _, seen = quick_jit(
+    _, seen = jax.jit(
         lambda p, t: model.decoder.apply(
             {"params": p}, t, method="features", mutable=["intermediates"]
         )

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import quick_jit
 
 from jaxdecoder.kernels import packing, quantized
 from jaxdecoder.kernels.packing import FORMATS
 from jaxdecoder.kernels.quantized import FEW_ROWS, packed_product, rounded
 from tests.test_packing import GROUP, SCHEMES, name_of
 
-product = quick_jit(packed_product, static_argnames="activations")
+product = jax.jit(packed_product, static_argnames="activations")
 
 D_IN, D_OUT = 8 * GROUP, 20
 INTEGER = [scheme for scheme in SCHEMES if FORMATS[scheme.format].integer]
@@ -58,7 +57,7 @@ def test_sums_of_the_largest_products_do_not_overflow(scheme):
     packed = packing.quantize(scheme, kernel)
     x = np.full((1, D_IN), -3.0, np.float32)
     expected = x.astype(np.float64) @ np.asarray(packed.dequantized(), np.float64)
-    np.testing.assert_allclose(quick_jit(quantized.by_integers)(x, packed), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(quantized.by_integers)(x, packed), expected, rtol=1e-5)
 
 
 def test_rounding_of_activations_is_off_by_half_a_step_and_has_the_gradient_of_none():

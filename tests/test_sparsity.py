@@ -26,7 +26,7 @@ from jaxdecoder.training.optimizers import keep_zeros
 from jaxdecoder.training.runs import Model
 from jaxdecoder.training.sparsity import SCOPES, body_matrices, gradual, rounds
 from jaxdecoder.training.step import init_state, make_decoder
-from tests.models import quick_jit, random_params, random_tokens, small
+from tests.models import random_params, random_tokens, small
 from tests.runs import write_config
 
 STACKED, PLAIN = ("body", "blocks", "up", "kernel"), ("body", "down", "kernel")
@@ -159,7 +159,7 @@ def test_the_sums_are_those_of_the_inputs_that_products_meet(changes):
             np.diagonal(gram, axis1=-2, axis2=-1), squares_of[path], rtol=1e-4
         )
         np.testing.assert_allclose(gram, gram.swapaxes(-1, -2), rtol=1e-4, atol=1e-4)
-    features, seen = quick_jit(
+    features, seen = jax.jit(
         partial(
             decoder.apply,
             method="features",
@@ -196,7 +196,7 @@ def test_too_little_calibration_data_is_refused(tmp_path):
     config = load(write_config(tmp_path))
     corpus = prepare(config.data)
     config = complete(config, corpus)
-    params = quick_jit(lambda: init_state(config).params)()
+    params = jax.jit(lambda: init_state(config).params)()
     model = Model(config, make_decoder(config), params, corpus.tokenizer, 0)
     have = len(corpus.train.tokens) - 1
     with pytest.raises(UserError, match=f"between 1 and the {have:,} tokens"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gpu_compile import needs_cuda_packages
 from jax.sharding import AbstractMesh
-from models import quick_jit, random_params, random_tokens, shapes, small
+from models import random_params, random_tokens, shapes, small
 from test_analysis import products
 
 from benchmarks.step_memory import measure
@@ -58,7 +58,7 @@ def test_the_layers_of_a_stack_are_one_computation_however_many_they_are():
 
 def test_layers_start_from_weights_of_their_own_and_drop_their_own_values():
     config = STACKS
-    params = quick_jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    params = jax.jit(Decoder(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     kernels = params["params"]["body"]["stack_0"]["blocks"]["block_0"]["skip"]["kernel"]
     rows = np.asarray(kernels).reshape(2, -1)
     assert abs(np.corrcoef(rows)[0, 1]) < 0.5
@@ -69,7 +69,7 @@ def test_layers_start_from_weights_of_their_own_and_drop_their_own_values():
     params["params"]["body"]["stack_0"]["blocks"] = alike
 
     def slices(dropout):
-        _, state = quick_jit(
+        _, state = jax.jit(
             lambda p: Decoder(config).apply(
                 p,
                 jnp.arange(8)[None],
@@ -96,7 +96,7 @@ def test_recomputed_activations_change_no_gradient(config):
         jax.grad(loss_of(dataclasses.replace(config, remat=remat))) for remat in (False, True)
     )
     for a, b in zip(
-        *(jax.tree.leaves(quick_jit(gradient)(params)) for gradient in (kept, again)), strict=True
+        *(jax.tree.leaves(jax.jit(gradient)(params)) for gradient in (kept, again)), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     # Recomputing is another forward pass of the blocks, though not of what stands behind them.
@@ -139,7 +139,7 @@ def test_the_upper_triangle_of_the_benchmark_sees_itself_and_the_future_only():
     params, tokens = random_params(STACKS), random_tokens(STACKS, 1, 8)
 
     def logits(tokens):
-        return quick_jit(Decoder(STACKS).apply)({"params": params}, tokens)[0]
+        return jax.jit(Decoder(STACKS).apply)({"params": params}, tokens)[0]
 
     with upper_triangle():
         before = logits(tokens)
