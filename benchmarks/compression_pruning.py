@@ -36,7 +36,7 @@ from jaxdecoder.layers.serial import periods
 from jaxdecoder.sampling.generate import encode_prompt, generate, show_sample
 from jaxdecoder.training.runs import Model, load_model, read_config
 
-RECOVERY = {"stories": 600, "shakespeare_small": 1500}
+RECOVERY = {"stories": 600, "shakespeare_small": 600}
 LEARNING_RATE = {"stories": None, "shakespeare_small": None}
 QUICK = (
     *("--model.d-model", "32", "--model.n-layers", "3", "--model.n-heads", "3"),
