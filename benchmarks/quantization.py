@@ -45,7 +45,7 @@ def measure(run: Path, ways: dict[str, dict[str, Any]], folder: Path) -> dict[st
         told = quantize(Quantize(str(run), str(new), **changes), f"benchmark: {way}")
         before, after = told["compression"]["before"], told["compression"]["at_once"]
         results.setdefault("float32", {"loss": before["validation_loss"], "bytes": before["bytes"]})
-        # What is packed after fine-tuning has another run before it: all are held against the first.
+        # Packing after fine-tuning has another run before it; all are held against the first.
         results[way] = {
             "loss": told["validation_loss"],
             "difference": told["validation_loss"] - results["float32"]["loss"],
