@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import flax.linen as nn
@@ -89,11 +89,12 @@ def calibrate(
     and so are, for the layers of a block with a router, the tokens that it does not take. The head
     is among the layers, its kernel its own or not; embeddings and routers are not.
     """
-    added: Any = None
-    for batch in chosen:
-        new = sums(decoder, params, batch, grams)
-        added = new if added is None else jax.tree.map(jnp.add, added, new)
-    return added
+    return added_up(lambda batch: sums(decoder, params, batch, grams), chosen)
+
+
+def added_up(of: Callable[[Batch], Any], chosen: Iterable[Batch]) -> Any:
+    """What `of` makes of each batch, arrays all of the same shapes, added up."""
+    return reduce(partial(jax.tree.map, jnp.add), map(of, chosen))
 
 
 @partial(jax.jit, static_argnums=(0, 3))

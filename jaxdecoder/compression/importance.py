@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 from rich.progress import track
 
+from jaxdecoder.compression.calibration import added_up
 from jaxdecoder.compression.parts import BLOCKS, Gates, Part
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.layers.serial import turn
@@ -101,9 +102,6 @@ def _mean(
     added: Callable[[Any, Batch], Any], params: Any, batches: Sequence[Batch], description: str
 ) -> Gates:
     """The sums of all batches over their counts."""
-    total: Any = None
-    for batch in track(batches, description=description):
-        new = added(params, batch)
-        total = new if total is None else jax.tree.map(jnp.add, total, new)
-    sums, count = total
+    shown = track(batches, description=description)
+    sums, count = added_up(lambda batch: added(params, batch), shown)
     return jax.tree.map(lambda x: x / count, sums)

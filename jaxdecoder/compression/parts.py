@@ -139,10 +139,14 @@ def take(params: Any, indices: Callable[[Path, str], Any]) -> Any:
 # --- Heads and neurons ----------------------------------------------------------------------------
 
 
+NO_OUT = "without model.attention_projection the heads are as wide as the residual stream"
+NO_DOWN = "without model.feed_forward_projection the neurons are the residual stream's features"
+
+
 def heads_refusal(c: ModelConfig) -> str:
     """Why no heads can go."""
     if not c.attention_projection:
-        return "without model.attention_projection the heads are as wide as the residual stream"
+        return NO_OUT
     if c.position == "alibi":
         return 'model.position = "alibi" gives every head its slope by how many there are'
     return ""
@@ -153,9 +157,7 @@ def neurons_refusal(c: ModelConfig) -> str:
     if not c.feed_forward:
         return "model.feed_forward is false"
     if not c.feed_forward_projection:
-        return (
-            "without model.feed_forward_projection the neurons are the residual stream's features"
-        )
+        return NO_DOWN
     return ""
 
 
@@ -231,11 +233,9 @@ def width_refusal(c: ModelConfig) -> str:
     if c.position == "sinusoidal":
         return 'model.position = "sinusoidal" makes its waves by the width'
     if not c.attention_projection:
-        return "without model.attention_projection the heads are as wide as the residual stream"
+        return NO_OUT
     if c.feed_forward and not c.feed_forward_projection:
-        return (
-            "without model.feed_forward_projection the neurons are the residual stream's features"
-        )
+        return NO_DOWN
     return ""
 
 

@@ -140,13 +140,7 @@ def recovery(options: Prune, config: Config, steps: int) -> Any:
     """
     o = config.optimizer
     if options.learning_rate is not None:
-        factor = options.learning_rate / o.learning_rate
-        adam = o.adam_learning_rate
-        o = replace(
-            o,
-            learning_rate=options.learning_rate,
-            adam_learning_rate=None if adam is None else adam * factor,
-        )
+        o = o.peaking_at(options.learning_rate)
     if options.rewind is not None or not steps:
         return o
     return replace(o, schedule="linear", warmup_steps=steps // 20, final_fraction=0.0)

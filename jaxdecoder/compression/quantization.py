@@ -168,14 +168,11 @@ def _rounded(options: Quantize, model: Model, corpus: Corpus) -> Made:
     if old.model.quantized:
         raise UserError(f"{options.run}: was trained through a rounding already")
     steps, rate = options.fine_tune_steps, options.learning_rate or old.optimizer.learning_rate / 10
-    adam = old.optimizer.adam_learning_rate
     config = replace(
         old,
         model=replace(quantized(old.model, options), weight_packed=False),
         optimizer=replace(
-            old.optimizer,
-            learning_rate=rate,
-            adam_learning_rate=adam and adam * rate / old.optimizer.learning_rate,
+            old.optimizer.peaking_at(rate),
             warmup_steps=min(old.optimizer.warmup_steps, steps // 10),
         ),
         train=replace(old.train, steps=steps),

@@ -23,10 +23,11 @@ from jaxdecoder.data import batches
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
+from jaxdecoder.files import write_atomically
 from jaxdecoder.layers.serial import periods, turn
 from jaxdecoder.training.devices import set_up
 from jaxdecoder.training.evaluation import make_evaluator
-from jaxdecoder.training.runs import Model, load_model, read_config, write_atomically
+from jaxdecoder.training.runs import Model, load_model, read_config
 from jaxdecoder.training.sparsity import body_matrices, count_of, with_matrices
 
 WHOLE = "whole"
@@ -76,7 +77,7 @@ def sensitivity(options: Sensitivity, command: str) -> list[Row]:
     config, corpus = corpus_of(model, Path(options.run))
     rows = scan(options, model._replace(config=config), corpus)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(draw(rows, options))
+    write_atomically(out, draw(rows, options))
     buffer = io.StringIO()
     csv.writer(buffer).writerows([Row._fields, *rows])
     write_atomically(out.with_suffix(".csv"), buffer.getvalue())

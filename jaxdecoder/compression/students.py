@@ -148,13 +148,7 @@ def _taught(config: Config, options: Distill) -> Config:
     if not train.steps:
         raise UserError(f"{options.student}: train.steps = 0; say how many steps, as --steps 1000")
     if options.learning_rate is not None:
-        ratio = options.learning_rate / optimizer.learning_rate
-        adam = optimizer.adam_learning_rate
-        optimizer = replace(
-            optimizer,
-            learning_rate=options.learning_rate,
-            adam_learning_rate=None if adam is None else ratio * adam,
-        )
+        optimizer = optimizer.peaking_at(options.learning_rate)
     how = {item.name: getattr(options.how, item.name) for item in dataclasses.fields(options.how)}
     distillation = DistillationConfig(**how, teacher=options.teacher)
     return replace(config, train=train, optimizer=optimizer, distillation=distillation)

@@ -93,6 +93,12 @@ class OptimizerConfig:
     ema_decay: Fraction = 0.0
     """Exponential moving average of the weights, used for evaluation; 0 turns it off."""
 
+    def peaking_at(self, rate: float) -> OptimizerConfig:
+        """The same at another peak rate; that of AdamW beside Muon keeps its ratio to it."""
+        adam, factor = self.adam_learning_rate, rate / self.learning_rate
+        adam = None if adam is None else adam * factor
+        return replace(self, learning_rate=rate, adam_learning_rate=adam)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
