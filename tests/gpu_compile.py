@@ -44,6 +44,8 @@ if CUDA_PACKAGES:
         "TF_CPP_MIN_LOG_LEVEL": "0",
         "TF_CPP_VMODULE": "subprocess_compilation=5",  # ptxas on all that XLA and Triton make
     }
+    # Kernels that LLVM does not optimise spill registers; conftest.py makes it quick for the rest.
+    jax.config.update("jax_disable_most_optimizations", False)
 
 needs_cuda_packages = pytest.mark.skipif(
     not CUDA_PACKAGES,
