@@ -14,12 +14,18 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Workers and the scripts that tests start inherit it: what one compiled, no other compiles.
     folder = tempfile.mkdtemp(prefix="jaxdecoder-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
-# Most of the time goes into compiling programs that then run for milliseconds: LLVM is to be quick.
+# Most of the time goes into compiling programs that then run for milliseconds: LLVM is to be quick,
+# and XLA is to fuse operations without MLIR's detour, where it can (jax 0.10; later it cannot).
 # What a test asks of XLA itself, such as how much memory a program takes, does not depend on it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    " --xla_cpu_parallel_codegen_split_count=1",
+)
 
 # Before anything of the package is imported: shapes and types in its annotations are checked.
 # The numeric tower is PEP 484's: an int will do for a float.

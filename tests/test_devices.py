@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 
 import jax
@@ -14,7 +15,7 @@ from jaxdecoder.training.sharding import state_sharding
 from jaxdecoder.training.step import init_state
 from tests.runs import losses, script, write_config
 
-EIGHT = "--xla_force_host_platform_device_count=8"
+EIGHT = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 
 @pytest.fixture(scope="module")

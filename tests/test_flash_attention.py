@@ -416,8 +416,9 @@ def check_stays_sharded(implementation, case, sharding, of_keys=None):
 
 def test_over_two_devices():
     folder = os.path.dirname(__file__)
+    flags = os.environ.get("XLA_FLAGS", "")
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([folder, os.path.dirname(folder)]),
     }

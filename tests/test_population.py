@@ -29,6 +29,9 @@ def member(folder: Path, name: str, *overrides: str):
         "25",
         "--train.checkpoint-every",
         "25",
+        # A divisor of all of these, so that calls of one length do.
+        "--train.steps-per-call",
+        "5",
     )
     return load(folder / "tiny.toml", [*fixed, "--train.out", str(folder / name), *overrides])
 
@@ -156,7 +159,7 @@ class TestMemory:
             write_config(folder)
 
         def seeds(folder):
-            changes = ("--train.steps", "8", "--train.seed")
+            changes = ("--train.steps", "10", "--train.seed")
             return [member(folder, f"seed{i}", *changes, str(i)) for i in range(3)]
 
         train_members(seeds(folders[0]), folders[0])
@@ -175,7 +178,7 @@ claims = ["norm=layernorm beats norm=none"]
 [overrides]
 train.steps = 120
 train.checkpoint_every = 20
-train.evaluate_every = 50
+train.evaluate_every = 60
 [factors]
 model.norm = ["layernorm", "none"]
 """

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import logits_of
 
 from jaxdecoder.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from jaxdecoder.data.batches import Batch
@@ -43,13 +44,13 @@ def with_train(**changes) -> Config:
 
 def test_the_loss_is_the_mean_over_real_targets_in_nats():
     state, batch = init_state(CONFIG), a_batch(0)
-    logits = make_decoder(CONFIG).apply({"params": state.params}, batch.inputs)
+    logits = logits_of(make_decoder(CONFIG), state.params, batch.inputs)
     logits = np.asarray(logits, np.float64)
     log_z = np.log(np.exp(logits).sum(-1))
     chosen = np.take_along_axis(logits, np.asarray(batch.targets)[..., None], axis=-1)[..., 0]
     weights = np.asarray(batch.weights, np.float64)
     expected = ((log_z - chosen) * weights).sum() / weights.sum()
-    _, metrics = make_step(CONFIG)(state, batch)
+    _, metrics = jax.jit(make_step(CONFIG))(state, batch)
     assert float(metrics.train_loss) == pytest.approx(expected, rel=1e-5)
     assert make_evaluator(make_decoder(CONFIG))(state.params, [batch]) == pytest.approx(
         expected, rel=1e-5
@@ -65,8 +66,8 @@ def test_what_is_padding_changes_nothing():
 
 def test_accumulated_parts_equal_the_whole():
     state, batch = init_state(CONFIG), a_batch(2)
-    whole, whole_metrics = make_step(CONFIG)(state, batch)
-    parts, parts_metrics = make_step(with_train(gradient_accumulation=4))(state, batch)
+    whole, whole_metrics = jax.jit(make_step(CONFIG))(state, batch)
+    parts, parts_metrics = jax.jit(make_step(with_train(gradient_accumulation=4)))(state, batch)
     chex.assert_trees_all_close(whole_metrics, parts_metrics, rtol=1e-5)
     chex.assert_trees_all_close(whole.optimizer, parts.optimizer, atol=1e-6)
 
@@ -90,7 +91,7 @@ def test_the_average_of_the_weights_follows_them():
         CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, ema_decay=0.75)
     )
     before = init_state(config)
-    after, _ = make_step(config)(before, a_batch(3))
+    after, _ = jax.jit(make_step(config))(before, a_batch(3))
     chex.assert_trees_all_close(
         evaluated_params(after),
         jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, before.params, after.params),
@@ -120,8 +121,8 @@ def test_weights_depend_on_the_seed_alone():
 def test_bfloat16_compute_stays_near_float32():
     batch = a_batch(5, weights=False)
     state = init_state(CONFIG)
-    _, full = make_step(CONFIG)(state, batch)
-    after, half = make_step(with_train(compute_dtype="bfloat16"))(state, batch)
+    _, full = jax.jit(make_step(CONFIG))(state, batch)
+    after, half = jax.jit(make_step(with_train(compute_dtype="bfloat16")))(state, batch)
     assert float(half.train_loss) == pytest.approx(float(full.train_loss), rel=1e-2)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.params))
 
