@@ -218,7 +218,7 @@ def write(out: Path, points: Sequence[Point], loss: str, command: str) -> None:
     """Writes the chart and its table beside one another."""
     picture = draw(points, loss)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".png").write_bytes(picture)
+    write_atomically(out.with_suffix(".png"), picture)
     write_atomically(out.with_suffix(".md"), markdown(points, loss))
     buffer = io.StringIO()
     csv.writer(buffer).writerows([Point._fields, *points])
@@ -270,29 +270,40 @@ def as_html(points: Sequence[Point], loss: str, picture: bytes, command: str) ->
 
 
 def draw(points: Sequence[Point], loss: str) -> bytes:
-    """A panel for each cost: the models by their names, and the front."""
+    """A panel for each cost, with the front; models go by numbers, the lowest loss first."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
+    from matplotlib.lines import Line2D
 
-    figure, panels = pyplot.subplots(2, 2, figsize=(11, 8), sharey=True, layout="constrained")
+    figure, panels = pyplot.subplots(2, 2, figsize=(10, 8), sharey=True, layout="constrained")
     unit = "nats a token" if loss == "loss" else "bits a byte"
+    numbered = list(enumerate(sorted(points, key=lambda p: getattr(p, loss)), start=1))
     for axes, (cost, kind) in zip(panels.flat, COSTS.items(), strict=True):
         best = front(points, cost, loss)
-        axes.plot(
-            [getattr(p, cost) for p in best],
-            [getattr(p, loss) for p in best],
-            color="tab:orange",
-            label="Pareto front",
-        )
-        for point in points:
+        costs = [getattr(p, cost) for p in best]
+        axes.plot(costs, [getattr(p, loss) for p in best], color="tab:orange")
+        for number, point in numbered:
             at = getattr(point, cost), getattr(point, loss)
             axes.plot(*at, "o", color="tab:orange" if point in best else "tab:blue")
-            axes.annotate(f" {point.name}", at, fontsize=7)
+            # Neighbours in loss, which may be equal in cost, have theirs on either side.
+            side = 1 if number % 2 else -1
+            place = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 8}
+            axes.annotate(str(number), at, (9 * side, 0), **place)
         axes.set(xscale="log", xlabel=kind.title, ylabel=f"validation loss ({unit})")
+        axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        axes.xaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))
+        axes.xaxis.set_minor_formatter(ticker.EngFormatter(sep=""))
+        axes.tick_params(axis="x", which="both", labelsize=7)
+        axes.margins(0.1)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+    names = [
+        Line2D([], [], ls="", marker=f"${number}$", color="black", label=point.name)
+        for number, point in numbered
+    ]
+    lines = [Line2D([], [], color="tab:orange", label="Pareto front"), *names]
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     pyplot.close(figure)
