@@ -75,6 +75,12 @@ def script(
     return process
 
 
+def devices(count: int) -> str:
+    """XLA_FLAGS of a process with so many CPU devices, and otherwise those of this one."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return f"{flags} --xla_force_host_platform_device_count={count}"
+
+
 def losses(run: Path) -> dict[tuple[int, str], float]:
     """What metrics.jsonl says of losses and gradients, by step and name; times are left out."""
     found = {}

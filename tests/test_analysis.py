@@ -170,7 +170,7 @@ class TestParameters:
         assert analysis.parameters(config)["positions"] == 3 * 4 * 20
         assert analysis.parameters(small(position="alibi"))["positions"] == 0
 
-    @settings(max_examples=20)
+    @settings(max_examples=40)
     @given(st.data())
     def test_are_those_of_the_arrays_for_any_config(self, data):
         config = any_config(data.draw)

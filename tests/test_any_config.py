@@ -25,7 +25,7 @@ BATCH = 2
 PHASES = (Phase.explicit, Phase.generate)
 
 
-@settings(max_examples=4, phases=PHASES)
+@settings(max_examples=6, phases=PHASES)
 @given(st.data())
 def test_any_config_does_what_every_config_should(data):
     check(any_config(data.draw, turns=1))

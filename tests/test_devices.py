@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import socket
 
 import jax
@@ -13,9 +12,9 @@ from jax.sharding import AbstractMesh
 from jaxdecoder.config import Config, ModelConfig
 from jaxdecoder.training.sharding import state_sharding
 from jaxdecoder.training.step import init_state
-from tests.runs import losses, script, write_config
+from tests.runs import devices, losses, script, write_config
 
-EIGHT = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+EIGHT = devices(8)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from jaxdecoder.config import model
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import chunked, flash, flash_attention, masks, portable, scores
 from jaxdecoder.kernels.problem import Device
+from tests.runs import devices
 
 ON_CPU = ("reference", "chunked", "portable")
 every_implementation = pytest.mark.parametrize("implementation", ON_CPU)
@@ -416,9 +417,8 @@ def check_stays_sharded(implementation, case, sharding, of_keys=None):
 
 def test_over_two_devices():
     folder = os.path.dirname(__file__)
-    flags = os.environ.get("XLA_FLAGS", "")
     environment = os.environ | {
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": devices(2),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([folder, os.path.dirname(folder)]),
     }

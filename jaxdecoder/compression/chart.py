@@ -226,12 +226,17 @@ def write(out: Path, points: Sequence[Point], loss: str, command: str) -> None:
     write_atomically(out, as_html(points, loss, picture, command))
 
 
+def ranked(points: Sequence[Point], loss: str) -> list[Point]:
+    """The lowest loss first, as the table has them and the picture numbers them."""
+    return sorted(points, key=lambda point: float(getattr(point, loss)))
+
+
 def rows(points: Sequence[Point], loss: str) -> list[list[str]]:
     """The table's cells, its heading first; a star marks who is on the front of a cost."""
     unit = "nats a token" if loss == "loss" else "bits a byte"
     fronts = {cost: front(points, cost, loss) for cost in COSTS}
     table = [["model", f"validation loss ({unit})", *(cost.title for cost in COSTS.values())]]
-    for point in sorted(points, key=lambda point: float(getattr(point, loss))):
+    for point in ranked(points, loss):
         cells = [point.name, f"{getattr(point, loss):.4f}"]
         for cost in COSTS:
             star = " *" if point in fronts[cost] else ""
@@ -279,11 +284,11 @@ def draw(points: Sequence[Point], loss: str) -> bytes:
 
     figure, panels = pyplot.subplots(2, 2, figsize=(10, 8), sharey=True, layout="constrained")
     unit = "nats a token" if loss == "loss" else "bits a byte"
-    numbered = list(enumerate(sorted(points, key=lambda p: getattr(p, loss)), start=1))
+    numbered = list(enumerate(ranked(points, loss), start=1))
     for axes, (cost, kind) in zip(panels.flat, COSTS.items(), strict=True):
         best = front(points, cost, loss)
-        costs = [getattr(p, cost) for p in best]
-        axes.plot(costs, [getattr(p, loss) for p in best], color="tab:orange")
+        line = [getattr(p, cost) for p in best], [getattr(p, loss) for p in best]
+        axes.plot(*line, color="tab:orange")
         for number, point in numbered:
             at = getattr(point, cost), getattr(point, loss)
             axes.plot(*at, "o", color="tab:orange" if point in best else "tab:blue")

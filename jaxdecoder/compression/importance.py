@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -102,6 +103,5 @@ def _mean(
     added: Callable[[Any, Batch], Any], params: Any, batches: Sequence[Batch], description: str
 ) -> Gates:
     """The sums of all batches over their counts."""
-    shown = track(batches, description=description)
-    sums, count = added_up(lambda batch: added(params, batch), shown)
+    sums, count = added_up(partial(added, params), track(batches, description=description))
     return jax.tree.map(lambda x: x / count, sums)
