@@ -24,7 +24,7 @@ class Options:
     out: str = ""
     """Folder for members and report. Left out: runs/ablations/ and the file's name."""
     devices: int = 0
-    """On the CPU: cores to use, each a device; 0: all."""
+    """On the CPU: cores to use, a process each; 0: all."""
 
 
 @friendly
@@ -39,10 +39,12 @@ def main() -> None:
     # Imported late: --help and a refused file need no JAX.
     from jaxdecoder.ablation.grid import read
     from jaxdecoder.ablation.run import run
-    from jaxdecoder.training.devices import one_device_a_core
+    from jaxdecoder.training.devices import keep_programs, one_device_a_core
 
     ablation = read(options.config, out=out, size=options.size)
     one_device_a_core(options.devices)
+    # Ablations have programs in common, and one that goes on has those that it was stopped in.
+    keep_programs(Path(ablation.base.data.cache) / "programs")
     run(ablation, out, command=f"python ablate.py {shlex.join(sys.argv[1:])}")
 
 

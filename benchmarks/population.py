@@ -1,6 +1,7 @@
 """Many runs as one program against the same runs one after another.
 
     python -m benchmarks.population                 # 32 members of shakespeare_nano against 32 runs
+    python -m benchmarks.population --solo 4        # with 4 of the runs timed, for all of them
     python -m benchmarks.population --steps 500     # shorter
     python -m benchmarks.population --mappings      # how a device should work through its members
 
@@ -11,7 +12,8 @@ whole time stands that of the training alone, from the runs' own summaries, and 
 question is another, the time of all members as a multiple of one run's.
 
 The second times a training step of one member, in one process for each way: a run on all cores,
-members at once (`vmap`), members one after another on a device each core. Ways take turns.
+members at once (`vmap`), members one after another on a device each core, and the same in a process
+each core, which is what ablations do on a CPU. Ways take turns.
 
 Writes benchmarks/results/population.json, or population_mappings.json.
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -39,7 +42,7 @@ seeds = {seeds}
 [[arms]]
 model.n_layers = 4
 """
-WAYS = ("one_run", "vmap", "one_after_another")
+WAYS = ("one_run", "vmap", "one_after_another", "process_a_core")
 
 
 # --- Whole commands -------------------------------------------------------------------------------
@@ -49,29 +52,29 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of all members in one command, and of the same runs one after another."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        before = [solo(options, folder, seed) for seed in range(options.members // 2)]
+        before = [solo(options, folder, seed) for seed in range(options.solo // 2)]
         together = population(options, folder)
-        after = [
-            solo(options, folder, seed) for seed in range(options.members // 2, options.members)
-        ]
-        alone = before + after
+        after = [solo(options, folder, seed) for seed in range(options.solo // 2, options.solo)]
+        alone, times = before + after, options.members / options.solo
         inside = {
             "population": sum(seconds_of(run) for run in (folder / "out" / "members").iterdir()),
-            "solo": sum(seconds_of(folder / f"solo_{seed}") for seed in range(options.members)),
+            "solo": times * sum(seconds_of(folder / f"solo_{i}") for i in range(options.solo)),
         }
+    every = times * sum(alone)
     result = {
         "members": options.members,
         "steps": options.steps,
+        "solo_runs_timed": options.solo,
         "population_seconds": together,
-        "solo_seconds": sum(alone),
+        "solo_seconds": every,
         "one_solo_seconds": statistics.median(alone),
-        "ratio": together / sum(alone),
+        "ratio": together / every,
         "of_one_run": together / statistics.median(alone),
         "training_alone": {**inside, "ratio": inside["population"] / inside["solo"]},
     }
     print(
         f"{options.members} members together {together:.1f} s, one after another "
-        f"{sum(alone):.1f} s: ratio {result['ratio']:.3f} (training alone "
+        f"{every:.1f} s: ratio {result['ratio']:.3f} (training alone "
         f"{result['training_alone']['ratio']:.3f}); {result['of_one_run']:.2f} times one run"
     )
     return result
@@ -120,14 +123,23 @@ def mappings(options: argparse.Namespace) -> dict[str, Any]:
         for way in WAYS:
             command = [sys.executable, "-m", "benchmarks.population", "--measure", way]
             command += ["--members", str(options.members)]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-            measured[way].append(float(done.stdout.split()[-1]))
+            cores = sorted(os.sched_getaffinity(0)) if way == "process_a_core" else [-1]
+            beside = [
+                subprocess.Popen(
+                    [*command, "--core", str(core)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+                )
+                for core in cores
+            ]
+            each = [float(process.communicate()[0].split()[-1]) for process in beside]
+            measured[way].append(statistics.mean(each) / len(cores))
             print(f"{way:18} {measured[way][-1]:8.3f} ms a step of one member", flush=True)
     return {way: statistics.median(values) for way, values in measured.items()}
 
 
-def measure(way: str, members: int, steps: int = 100) -> float:
-    """Milliseconds a step of one member takes, this way, in this process."""
+def measure(way: str, members: int, core: int, steps: int = 100) -> float:
+    """Milliseconds a step of one member takes, this way, in this process, bound to a `core`."""
+    if core >= 0:
+        os.sched_setaffinity(0, {core})
     from jaxdecoder.training.devices import one_device_a_core
 
     if way == "one_after_another":
@@ -167,20 +179,23 @@ def measure(way: str, members: int, steps: int = 100) -> float:
 
 def way_of(way: str, platform: str) -> str:
     """The platform whose mapping is this way."""
-    return {"vmap": "gpu", "one_after_another": "cpu"}.get(way, platform)
+    return {"vmap": "gpu"}.get(way, platform)
 
 
 def main() -> None:
     """Reads the command line and measures."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("--members", type=int, default=32)
+    options.add_argument("--solo", type=int, help="runs of train.py to time; all, if left out")
     options.add_argument("--steps", type=int, default=0, help="of each run; 0: the preset's")
     options.add_argument("--mappings", action="store_true")
     options.add_argument("--rounds", type=int, default=5, help="of --mappings")
     options.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
+    options.add_argument("--core", type=int, default=-1, help=argparse.SUPPRESS)
     chosen = options.parse_args()
+    chosen.solo = chosen.solo or chosen.members
     if chosen.measure:
-        print(measure(chosen.measure, chosen.members))
+        print(measure(chosen.measure, chosen.members, chosen.core))
         return
     name = "population_mappings" if chosen.mappings else "population"
     described = describe()

@@ -81,14 +81,16 @@ def found(config: Path) -> Found:
 def section(it: Found) -> str:
     """The question, what was run, the verdicts and the arms."""
     spec, ablation = it.ablation.spec, it.ablation
+    base = ablation.base
     lines = [
         f"### {ablation.path.stem.replace('_', ' ')}",
         "",
         it.question,
         "",
         f"`{it.about['command']}`: {len(ablation.arms)} arms, {spec.seeds} seeds, "
-        f"{_count(len(ablation.learning_rates), 'learning rate')}, {ablation.base.train.steps:,} "
-        f"steps, {len(ablation.members)} runs; {it.about['machine']}, "
+        f"{_count(len(ablation.learning_rates), 'learning rate')}, {base.train.steps:,} "
+        f"steps of {base.train.batch_size} x {base.model.context_length} tokens, "
+        f"{len(ablation.members)} runs; {it.about['machine']}, "
         f"{it.about['train_seconds'] / 60:.1f} minutes of training.",
         "",
     ]

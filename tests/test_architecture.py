@@ -27,6 +27,7 @@ PACKAGE = ROOT / "jaxdecoder"
 ROOMS = [
     "errors",
     "files",
+    "helpers",
     "config",
     "kernels",
     "layers",

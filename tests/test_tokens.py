@@ -59,6 +59,20 @@ class TestSplit:
     def test_a_start_too_far_away_is_not_worth_it(self) -> None:
         assert tokens.place_to_split(np.array([0, 500]), 1000, 0.1) == 900
 
+    def test_less_text_to_train_on_is_its_start(self, cache: str) -> None:
+        data = DataConfig(stories_bytes=20_000, cache=cache)
+        whole = tokens.prepare(data)
+        part = tokens.prepare(dataclasses.replace(data, train_fraction=0.3))
+        n = len(part.train.tokens)
+        assert abs(n - 0.3 * len(whole.train.tokens)) < 500  # a story at most
+        assert n in whole.train.starts
+        np.testing.assert_array_equal(part.train.tokens, whole.train.tokens[:n])
+        np.testing.assert_array_equal(part.train.starts, whole.train.starts[whole.train.starts < n])
+        assert part.train.n_bytes == pytest.approx(
+            len(part.tokenizer.decode(part.train.tokens).encode()), rel=0.05
+        )
+        np.testing.assert_array_equal(part.validation.tokens, whole.validation.tokens)
+
     def test_the_splits_are_the_corpus_in_order(self, tmp_path: Path, cache: str) -> None:
         texts = [f"Document {i} sagt: Grüße! " * (1 + i % 3) for i in range(40)]
         data = DataConfig(source="text", path=library(tmp_path, *texts), cache=cache)
@@ -181,6 +195,7 @@ class TestFiles:
     def test_settings_of_batches_share_the_files(self, cache: str) -> None:
         data = DataConfig(stories_bytes=3000, cache=cache)
         changed = dataclasses.replace(data, mode="padded", sampling="random", processes=3)
+        changed = dataclasses.replace(changed, train_fraction=0.5)
         assert tokens.cache_key(data) == tokens.cache_key(changed)
 
     def test_large_vocabularies_take_four_bytes_and_small_ones_two(

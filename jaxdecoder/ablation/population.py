@@ -76,6 +76,10 @@ MAPPINGS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 }
 """How a device works through its members, by platform: see benchmarks/population.py."""
 
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 1}}
+"""By platform. An ablation compiles many programs, and on a CPU LLVM's higher levels take longer to
+compile them without making them any faster: the work is in products that XLA has at hand."""
+
 
 def member_steps(
     config: Config, *, ends_differ: bool, dropout_differs: bool
@@ -125,6 +129,7 @@ def make_program(
     """The program of one config on these devices, which members divide over."""
     mesh = Mesh(np.array(devices), (AXIS,))
     across = MAPPINGS[mapping or devices[0].platform]
+    options = COMPILER_OPTIONS.get(devices[0].platform)
     split, whole = PartitionSpec(AXIS), PartitionSpec()
     decoder = make_decoder(config)
     steps = member_steps(config, ends_differ=ends_differ, dropout_differs=dropout_differs)
@@ -142,8 +147,9 @@ def make_program(
         jax.jit(
             spread(across(steps), (split, split, split)),
             donate_argnums=0,
+            compiler_options=options,
         ),
-        jax.jit(spread(evaluate, (split, whole))),
+        jax.jit(spread(evaluate, (split, whole)), compiler_options=options),
         NamedSharding(mesh, split),
         NamedSharding(mesh, whole),
     )

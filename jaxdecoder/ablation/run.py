@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -13,6 +16,7 @@ from jaxdecoder.ablation import report
 from jaxdecoder.ablation.claims import Outcome, Verdict, check, judge, knowing_nothing
 from jaxdecoder.ablation.grid import Ablation
 from jaxdecoder.ablation.training import Result, train_members
+from jaxdecoder.ablation.workers import train_on_cores
 from jaxdecoder.training import runs
 
 
@@ -25,9 +29,13 @@ def run(ablation: Ablation, out: Path, *, command: str) -> list[Verdict]:
     check(ablation)
     console = Console()
     console.print(f"{out}: {report.about(ablation)}", markup=False, highlight=False)
+    train: Callable[..., list[Result]] = train_members
+    if jax.default_backend() == "cpu":
+        usable = sorted(os.sched_getaffinity(0))
+        train = partial(train_on_cores, cores=usable[: jax.device_count()])
     with runs.lock(out), _progress(console) as progress:
         task = progress.add_task("training", total=None)
-        results = train_members(
+        results = train(
             [member.config for member in ablation.members],
             out,
             report=lambda done, of: progress.update(task, completed=done, total=of),

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,9 @@ from jaxdecoder.training.step import Metrics, State, evaluated_params, init_stat
 MOST_BATCH_BYTES = 1 << 27
 """Bytes of batches that one call takes along: fewer steps a call where they are large."""
 
+TOKENS_A_CALL = 1 << 11
+"""Smaller batches are evaluated several at once, or the devices would wait for the host."""
+
 Report = Callable[[int, int], None]
 """(steps of members done, of how many), for a progress bar."""
 
@@ -59,21 +63,21 @@ def train_members(
     *,
     devices: Sequence[jax.Device] | None = None,
     available: int | None = None,
+    beside: int = 1,
     report: Report = lambda done, of: None,
 ) -> list[Result]:
     """Trains all members, each in the run folder that its config names; results in their order.
 
     What is finished is not trained again, and what was cut short goes on from its last checkpoint.
-    `available` bounds the memory of each device, in bytes.
+    `available` bounds the memory of each device, in bytes. A member's seconds are its share of the
+    group's, and of the machine's where `beside` processes train at a time.
 
     Raises:
         UserError: if a single member of some program does not fit into memory.
     """
     devices = jax.devices() if devices is None else devices
     available = memory_available(devices) if available is None else available
-    groups: dict[str, list[Config]] = {}
-    for config in configs:
-        groups.setdefault(program_key(config), []).append(config)
+    groups = by_program(configs)
     total, done = sum(config.train.steps for config in configs), 0
     results: dict[str, Result] = {}
     for key, group in groups.items():
@@ -81,11 +85,19 @@ def train_members(
         def tell(steps: int, done: int = done) -> None:
             report(done + steps, total)
 
-        for result in _train_group(group, out / "programs" / key, devices, available, tell):
+        for result in _train_group(group, out / "programs" / key, devices, available, beside, tell):
             results[result.config.train.out] = result
         done += sum(config.train.steps for config in group)
         report(done, total)
     return [results[config.train.out] for config in configs]
+
+
+def by_program(configs: Sequence[Config]) -> dict[str, list[Config]]:
+    """The members that share each program, by its key."""
+    groups: dict[str, list[Config]] = {}
+    for config in configs:
+        groups.setdefault(program_key(config), []).append(config)
+    return groups
 
 
 def _train_group(
@@ -93,6 +105,7 @@ def _train_group(
     folder: Path,
     devices: Sequence[jax.Device],
     available: int,
+    beside: int,
     tell: Callable[[int], None],
 ) -> Iterator[Result]:
     """Trains the members of one program, as many at once as fit; tells their steps so far."""
@@ -127,7 +140,7 @@ def _train_group(
         if all(known):
             yield from (result for result in known if result)
         else:
-            together = _Together(members, program, compiled, corpus, folder, per_call)
+            together = _Together(members, program, compiled, corpus, folder, per_call, beside)
             before = sum(config.train.steps for config in group[:first])
             yield from together.train(lambda steps, before=before: tell(before + steps))  # type: ignore[misc]
 
@@ -166,7 +179,9 @@ class _Together:
         corpus: Corpus,
         folder: Path,
         per_call: int,
+        beside: int,
     ):
+        self.beside = beside
         self.members, self.program, self.corpus, self.per_call = members, program, corpus, per_call
         self.compiled = compiled
         self.runs = [Path(config.train.out) for config in members]
@@ -219,8 +234,14 @@ class _Together:
     def evaluate(self, state: State, split: str, count: int | None) -> list[float]:
         """Every member's mean loss over (the first `count`) fixed batches of a split."""
         each = batches.fixed(self.longest, self.corpus, split, count)
+        size = self.longest.train.batch_size * self.longest.model.context_length
+        at_once = max(1, TOKENS_A_CALL // size)
         params, losses, weights = evaluated_params(state), [], []
-        for batch in each:
+        while several := list(islice(each, at_once)):
+            # The last call is filled up at weight 0, so that all have one shape.
+            nothing = several[0]._replace(weights=np.zeros_like(several[0].weights))
+            several += [nothing] * (at_once - len(several))
+            batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *several)
             losses.append(
                 self.program.evaluate(params, jax.device_put(batch, self.program.everywhere))
             )
@@ -328,8 +349,8 @@ class _Together:
                 validation_loss=validation[i],
                 best_validation_loss=self.best[i],
                 bigram_loss=floor,
-                # Of the whole group, divided among its members.
-                seconds=self.seconds / len(self.members),
+                # Of the whole group, divided among its members and the groups beside it.
+                seconds=self.seconds / len(self.members) / self.beside,
             ) | {"diverged_at": self.diverged[i]}
             summary = {key: value if _is_finite(value) else None for key, value in summary.items()}
             runs.write_summary(run, summary)

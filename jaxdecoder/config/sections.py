@@ -32,6 +32,8 @@ class DataConfig:
     """For huggingface: the split to validate on; empty: a share of the training split."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of the corpus, at its end, kept for validation."""
+    train_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the text left for training, at its start, to train on; the tokenizer knows all."""
     stories_bytes: Positive = 10_000_000
     """For stories: how much text to generate."""
     tokenizer: str = "char"

@@ -248,7 +248,8 @@ def _offsets(
         raise UserError(
             f"model.context_length = {t}: a window is {t + 1:,} tokens, but this split of the "
             f"data has only {n:,}; make model.context_length at most {max(1, n - 1):,} or give "
-            "more text (data.path, data.stories_bytes, data.validation_fraction)"
+            "more text (data.path, data.stories_bytes, data.train_fraction, "
+            "data.validation_fraction)"
         )
     if data.sampling == "random":
         return _random(n - t, batch_size, seed, step, count, rows)

@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
-import types
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import chain, islice
@@ -38,6 +34,7 @@ from jaxdecoder.data.corpora import Part, Piece
 from jaxdecoder.data.tokenizers import Tokenizer
 from jaxdecoder.errors import UserError
 from jaxdecoder.files import disk_is_full
+from jaxdecoder.helpers import SPAWN, no_main_module, start_helper
 
 FORMAT = 1
 """Part of every key: raise it when the files, or the meaning of what is in them, change."""
@@ -80,7 +77,8 @@ def prepare(data: DataConfig, *, progress: bool = True) -> Corpus:
         with _lock(folder, progress):
             if not folder.is_dir():  # another process may have been faster
                 _write(data, folder, progress)
-    return _open(folder)
+    corpus = _open(folder)
+    return replace(corpus, train=first(corpus.train, data.train_fraction))
 
 
 def cache_key(data: DataConfig) -> str:
@@ -100,7 +98,21 @@ def cache_key(data: DataConfig) -> str:
     return _digest(json.dumps(settings, sort_keys=True).encode())[:32]
 
 
-def place_to_split(starts: Int64[np.ndarray, "documents"], n: int, fraction: float) -> int:
+def first(split: Split, fraction: float) -> Split:
+    """The start of a split: this share of its tokens, as whole documents if nearly so."""
+    if fraction == 1.0:
+        return split
+    n = len(split.tokens)
+    kept = place_to_split(split.starts, n, 1 - Fraction(str(fraction)))
+    # A token's bytes are not stored, so those of a part are its share.
+    return Split(
+        split.tokens[:kept], split.starts[split.starts < kept], round(split.n_bytes * kept / n)
+    )
+
+
+def place_to_split(
+    starts: Int64[np.ndarray, "documents"], n: int, fraction: float | Fraction
+) -> int:
     """How many of `n` tokens to train on, when the last `fraction` is for validation.
 
     The nearest start of a document, unless it would make the validation share wrong by more than
@@ -315,12 +327,10 @@ def _in_order(
     function: Callable[[list[Piece]], Encoded], jobs: Iterable[list[Piece]], processes: int
 ) -> Iterator[Encoded]:
     """Like `map`, in helper processes, with at most two jobs a helper in memory."""
-    # Spawned, not forked: JAX has threads, and a fork of them may hang.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, initializer=_start_helper) as pool:
+    with ProcessPoolExecutor(processes, SPAWN, initializer=start_helper) as pool:
         waiting: deque[Future[Encoded]] = deque()
         for job in jobs:
-            with _no_main_module():
+            with no_main_module():
                 waiting.append(pool.submit(function, job))
             if len(waiting) >= 2 * processes:
                 yield waiting.popleft().result()
@@ -335,34 +345,6 @@ def _encode_in_helper(saved: str, end_of_text: bool, job: list[Piece]) -> Encode
 @lru_cache(maxsize=1)
 def _load_once(saved: str) -> Tokenizer:
     return tokenizers.load(saved)
-
-
-def _start_helper() -> None:
-    """Leaves interrupts to the parent, and goes when the parent goes, even if it was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-
-        def follow() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=follow, daemon=True).start()
-
-
-@contextmanager
-def _no_main_module() -> Iterator[None]:
-    """Hides the running script from helpers while they start.
-
-    They would import it first: train.py with the model and all, and a script on standard input
-    could not be found. They need nothing of it.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 # Small matters.

@@ -47,6 +47,12 @@ def one_device_a_core(most: int = 0) -> None:
     divide_cpu(min(cores, most) if most else cores)
 
 
+def keep_programs(folder: Path) -> None:
+    """Keeps compiled programs for other processes, here or where JAX_COMPILATION_CACHE_DIR says."""
+    chosen = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.absolute()))
+    jax.config.update("jax_compilation_cache_dir", chosen)
+
+
 def processor() -> str:
     """What the CPU calls itself."""
     with contextlib.suppress(OSError):

@@ -1,0 +1,117 @@
+"""Members on a CPU: a process for each core, which trains whole programs with the core to itself.
+
+Small models gain little from a second core, and two of them in one process share its threads, which
+wander between the cores; processes that are bound to a core each keep their caches, and compile
+their programs side by side. See `python -m benchmarks.population --mappings`.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxdecoder.ablation.population import memory_available
+from jaxdecoder.ablation.training import Report, Result, by_program, read_result, train_members
+from jaxdecoder.config import Config
+from jaxdecoder.data.tokens import prepare
+from jaxdecoder.errors import UserError
+from jaxdecoder.helpers import SPAWN, no_main_module, start_helper
+
+
+def train_on_cores(
+    configs: Sequence[Config],
+    out: Path,
+    cores: Sequence[int],
+    *,
+    report: Report = lambda done, of: None,
+) -> list[Result]:
+    """`train_members` in a process for each of these cores.
+
+    Raises:
+        UserError: as `train_members`, and if a process was killed, as for want of memory.
+    """
+    if not all(map(read_result, configs)):
+        for data in {config.data for config in configs}:
+            prepare(data)
+        _share_out(configs, out, cores, report)
+    return [result for result in map(read_result, configs) if result]
+
+
+def _share_out(configs: Sequence[Config], out: Path, cores: Sequence[int], report: Report) -> None:
+    """Trains the members in processes; returns when the last of them has."""
+    parts = shares(configs, len(cores))
+    cores = cores[: len(parts)]
+    work, messages = SPAWN.Queue(), SPAWN.Queue()
+    for part in [*enumerate(parts), *[None for _ in cores]]:
+        work.put(part)
+    available = memory_available([jax.devices()[0]]) // len(cores)
+    shared = (work, messages, out, available, len(cores))
+    workers = [SPAWN.Process(target=_train, args=(core, *shared)) for core in cores]
+    try:
+        with no_main_module():
+            for worker in workers:
+                worker.start()
+        _follow(workers, messages, len(parts), sum(c.train.steps for c in configs), report)
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+
+
+def shares(configs: Sequence[Config], count: int) -> list[list[Config]]:
+    """Members for `count` workers: whole programs, the last of them divided if some were idle."""
+    groups = list(by_program(configs).values())
+    odd = len(groups) % count
+    whole, rest = groups[: len(groups) - odd], groups[len(groups) - odd :]
+    pieces = -(-count // odd) if odd else 1
+    return whole + [group[i::pieces] for group in rest for i in range(min(pieces, len(group)))]
+
+
+def _train(core: int, work: Any, messages: Any, out: Path, available: int, beside: int) -> None:
+    """A worker's life: it says (part, steps taken so far, or None at its end, or what is wrong)."""
+    start_helper()
+    # Before JAX starts its threads, which then stay here too.
+    os.sched_setaffinity(0, {core})
+    while part := work.get():
+        number, configs = part
+        try:
+            train_members(
+                configs,
+                out,
+                available=available,
+                beside=beside,
+                report=lambda done, of, number=number: messages.put((number, done)),  # type: ignore[misc]
+            )
+        except UserError as error:
+            messages.put((number, str(error)))
+            return
+        messages.put((number, None))
+
+
+def _follow(workers: Sequence[Any], messages: Any, parts: int, total: int, report: Report) -> None:
+    """Hears the workers out, until all parts are done."""
+    steps, finished = [0] * parts, 0
+    while finished < parts:
+        try:
+            part, said = messages.get(timeout=1.0)
+        except queue.Empty:
+            for worker in workers:
+                if worker.exitcode:
+                    raise UserError(
+                        f"a process that trained members ended with status {worker.exitcode}; "
+                        "if it was killed (-9), memory ran out: --devices 1 needs less at a time; "
+                        "the same command goes on from the last checkpoints"
+                    ) from None
+            continue
+        if isinstance(said, str):
+            raise UserError(said)
+        if said is None:
+            finished += 1
+        else:
+            steps[part] = said
+            report(sum(steps), total)

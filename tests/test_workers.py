@@ -1,0 +1,101 @@
+"""Members that a process for each core trains are those that one process trains."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxdecoder.ablation import workers
+from jaxdecoder.ablation.population import program_key
+from jaxdecoder.ablation.training import train_members
+from jaxdecoder.ablation.workers import shares, train_on_cores
+from jaxdecoder.config import Config, ModelConfig, TrainConfig
+from jaxdecoder.errors import UserError
+from tests.runs import losses, write_config
+from tests.test_population import member
+
+CORES = (sorted(os.sched_getaffinity(0)) * 2)[:2]
+
+
+def members(folder, cache=None):
+    """Two of one program, one of another."""
+    cache = ("--data.cache", cache) if cache else ()
+    return [
+        member(folder, "a", *cache),
+        member(folder, "b", "--train.seed", "3", *cache),
+        member(folder, "c", "--model.norm", "none", *cache),
+    ]
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=40), st.integers(1, 9))
+def test_every_member_goes_to_one_worker_and_none_is_idle(depths, count):
+    configs = [
+        Config(model=ModelConfig(n_layers=n), train=TrainConfig(out=str(i)))
+        for i, n in enumerate(depths)
+    ]
+    parts = shares(configs, count)
+    assert sorted(c.train.out for part in parts for c in part) == sorted(
+        config.train.out for config in configs
+    )
+    assert all(len({program_key(config) for config in part}) == 1 for part in parts)
+    assert len(parts) >= min(count, len(set(depths)))
+    if len(set(depths)) == 1:
+        assert len(parts) == min(count, len(configs))
+    # Nothing is compiled twice but what would leave workers idle.
+    assert len(parts) < len(set(depths)) + count
+
+
+def test_workers_leave_what_one_process_leaves(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        write_config(folder)
+    here = members(one)
+    expected = train_members(here, one)
+    told = []
+    found = train_on_cores(
+        members(two, here[0].data.cache),
+        two,
+        CORES,
+        report=lambda done, of: told.append((done, of)),
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.config.model == theirs.config.model
+        assert ours.config.train.seed == theirs.config.train.seed
+        for key in ("validation_loss", "train_loss", "steps", "parameters"):
+            assert ours.summary[key] == pytest.approx(theirs.summary[key], abs=1e-4)
+    for name in "abc":
+        here, there = losses(one / name), losses(two / name)
+        assert here.keys() == there.keys()
+        assert all(here[key] == pytest.approx(there[key], abs=1e-4) for key in here)
+    assert told == sorted(told)
+    assert told[-1] == (150, 150)
+
+
+def test_what_a_worker_refuses_is_refused(tmp_path, monkeypatch):
+    write_config(tmp_path)
+    monkeypatch.setattr(workers, "memory_available", lambda devices: 2000)
+    with pytest.raises(UserError, match=r"one member needs .* available"):
+        train_on_cores(members(tmp_path), tmp_path, CORES)
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_was_killed_is_not_waited_for(tmp_path):
+    write_config(tmp_path)
+
+    def kill(done, of):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, 9)
+
+    with pytest.raises(UserError, match="status -9"):
+        train_on_cores(members(tmp_path), tmp_path, CORES, report=kill)
+    assert not multiprocessing.active_children()
+    # What is there is gone on from.
+    assert all(
+        result.summary["steps"] == 50
+        for result in train_on_cores(members(tmp_path), tmp_path, CORES)
+    )
