@@ -130,7 +130,10 @@ def mappings(options: argparse.Namespace) -> dict[str, Any]:
                 )
                 for core in cores
             ]
-            each = [float(process.communicate()[0].split()[-1]) for process in beside]
+            said = [process.communicate()[0] for process in beside]
+            if any(process.returncode for process in beside):
+                raise SystemExit(f"{' '.join(command)} failed")
+            each = [float(text.split()[-1]) for text in said]
             measured[way].append(statistics.mean(each) / len(cores))
             print(f"{way:18} {measured[way][-1]:8.3f} ms a step of one member", flush=True)
     return {way: statistics.median(values) for way, values in measured.items()}
@@ -163,7 +166,8 @@ def measure(way: str, members: int, core: int, steps: int = 100) -> float:
         members, arguments = 1, (state, batch)
         call: Any = jax.jit(fuse(make_step(config)), donate_argnums=0)
     else:
-        program = make_program(config, jax.devices(), mapping=way_of(way, jax.default_backend()))
+        mapping = "gpu" if way == "vmap" else "cpu"
+        program = make_program(config, jax.devices(), mapping=mapping)
         each = jax.tree.map(
             lambda x: np.stack([np.asarray(x)] * members), (state, arrays_of(config), batch)
         )
@@ -175,11 +179,6 @@ def measure(way: str, members: int, core: int, steps: int = 100) -> float:
     state, metrics = call(state, *rest)
     jax.block_until_ready((state, metrics))
     return 1e3 * (time.perf_counter() - start) / steps / members
-
-
-def way_of(way: str, platform: str) -> str:
-    """The platform whose mapping is this way."""
-    return {"vmap": "gpu"}.get(way, platform)
 
 
 def main() -> None:
