@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.turns import HERE, describe, write
+from jaxdecoder.config import load
+from jaxdecoder.training.devices import cores, one_device_a_core, stay_on
 
 ROOT = HERE.parent
 PRESET = ROOT / "configs" / "shakespeare_nano.toml"
@@ -63,7 +64,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     every = times * sum(alone)
     result = {
         "members": options.members,
-        "steps": options.steps,
+        "steps": options.steps or load(PRESET).train.steps,
         "solo_runs_timed": options.solo,
         "population_seconds": together,
         "solo_seconds": every,
@@ -123,18 +124,18 @@ def mappings(options: argparse.Namespace) -> dict[str, Any]:
         for way in WAYS:
             command = [sys.executable, "-m", "benchmarks.population", "--measure", way]
             command += ["--members", str(options.members)]
-            cores = sorted(os.sched_getaffinity(0)) if way == "process_a_core" else [-1]
+            bound_to = cores() if way == "process_a_core" else [-1]
             beside = [
                 subprocess.Popen(
                     [*command, "--core", str(core)], cwd=ROOT, stdout=subprocess.PIPE, text=True
                 )
-                for core in cores
+                for core in bound_to
             ]
             said = [process.communicate()[0] for process in beside]
             if any(process.returncode for process in beside):
                 raise SystemExit(f"{' '.join(command)} failed")
             each = [float(text.split()[-1]) for text in said]
-            measured[way].append(statistics.mean(each) / len(cores))
+            measured[way].append(statistics.mean(each) / len(bound_to))
             print(f"{way:18} {measured[way][-1]:8.3f} ms a step of one member", flush=True)
     return {way: statistics.median(values) for way, values in measured.items()}
 
@@ -142,16 +143,13 @@ def mappings(options: argparse.Namespace) -> dict[str, Any]:
 def measure(way: str, members: int, core: int, steps: int = 100) -> float:
     """Milliseconds a step of one member takes, this way, in this process, bound to a `core`."""
     if core >= 0:
-        os.sched_setaffinity(0, {core})
-    from jaxdecoder.training.devices import one_device_a_core
-
+        stay_on(core)
     if way == "one_after_another":
         one_device_a_core()
     import jax
     import numpy as np
 
     from jaxdecoder.ablation.population import arrays_of, make_program
-    from jaxdecoder.config import load
     from jaxdecoder.data import batches
     from jaxdecoder.data.tokens import prepare
     from jaxdecoder.training.loop import complete

@@ -15,10 +15,11 @@ from jaxdecoder.ablation.training import train_members
 from jaxdecoder.ablation.workers import shares, train_on_cores
 from jaxdecoder.config import Config, ModelConfig, TrainConfig
 from jaxdecoder.errors import UserError
+from jaxdecoder.training.devices import cores
 from tests.runs import losses, write_config
 from tests.test_population import member
 
-CORES = (sorted(os.sched_getaffinity(0)) * 2)[:2]
+CORES = (cores() * 2)[:2]
 
 
 def members(folder, cache=None):

@@ -14,12 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdecoder.config import Config, to_dict
@@ -174,9 +174,7 @@ def memory_available(devices: Sequence[jax.Device]) -> int:
     stats = devices[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(0.95 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return int(0.8 * 1024 * available / len(devices))
+    return int(0.8 * psutil.virtual_memory().available / len(devices))
 
 
 def most_at_once(

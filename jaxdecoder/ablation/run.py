@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from jaxdecoder.ablation.grid import Ablation
 from jaxdecoder.ablation.training import Result, train_members
 from jaxdecoder.ablation.workers import train_on_cores
 from jaxdecoder.training import runs
+from jaxdecoder.training.devices import cores
 
 
 def run(ablation: Ablation, out: Path, *, command: str) -> list[Verdict]:
@@ -31,8 +31,7 @@ def run(ablation: Ablation, out: Path, *, command: str) -> list[Verdict]:
     console.print(f"{out}: {report.about(ablation)}", markup=False, highlight=False)
     train: Callable[..., list[Result]] = train_members
     if jax.default_backend() == "cpu":
-        usable = sorted(os.sched_getaffinity(0))
-        train = partial(train_on_cores, cores=usable[: jax.device_count()])
+        train = partial(train_on_cores, cores=cores()[: jax.device_count()])
     with runs.lock(out), _progress(console) as progress:
         task = progress.add_task("training", total=None)
         results = train(

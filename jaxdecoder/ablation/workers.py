@@ -7,7 +7,6 @@ their programs side by side. See `python -m benchmarks.population --mappings`.
 
 from __future__ import annotations
 
-import os
 import queue
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from jaxdecoder.config import Config
 from jaxdecoder.data.tokens import prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.helpers import SPAWN, no_main_module, start_helper
+from jaxdecoder.training.devices import stay_on
 
 
 def train_on_cores(
@@ -75,8 +75,7 @@ def shares(configs: Sequence[Config], count: int) -> list[list[Config]]:
 def _train(core: int, work: Any, messages: Any, out: Path, available: int, beside: int) -> None:
     """A worker's life: it says (part, steps taken so far, or None at its end, or what is wrong)."""
     start_helper()
-    # Before JAX starts its threads, which then stay here too.
-    os.sched_setaffinity(0, {core})
+    stay_on(core)
     while part := work.get():
         number, configs = part
         try:
@@ -97,16 +96,16 @@ def _follow(workers: Sequence[Any], messages: Any, parts: int, total: int, repor
     """Hears the workers out, until all parts are done."""
     steps, finished = [0] * parts, 0
     while finished < parts:
+        for worker in workers:
+            if worker.exitcode:
+                raise UserError(
+                    f"a process that trained members ended with status {worker.exitcode}; "
+                    "if it was killed (-9), memory ran out: --devices 1 needs less at a time; "
+                    "the same command goes on from the last checkpoints"
+                )
         try:
             part, said = messages.get(timeout=1.0)
         except queue.Empty:
-            for worker in workers:
-                if worker.exitcode:
-                    raise UserError(
-                        f"a process that trained members ended with status {worker.exitcode}; "
-                        "if it was killed (-9), memory ran out: --devices 1 needs less at a time; "
-                        "the same command goes on from the last checkpoints"
-                    ) from None
             continue
         if isinstance(said, str):
             raise UserError(said)

@@ -43,8 +43,21 @@ def divide_cpu(devices: int) -> None:
 
 def one_device_a_core(most: int = 0) -> None:
     """Where JAX runs on the CPU, makes a device of every core, or of the first `most`."""
-    cores = len(os.sched_getaffinity(0))
-    divide_cpu(min(cores, most) if most else cores)
+    count = len(cores())
+    divide_cpu(min(count, most) if most else count)
+
+
+def cores() -> list[int]:
+    """The CPU's cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))  # macOS binds no process to a core
+
+
+def stay_on(core: int) -> None:
+    """Binds this process to a core, where the system can; to be called before JAX has threads."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {core})
 
 
 def keep_programs(folder: Path) -> None:
