@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from models import REFUSED, REFUSED_DEPTHS, any_config, seeing, shapes, small
 
 from jaxdecoder import Decoder, analysis
+from jaxdecoder.analysis import components
+from jaxdecoder.analysis.__main__ import main
 from jaxdecoder.config import ConfigError, ModelConfig, load
 from jaxdecoder.decoder import LAYOUTS, empty_cache
 from jaxdecoder.layers.attention import ATTENTIONS, MASKS
@@ -69,12 +71,12 @@ class TestTables:
     @pytest.mark.parametrize(
         ("table", "components"),
         [
-            (analysis.POSITION_PARAMETERS, POSITIONS),
-            (analysis.NORM_PARAMETERS, NORMS),
-            (analysis.PLACEMENT_NORMS, PLACEMENTS),
-            (analysis.HIDDEN_MATRICES, ACTIVATIONS),
-            (analysis.ATTENTION_COSTS, ATTENTIONS),
-            (analysis.LAYOUT_COSTS, LAYOUTS),
+            (components.POSITION_PARAMETERS, POSITIONS),
+            (components.NORM_PARAMETERS, NORMS),
+            (components.PLACEMENT_NORMS, PLACEMENTS),
+            (components.HIDDEN_MATRICES, ACTIVATIONS),
+            (components.ATTENTION_COSTS, ATTENTIONS),
+            (components.LAYOUT_COSTS, LAYOUTS),
         ],
         ids=["positions", "norms", "placements", "activations", "attentions", "layouts"],
     )
@@ -408,7 +410,7 @@ class TestCommand:
     def run(self, monkeypatch, capsys, *arguments):
         monkeypatch.setattr(sys, "argv", ["analysis", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "100")
-        analysis.main()
+        main()
         return capsys.readouterr().out
 
     def test_prints_the_counts(self, monkeypatch, capsys):

@@ -17,14 +17,13 @@ from models import (
     logits_of,
     name_of,
     random_params,
-    random_tokens,
     seeing,
     shapes,
     small,
 )
 
 from jaxdecoder import Decoder
-from jaxdecoder.config import ConfigError, ModelConfig
+from jaxdecoder.config import ConfigError
 from jaxdecoder.decoder import LAYOUTS, empty_cache
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.cache import Cursor
@@ -415,158 +414,6 @@ class TestPrecision:
         key, tokens = jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
         arrays = jax.eval_shape(Decoder(SMALL, dtype=jnp.bfloat16).init, key, tokens)
         assert {leaf.dtype for leaf in jax.tree.leaves(arrays)} == {jnp.dtype("float32")}
-
-
-class TestDropout:
-    # Without residuals and norms a block's output is that of its last dropout.
-    CONFIG = small(
-        residual=False,
-        norm_placement="none",
-        position="none",
-        context_length=64,
-        d_model=32,
-        d_ff=32,
-    )
-
-    @staticmethod
-    @functools.partial(jax.jit, static_argnums=(0, 3))
-    def blocks(decoder, params, tokens, dropout, key):
-        _, state = decoder.apply(
-            {"params": params},
-            tokens,
-            dropout=dropout,
-            rngs={"dropout": key},
-            mutable=["intermediates"],
-        )
-        return state["intermediates"]["body"]["blocks"]["after_block_0"][0]
-
-    def test_drops_its_share_anew_for_every_key_row_and_layer(self):
-        decoder, params = model(self.CONFIG)
-        tokens = np.tile(random_tokens(self.CONFIG, 1, 64), (2, 1))
-        once = self.blocks(decoder, params, tokens, 0.25, jax.random.key(0))
-        again = self.blocks(decoder, params, tokens, 0.25, jax.random.key(0))
-        other = self.blocks(decoder, params, tokens, 0.25, jax.random.key(1))
-        assert once.shape == (2, 2, 64, 32)
-        np.testing.assert_array_equal(once, again)
-        dropped, dropped_then = once == 0, other == 0
-        # Shares over 8,192 values have a standard deviation of 0.005 at most.
-        for share in dropped[0].mean(), dropped[1].mean():
-            assert abs(share - 0.25) < 0.025
-        independent = 0.25**2
-        for a, b in (
-            (dropped, dropped_then),
-            (dropped[0], dropped[1]),
-            (dropped[:, 0], dropped[:, 1]),
-            (dropped[:, :, 1:], dropped[:, :, :-1]),
-            (dropped[..., 1:], dropped[..., :-1]),
-        ):
-            assert abs((a & b).mean() - independent) < 0.025
-
-    def test_scales_what_it_keeps_and_does_nothing_outside_training(self):
-        config = dataclasses.replace(self.CONFIG, n_layers=1, feed_forward=False)
-        tokens = random_tokens(config, 2, 64)
-        decoder, params = model(config)
-        key = jax.random.key(0)
-        # One token has but one attention weight, dropped or scaled, then the output is.
-        full = self.blocks(decoder, params, tokens[:, :1], None, key)[0]
-        np.testing.assert_array_equal(
-            full, self.blocks(decoder, params, tokens[:, :1], 0.0, key)[0]
-        )
-        assert (np.asarray(full) != 0).all()
-
-    def test_keeps_the_mean(self):
-        config = dataclasses.replace(
-            self.CONFIG, n_layers=1, feed_forward=False, attention_projection=False, d_head=8
-        )
-        decoder, params = model(config)
-        tokens = random_tokens(config, 1, 8)
-        full = self.blocks(decoder, params, tokens, None, jax.random.key(0))[0]
-        keys = jax.random.split(jax.random.key(0), 500)
-        noisy = np.stack([self.blocks(decoder, params, tokens, 0.25, key)[0] for key in keys])
-        error = noisy.mean(0) - full
-        standard_error = noisy.std(0) / np.sqrt(len(keys))
-        assert np.abs(error / standard_error).max() < 5
-        assert np.sqrt(np.mean((error / standard_error) ** 2)) < 1.5
-
-
-class TestInitializers:
-    CONFIG = ModelConfig(
-        vocab_size=300,
-        context_length=80,
-        d_model=64,
-        n_layers=3,
-        n_heads=4,
-        d_ff=100,
-        d_head=20,
-        qkv_bias=True,
-        head_bias=True,
-        init_std=0.05,
-    )
-
-    def init(self, initializer, seed=0):
-        config = dataclasses.replace(self.CONFIG, initializer=initializer)
-        init = jax.jit(Decoder(config).init)
-        return init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
-
-    def leaves(self, params):
-        """(where, name, values by layer) of every array."""
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            names = [entry.key for entry in path]
-            layers = leaf if "blocks" in names else leaf[None]
-            for layer in layers:
-                yield names[-2] if len(names) > 1 else "", names[-1], np.asarray(layer)
-
-    def check(self, params, kernel_std, bias_bound, embedding_std, bounded):
-        for where, name, values in self.leaves(params):
-            if name == "scale":
-                assert (values == 1).all()
-            elif name == "embedding":
-                assert abs(values.std() / embedding_std - 1) < 0.05
-                assert abs(values.mean()) < 0.1 * embedding_std
-            elif name == "kernel":
-                std = kernel_std(where, values.shape[0])
-                assert abs(values.std() / std - 1) < 0.05, where
-                assert abs(values.mean()) < 0.1 * std
-                if bounded:
-                    assert 0.98 < np.abs(values).max() / (std * np.sqrt(3)) <= 1.0001
-                else:
-                    assert np.abs(values).max() > 3 * std
-            elif name == "bias":
-                bound = 0.0 if where.endswith("norm") else bias_bound(where)
-                assert np.abs(values).max() <= bound
-                assert np.abs(values).max() >= 0.9 * bound
-
-    def test_normal_draws_every_matrix_alike(self):
-        self.check(self.init("normal"), lambda *_: 0.05, lambda _: 0.0, 0.05, False)
-
-    def test_scaled_divides_what_is_added_to_the_residual_stream(self):
-        def std(where, fan_in):
-            return 0.05 / np.sqrt(2 * 3) if where in ("out", "down") else 0.05
-
-        self.check(self.init("scaled"), std, lambda _: 0.0, 0.05, False)
-
-    def test_uniform_fan_in_is_the_default_of_pytorch(self):
-        fan_in = {"out": 80, "down": 100}
-        self.check(
-            self.init("uniform_fan_in"),
-            lambda where, rows: 1 / np.sqrt(3 * rows),
-            lambda where: fan_in.get(where, 64) ** -0.5,
-            1.0,
-            True,
-        )
-
-    def test_draw_every_layer_and_matrix_by_itself_and_by_the_key(self):
-        params = self.init("normal")
-        attention = params["body"]["blocks"]["block_0"]["attention"]
-        kernels = [
-            attention[name]["kernel"][i] for name in ("query", "key", "value") for i in (0, 1)
-        ]
-        other = self.init("normal", seed=1)["body"]["blocks"]["block_0"]["attention"]["query"][
-            "kernel"
-        ][0]
-        draws = np.stack([np.ravel(kernel) for kernel in [*kernels, other]])
-        correlation = np.corrcoef(draws) - np.eye(len(draws))
-        assert np.abs(correlation).max() < 0.1
 
 
 STACKS = {"layout": "parallel_stacks"}

@@ -1,0 +1,106 @@
+"""The counts of a config as tables.
+
+python -m jaxdecoder.analysis configs/shakespeare_nano.toml --model.vocab-size 65
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxdecoder.analysis.counts import (
+    FlopsPerToken,
+    cache_bytes,
+    early_exit_flops,
+    flops_per_token,
+    parameters,
+    weight_bytes,
+    with_vocab_size,
+)
+from jaxdecoder.config import ModelConfig, load
+from jaxdecoder.errors import UserError, friendly
+from jaxdecoder.layers.depth import exits_of
+
+
+def report(config: ModelConfig) -> list[Table]:
+    """The counts as tables for a terminal."""
+    return [_parameter_table(config), _flops_table(config), _bytes_table(config)]
+
+
+def _parameter_table(config: ModelConfig) -> Table:
+    counts = parameters(config)
+    table = _table("parameters", "count", "share")
+    for part, count in counts.items():
+        _add(table, part, f"{count:,}", f"{count / counts['total']:.1%}")
+    return table
+
+
+def _flops_table(config: ModelConfig) -> Table:
+    flops, dense = flops_per_token(config), flops_per_token(config, dense=True)
+    table = _table("FLOPs a token", *FlopsPerToken._fields)
+    for part in flops.train:
+        _add(table, part, *(_short(column[part]) for column in flops))
+    _add(table, "total, dense attention", *(_short(column["total"]) for column in dense))
+    exits = exits_of(config)
+    for depth in exits if len(exits) > 1 else ():
+        early = early_exit_flops(config, depth, start=config.context_length - 1)["total"]
+        _add(table, f"total, stopping at depth {depth}", "", "", _short(early))
+    table.caption = (
+        "Matrix products, 2 a multiply-add; attention over the pairs its mask allows; train is "
+        f"forward and backward; decode is the last token of {config.context_length}."
+    )
+    return table
+
+
+def _bytes_table(config: ModelConfig) -> Table:
+    sizes = {"float32": 4, "bfloat16": 2}
+    table = _table("bytes", *sizes)
+    weights = [weight_bytes(config, size) for size in sizes.values()]
+    cache = [cache_bytes(config, size) for size in sizes.values()]
+    _add(table, "weights", *(f"{n:,}" for n in weights))
+    _add(table, "cache, a sequence", *(f"{n:,}" for n in cache))
+    a_token = (f"{n / config.context_length:,.0f}" for n in cache)
+    _add(table, f"cache, a token of {config.context_length}", *a_token)
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(caption_justify="left")
+    table.add_column(first)
+    for other in others:
+        table.add_column(other, justify="right")
+    return table
+
+
+def _add(table: Table, name: str, *cells: str) -> None:
+    table.add_row(name.replace("_", " "), *cells, style="bold" if name == "total" else None)
+
+
+def _short(value: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if value < 1000:
+            return f"{value:.4g} {unit}".rstrip()
+        value /= 1000
+    return f"{value:.4g} P"
+
+
+@friendly
+def main() -> None:
+    """Reads a config file and overrides, and prints the tables."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(
+            "usage: python -m jaxdecoder.analysis CONFIG.toml [--model.field value ...]"
+        )
+    path = Path(arguments[0])
+    model = with_vocab_size(load(path, arguments[1:]), str(path))
+    console = Console()
+    for table in report(model):
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

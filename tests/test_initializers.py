@@ -1,0 +1,90 @@
+"""First weights have the distributions that their initialiser names."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdecoder import Decoder
+from jaxdecoder.config import ModelConfig
+
+
+class TestInitializers:
+    CONFIG = ModelConfig(
+        vocab_size=300,
+        context_length=80,
+        d_model=64,
+        n_layers=3,
+        n_heads=4,
+        d_ff=100,
+        d_head=20,
+        qkv_bias=True,
+        head_bias=True,
+        init_std=0.05,
+    )
+
+    def init(self, initializer, seed=0):
+        config = dataclasses.replace(self.CONFIG, initializer=initializer)
+        init = jax.jit(Decoder(config).init)
+        return init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+
+    def leaves(self, params):
+        """(where, name, values by layer) of every array."""
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            names = [entry.key for entry in path]
+            layers = leaf if "blocks" in names else leaf[None]
+            for layer in layers:
+                yield names[-2] if len(names) > 1 else "", names[-1], np.asarray(layer)
+
+    def check(self, params, kernel_std, bias_bound, embedding_std, bounded):
+        for where, name, values in self.leaves(params):
+            if name == "scale":
+                assert (values == 1).all()
+            elif name == "embedding":
+                assert abs(values.std() / embedding_std - 1) < 0.05
+                assert abs(values.mean()) < 0.1 * embedding_std
+            elif name == "kernel":
+                std = kernel_std(where, values.shape[0])
+                assert abs(values.std() / std - 1) < 0.05, where
+                assert abs(values.mean()) < 0.1 * std
+                if bounded:
+                    assert 0.98 < np.abs(values).max() / (std * np.sqrt(3)) <= 1.0001
+                else:
+                    assert np.abs(values).max() > 3 * std
+            elif name == "bias":
+                bound = 0.0 if where.endswith("norm") else bias_bound(where)
+                assert np.abs(values).max() <= bound
+                assert np.abs(values).max() >= 0.9 * bound
+
+    def test_normal_draws_every_matrix_alike(self):
+        self.check(self.init("normal"), lambda *_: 0.05, lambda _: 0.0, 0.05, False)
+
+    def test_scaled_divides_what_is_added_to_the_residual_stream(self):
+        def std(where, fan_in):
+            return 0.05 / np.sqrt(2 * 3) if where in ("out", "down") else 0.05
+
+        self.check(self.init("scaled"), std, lambda _: 0.0, 0.05, False)
+
+    def test_uniform_fan_in_is_the_default_of_pytorch(self):
+        fan_in = {"out": 80, "down": 100}
+        self.check(
+            self.init("uniform_fan_in"),
+            lambda where, rows: 1 / np.sqrt(3 * rows),
+            lambda where: fan_in.get(where, 64) ** -0.5,
+            1.0,
+            True,
+        )
+
+    def test_draw_every_layer_and_matrix_by_itself_and_by_the_key(self):
+        params = self.init("normal")
+        attention = params["body"]["blocks"]["block_0"]["attention"]
+        kernels = [
+            attention[name]["kernel"][i] for name in ("query", "key", "value") for i in (0, 1)
+        ]
+        other = self.init("normal", seed=1)["body"]["blocks"]["block_0"]["attention"]["query"][
+            "kernel"
+        ][0]
+        draws = np.stack([np.ravel(kernel) for kernel in [*kernels, other]])
+        correlation = np.corrcoef(draws) - np.eye(len(draws))
+        assert np.abs(correlation).max() < 0.1
