@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SPACE_TOLD = ("No space left", "File too large", "Disk quota")
@@ -20,6 +27,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Writes a table, its heading first, as `write_atomically` does."""
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows(rows)
+    write_atomically(path, buffer.getvalue())
+
+
+def as_png(figure: Figure, dpi: int = 110) -> bytes:
+    """What the file of a picture would hold."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi)
+    return buffer.getvalue()
 
 
 def disk_is_full(error: BaseException | None) -> bool:

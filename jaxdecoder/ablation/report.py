@@ -7,9 +7,7 @@ command and config that give it all again.
 from __future__ import annotations
 
 import base64
-import csv
 import html
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from jaxdecoder.ablation.grid import METRICS, Ablation, Arm
 from jaxdecoder.ablation.population import MAPPINGS
 from jaxdecoder.ablation.statistics import POWER, Estimate, estimate
 from jaxdecoder.ablation.training import Result
+from jaxdecoder.files import as_png, write_csv
 from jaxdecoder.training.devices import processor
 from jaxdecoder.training.logging import read_metrics
 
@@ -39,7 +38,7 @@ class Row(NamedTuple):
     parameters: int
     steps: int
     train_flops: float
-    """Of one member, from `analysis.py`."""
+    """Of one member, from `jaxdecoder.analysis`."""
     seconds: float
     """Of one member, on average."""
     diverged: int
@@ -275,24 +274,22 @@ def _write_csv(
     path: Path, ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outcome]
 ) -> None:
     keys = list(ablation.factors)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            [*keys, "learning_rate", "seed", *METRICS, "steps", "parameters", "diverged_at", "run"]
-        )
-        for result, o in zip(results, outcomes, strict=True):
-            writer.writerow(
-                [
-                    *(o.arm.value(key) for key in keys),
-                    o.learning_rate,
-                    o.seed,
-                    *(f"{o.metrics[name]:.6f}" for name in METRICS),
-                    result.summary["steps"],
-                    result.summary["parameters"],
-                    "" if o.diverged_at is None else o.diverged_at,
-                    result.config.train.out,
-                ]
-            )
+    heading = [*keys, "learning_rate", "seed", *METRICS]
+    heading += ["steps", "parameters", "diverged_at", "run"]
+    rows = [
+        [
+            *(o.arm.value(key) for key in keys),
+            o.learning_rate,
+            o.seed,
+            *(f"{o.metrics[name]:.6f}" for name in METRICS),
+            result.summary["steps"],
+            result.summary["parameters"],
+            "" if o.diverged_at is None else o.diverged_at,
+            result.config.train.out,
+        ]
+        for result, o in zip(results, outcomes, strict=True)
+    ]
+    write_csv(path, [heading, *rows])
 
 
 # --- Pictures -------------------------------------------------------------------------------------
@@ -300,7 +297,7 @@ def _write_csv(
 
 def draw_losses(ablation: Ablation, results: Sequence[Result]) -> bytes:
     """Validation loss against steps, the mean over seeds with the band between its extremes."""
-    figure, axes = _figure()
+    axes = _axes()
     by_arm: dict[tuple[Arm, float], list[dict[int, float]]] = {}
     for member, result in zip(ablation.members, results, strict=True):
         lines = read_metrics(Path(result.config.train.out))
@@ -321,12 +318,12 @@ def draw_losses(ablation: Ablation, results: Sequence[Result]) -> bytes:
             steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15
         )
     axes.set(xlabel="step", ylabel="validation loss (nats a token)")
-    return _png(figure, axes)
+    return _png(axes)
 
 
 def draw_sensitivity(ablation: Ablation, outcomes: Sequence[Outcome]) -> bytes:
     """The metric against the learning rate, the mean over seeds with the band of its extremes."""
-    figure, axes = _figure()
+    axes = _axes()
     evidence = Evidence(ablation, outcomes)
     for arm in ablation.arms:
         curves = np.array([evidence.curve(arm, seed) for seed in evidence.seeds])
@@ -343,24 +340,16 @@ def draw_sensitivity(ablation: Ablation, outcomes: Sequence[Outcome]) -> bytes:
     axes.set(
         xscale="log", xlabel="learning rate", ylabel=f"{evidence.metric.replace('_', ' ')} (nats)"
     )
-    return _png(figure, axes)
+    return _png(axes)
 
 
-def _figure() -> tuple[Any, Any]:
-    import matplotlib
+def _axes() -> Any:
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    return Figure(figsize=(8, 4.5), layout="constrained").subplots()
 
 
-def _png(figure: Any, axes: Any) -> bytes:
-    from matplotlib import pyplot
-
+def _png(axes: Any) -> bytes:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    pyplot.close(figure)
-    return buffer.getvalue()
+    return as_png(axes.figure)

@@ -8,9 +8,7 @@ better.
 from __future__ import annotations
 
 import base64
-import csv
 import html
-import io
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +29,7 @@ from jaxdecoder.config import Config
 from jaxdecoder.data import batches
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
-from jaxdecoder.files import write_atomically
+from jaxdecoder.files import as_png, write_atomically, write_csv
 from jaxdecoder.sampling.generate import encode_prompt, generate
 from jaxdecoder.training.evaluation import (
     bits_per_byte,
@@ -220,9 +218,7 @@ def write(out: Path, points: Sequence[Point], loss: str, command: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out.with_suffix(".png"), picture)
     write_atomically(out.with_suffix(".md"), markdown(points, loss))
-    buffer = io.StringIO()
-    csv.writer(buffer).writerows([Point._fields, *points])
-    write_atomically(out.with_suffix(".csv"), buffer.getvalue())
+    write_csv(out.with_suffix(".csv"), [Point._fields, *points])
     write_atomically(out, as_html(points, loss, picture, command))
 
 
@@ -276,13 +272,12 @@ def as_html(points: Sequence[Point], loss: str, picture: bytes, command: str) ->
 
 def draw(points: Sequence[Point], loss: str) -> bytes:
     """A panel for each cost, with the front; models go by numbers, the lowest loss first."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import ticker
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    figure, panels = pyplot.subplots(2, 2, figsize=(10, 8), sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    panels = figure.subplots(2, 2, sharey=True)
     unit = "nats a token" if loss == "loss" else "bits a byte"
     numbered = list(enumerate(ranked(points, loss), start=1))
     for axes, (cost, kind) in zip(panels.flat, COSTS.items(), strict=True):
@@ -309,10 +304,7 @@ def draw(points: Sequence[Point], loss: str) -> bytes:
     ]
     lines = [Line2D([], [], color="tab:orange", label="Pareto front"), *names]
     figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    pyplot.close(figure)
-    return buffer.getvalue()
+    return as_png(figure)
 
 
 def _terminal(points: Sequence[Point], loss: str) -> Table:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +21,7 @@ from jaxdecoder.data import batches
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
-from jaxdecoder.files import write_atomically
+from jaxdecoder.files import as_png, write_atomically, write_csv
 from jaxdecoder.layers.serial import periods, turn
 from jaxdecoder.training.devices import set_up
 from jaxdecoder.training.evaluation import make_evaluator
@@ -78,9 +76,7 @@ def sensitivity(options: Sensitivity, command: str) -> list[Row]:
     rows = scan(options, model._replace(config=config), corpus)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, draw(rows, options))
-    buffer = io.StringIO()
-    csv.writer(buffer).writerows([Row._fields, *rows])
-    write_atomically(out.with_suffix(".csv"), buffer.getvalue())
+    write_csv(out.with_suffix(".csv"), [Row._fields, *rows])
     write_atomically(out.with_suffix(".md"), markdown(rows, command))
     worst = max(rows, key=lambda row: row.increase)
     print(
@@ -197,10 +193,7 @@ def markdown(rows: Sequence[Row], command: str) -> str:
 
 def draw(rows: Sequence[Row], options: Sensitivity) -> bytes:
     """A panel a sparsity, layers by parts, and one for whole layers; darker is worse."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     panels = [
         (f"{share:.0%} of each", [r for r in rows if r.part != WHOLE and _nearest(r, options) == i])
@@ -210,14 +203,9 @@ def draw(rows: Sequence[Row], options: Sensitivity) -> bytes:
     panels = [(title, of) for title, of in panels if of]
     widths = [len({row.part for row in of}) + 1.0 for _, of in panels]
     tallest = max(len({row.layer for row in of}) for _, of in panels)
-    figure, axes = pyplot.subplots(
-        1,
-        len(panels),
-        figsize=(2.5 + 0.6 * sum(widths), 1.8 + 0.4 * tallest),
-        width_ratios=widths,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = 2.5 + 0.6 * sum(widths), 1.8 + 0.4 * tallest
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)
     for axis, (title, of) in zip(axes[0], panels, strict=True):
         layers, parts = ([*dict.fromkeys(getattr(r, name) for r in of)] for name in Row._fields[:2])
         table = np.full((len(layers), len(parts)), np.nan)
@@ -235,10 +223,7 @@ def draw(rows: Sequence[Row], options: Sensitivity) -> bytes:
         axis.set_title(title, fontsize=8)
     axes[0][0].set_ylabel("layer", fontsize=8)
     figure.suptitle(f"{Path(options.run).name}: nats a token more, pruned alone", fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    pyplot.close(figure)
-    return buffer.getvalue()
+    return as_png(figure, dpi=130)
 
 
 def _nearest(row: Row, options: Sensitivity) -> int:

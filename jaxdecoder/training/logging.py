@@ -92,13 +92,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def draw_losses(run: Path) -> None:
     """Draws loss.png from metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     metrics = read_metrics(run)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for name, style in (("train_loss", {"lw": 0.8, "alpha": 0.5}), ("validation_loss", {"lw": 2})):
         points = [(m["step"], m[name]) for m in metrics if name in m]
         if points:
@@ -108,7 +106,6 @@ def draw_losses(run: Path) -> None:
         axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(run / "loss.png", dpi=120)
-    pyplot.close(figure)
 
 
 def _summary(metrics: dict[str, float]) -> str:
