@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxdecoder.ablation.claims import LEVEL, Evidence, Outcome, Verdict, judge
 from jaxdecoder.ablation.grid import METRICS, Ablation, read
-from jaxdecoder.ablation.statistics import estimate
+from jaxdecoder.ablation.statistics import POWER, estimate
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "ablations"
@@ -35,7 +35,10 @@ is written by `python -m docs.findings` from the results in `benchmarks/results/
 names the command that makes them anew. Differences and losses are in nats a token (a character of
 Tiny Shakespeare), intervals are 95% t intervals over the seeds, p values are corrected by Holm's
 method over the claims of a section, and a claim is decided at {level:.0%}. Every arm is compared at
-its own best learning rate, on the same data in the same order for a seed.
+the best of the learning rates that it was tried at, on the same data in the same order for a seed.
+A star marks a verdict for which the best was at an end of them, so that a better one may lie
+beyond. The last column is the difference that so many seeds would find {power:.0%} of the time,
+where one is asked about.
 
 These are models of 0.2 million parameters (the parallel stacks: 1 million), trained for minutes: a
 verdict speaks of them, and a larger model may differ. Each file's `[full]` table asks the same
@@ -67,10 +70,10 @@ def found(config: Path) -> Found:
         rows = list(csv.DictReader(file))
     outcomes = []
     for member, row in zip(ablation.members, rows, strict=True):
-        assert (member.learning_rate, member.seed) == (
-            float(row["learning_rate"]),
-            int(row["seed"]),
-        ), f"{config}: the results are those of other members; run it again"
+        asked = member.name, member.config.train.steps
+        assert asked == (Path(row["run"]).name, int(row["steps"])), (
+            f"{config}: the results are those of other members; run it again"
+        )
         metrics = {name: float(row[name]) for name in METRICS}
         diverged = int(row["diverged_at"]) if row["diverged_at"] else None
         outcomes.append(Outcome(member.arm, member.learning_rate, member.seed, metrics, diverged))
@@ -96,8 +99,8 @@ def section(it: Found) -> str:
     ]
     if it.verdicts:
         lines += [
-            "| claim | verdict | estimate | 95% interval | corrected p | seen 80% of the time |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| claim | verdict | estimate | of | 95% interval | corrected p | would be seen |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
             *map(_verdict_row, it.verdicts),
             "",
         ]
@@ -108,10 +111,16 @@ def section(it: Found) -> str:
 
 def _verdict_row(verdict: Verdict) -> str:
     e = verdict.judgement.estimate
+    seen = "" if np.isnan(e.detectable) else f"{e.detectable:.4f}"
     return (
-        f"| {verdict.claim} | **{verdict.verdict}** | {e.mean:+.4f} "
-        f"| {e.low:+.4f} to {e.high:+.4f} | {verdict.adjusted_p:.2g} | {e.detectable:.4f} |"
+        f"| {verdict.claim} | **{verdict.verdict}**{_star(verdict)} | {e.mean:+.4f} "
+        f"| {verdict.judgement.what} | {e.low:+.4f} to {e.high:+.4f} | {verdict.adjusted_p:.2g} "
+        f"| {seen} |"
     )
+
+
+def _star(verdict: Verdict) -> str:
+    return r"\*" if verdict.judgement.caveat else ""
 
 
 def _arm_rows(it: Found) -> list[str]:
@@ -122,7 +131,7 @@ def _arm_rows(it: Found) -> list[str]:
         losses = [evidence.value(arm, seed, evidence.metric) for seed in evidence.seeds]
         interval = estimate(losses)
         diverged = sum(o.diverged_at is not None for o in it.outcomes if o.arm == arm)
-        rate = f"{it.ablation.learning_rates[evidence.best_rate(arm)]:g}"
+        rate = f"{evidence.best_rate(arm):g}" + " (an end of the grid)" * bool(evidence.end(arm))
         text = f"{np.mean(losses):.4f} ({interval.low:.4f} to {interval.high:.4f})"
         note = f", {_count(diverged, 'run')} diverged" if diverged else ""
         rows.append((np.mean(losses), f"| {arm.name} | {text} | {rate}{note} |"))
@@ -173,10 +182,10 @@ def page() -> str:
     claims = [it for it in every if it.ablation.path.stem.startswith("claim_")]
     others = [it for it in every if it not in claims]
     summary = ["| claim | verdict |", "| --- | --- |"]
-    summary += [f"| {v.claim} | {v.verdict} |" for it in claims for v in it.verdicts]
+    summary += [f"| {v.claim} | {v.verdict}{_star(v)} |" for it in claims for v in it.verdicts]
     return "\n".join(
         [
-            HEAD.format(level=LEVEL),
+            HEAD.format(level=LEVEL, power=POWER),
             "## The ten claims of the Tiny Shakespeare system",
             "",
             *summary,

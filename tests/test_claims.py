@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from jaxdecoder.ablation import statistics
-from jaxdecoder.ablation.claims import Outcome, check, judge
+from jaxdecoder.ablation.claims import Evidence, Outcome, check, judge, knowing_nothing
 from jaxdecoder.ablation.grid import METRICS, read
+from jaxdecoder.ablation.report import sentence
 from jaxdecoder.errors import UserError
 
 NANO = """
@@ -17,13 +18,21 @@ n_heads = 2
 """
 
 
-def ablation(tmp_path, claims, *, seeds=5, rates="[1e-3, 2e-3, 4e-3]", factors=None):
+def ablation(
+    tmp_path,
+    claims,
+    *,
+    seeds=5,
+    rates="[1e-3, 2e-3, 4e-3]",
+    factors=None,
+    metric="validation_loss",
+):
     """An ablation with these claims over two norms and three head counts."""
     (tmp_path / "base.toml").write_text(NANO)
     factors = factors or 'model.norm = ["layernorm", "none"]\nmodel.n_heads = [1, 2, 4]'
     listed = ", ".join(f"'{claim}'" for claim in claims)
     (tmp_path / "x.toml").write_text(
-        f'base = "base.toml"\nseeds = {seeds}\nlearning_rates = {rates}\n'
+        f'base = "base.toml"\nseeds = {seeds}\nlearning_rates = {rates}\nmetric = "{metric}"\n'
         f"claims = [{listed}]\n" + ("" if "[[" in factors else "[factors]\n") + f"{factors}\n"
     )
     return read(tmp_path / "x.toml")
@@ -137,13 +146,119 @@ def test_two_arms_are_a_pair_whatever_else_differs(tmp_path):
     assert verdict.verdict == "supported"
 
 
+class TestLearningRateGrids:
+    def test_that_are_too_narrow_support_no_best_rate(self, tmp_path):
+        """Both are best beyond one end, four doublings apart, and the grid does not show it."""
+
+        def loss(norm, heads, rate):
+            return bowl(8e-3 if norm == "none" else 1.28e-1, 0.01)(rate)
+
+        asked = ablation(tmp_path, ["the best learning rate does not depend on norm"])
+        (verdict,) = judge(asked, outcomes(asked, loss, noise=0.001))
+        assert verdict.verdict == "undecided"
+        assert "end of the grid" in sentence(verdict)
+
+    def test_are_told_of_where_an_arm_is_best_at_their_end(self, tmp_path):
+        claim = "norm=layernorm,n_heads=1 beats norm=none,n_heads=1"
+        asked = ablation(tmp_path, [claim])
+
+        def caveat(centre):
+            def loss(norm, heads, rate):
+                return 0.1 * (norm == "none") + bowl(centre if norm == "none" else 2e-3)(rate)
+
+            (verdict,) = judge(asked, outcomes(asked, loss))
+            assert verdict.verdict == "supported"
+            assert verdict.judgement.caveat in sentence(verdict)
+            return verdict.judgement.caveat
+
+        assert caveat(2e-3) == ""
+        assert caveat(8e-3).endswith("end of the grid for norm=none,n_heads=1.")
+
+    def test_may_be_a_factor(self, tmp_path):
+        factors = "optimizer.learning_rate = [1e-3, 4e-3]"
+        claim = "learning_rate=0.001 beats learning_rate=0.004"
+        asked = ablation(tmp_path, [claim], rates="[]", factors=factors)
+        found = outcomes(asked, lambda norm, heads, rate: bowl(1e-3)(rate))
+        (verdict,) = judge(asked, found)
+        assert verdict.verdict == "supported"
+        evidence = Evidence(asked, found)
+        assert [evidence.best_rate(arm) for arm in asked.arms] == [1e-3, 4e-3]
+        assert not any(evidence.end(arm) for arm in asked.arms)
+
+
+class TestDivergence:
+    @staticmethod
+    def some_diverged(asked, found, which):
+        """What the outcomes are if these members diverged."""
+        nothing = knowing_nothing(65)
+        return [
+            o._replace(metrics=nothing, diverged_at=3) if which(m.arm.value("model.norm"), m) else o
+            for o, m in zip(found, asked.members, strict=True)
+        ]
+
+    def judged(self, tmp_path, claim, which, metric="validation_loss"):
+        asked = ablation(tmp_path, [claim], metric=metric)
+        found = outcomes(asked, handicapped)
+        return judge(asked, self.some_diverged(asked, found, which))[0]
+
+    def test_is_not_the_least_overfitting(self, tmp_path):
+        claim = "norm=none beats norm=layernorm"
+        verdict = self.judged(tmp_path, claim, lambda norm, m: norm == "none", "overfitting")
+        assert verdict.verdict == "undecided"
+        assert "diverged" in sentence(verdict)
+        claim = "raising n_heads lowers overfitting"
+        assert self.judged(tmp_path, claim, lambda norm, m: norm == "none").verdict == "undecided"
+        claim = "the effect of norm does not depend on n_heads"
+        verdict = self.judged(tmp_path, claim, lambda norm, m: norm == "none", "overfitting")
+        assert verdict.verdict == "undecided"
+
+    def test_of_one_seed_makes_a_rate_not_the_best(self, tmp_path):
+        asked = ablation(tmp_path, [])
+        # All are lowest at 2e-3.
+        which = lambda norm, m: (m.learning_rate, m.seed) == (2e-3, 1)  # noqa: E731
+        found = self.some_diverged(asked, outcomes(asked, handicapped), which)
+        evidence = Evidence(asked, found)
+        assert all(evidence.best_rate(arm) != 2e-3 for arm in asked.arms)
+
+    def test_of_both_sides_tells_nothing(self, tmp_path):
+        for claim in ("norm=none beats norm=layernorm by 0.1", "norm=none beats norm=layernorm"):
+            assert self.judged(tmp_path, claim, lambda norm, m: True).verdict == "undecided"
+
+    def test_of_one_side_is_what_it_loses_by(self, tmp_path):
+        claim = "norm=layernorm beats norm=none by 1"
+        verdict = self.judged(tmp_path, claim, lambda norm, m: norm == "none")
+        assert verdict.verdict == "supported"
+
+
+def test_what_would_be_seen_is_said_at_the_level_of_so_many_claims(tmp_path):
+    claims = ["norm=layernorm beats norm=none", "n_heads=4 beats n_heads=1"]
+    found = {}
+    for asked in (ablation(tmp_path, claims[:1]), ablation(tmp_path, claims * 3)):
+        estimate = judge(asked, outcomes(asked, handicapped))[0].judgement.estimate
+        found[len(asked.spec.claims)] = estimate.detectable
+        deviation = estimate.mean / estimate.effect_size
+        level = 0.05 / len(asked.spec.claims)
+        assert estimate.detectable == statistics.detectable(deviation, 5, alpha=level)
+    assert found[6] > 1.5 * found[1]
+
+
 class TestRefusals:
+    def test_of_arms_that_have_no_pair_at_some_value(self, tmp_path):
+        listed = [("layernorm", 1), ("none", 1), ("none", 2)]
+        factors = "".join(
+            f'[[arms]]\nmodel.norm = "{norm}"\nmodel.n_heads = {n}\n' for norm, n in listed
+        )
+        claim = "the effect of norm does not depend on n_heads"
+        with pytest.raises(UserError, match=r"at model\.n_heads=2 no two arms differ"):
+            check(ablation(tmp_path, [claim], factors=factors))
+
     @pytest.mark.parametrize(
         ("claim", "message"),
         [
             ("norm=batchnorm beats norm=none", "no arm has norm=batchnorm; there are layernorm"),
             ("activation=relu beats norm=none", "activation is no factor here; there are"),
             ("norm=none is nice", "no known form; there are: A"),
+            ("norm=none beats norm=layernorm by 0.1.2", "no arm has norm=layernorm by 0.1.2"),
             ("raising norm lowers validation loss", "no higher and lower values"),
             ("raising n_heads lowers beauty", '"beauty" is no measure; there are validation loss'),
             ("the effect of n_heads does not depend on norm", "needs two values, not 3"),

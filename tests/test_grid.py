@@ -57,13 +57,14 @@ class TestArms:
 
 class TestMembers:
     TEXT = (
-        "seeds = 2\nfirst_seed = 3\nlearning_rates = [1e-3, 2e-3]\n"
+        "seeds = 2\nfirst_seed = 3\nlearning_rates = [2e-3, 1e-3]\n"
         "[overrides]\ntrain.log_every = 7\n[factors]\nmodel.n_heads = [1, 2]\n"
     )
 
     def test_are_every_arm_at_every_rate_with_every_seed(self, tmp_path):
         asked = ablation(tmp_path, self.TEXT, out="somewhere")
         assert len(asked.members) == 8
+        assert asked.learning_rates == (1e-3, 2e-3)
         configs = [member.config for member in asked.members]
         found = {(c.model.n_heads, c.optimizer.learning_rate, c.train.seed) for c in configs}
         assert found == {(h, r, s) for h in (1, 2) for r in (1e-3, 2e-3) for s in (3, 4)}
@@ -86,6 +87,14 @@ class TestMembers:
         # feed-forwards, 2 x 2 x 16 x 4.5 of allowed pairs, head 16 x 65.
         rest = 2 * 4 * 256 + 2 * 2 * 16 * 4.5 + 16 * 65
         assert (whole, without) == (100, round(100 * (rest + 2 * 8 * 256) / rest))
+
+    def test_have_their_arms_rate_where_it_is_a_factor(self, tmp_path):
+        text = "seeds = 1\n[factors]\noptimizer.learning_rate = [1e-3, 5e-3]\n"
+        asked = ablation(tmp_path, text)
+        for member, rate in zip(asked.members, (1e-3, 5e-3), strict=True):
+            assert member.learning_rate == member.config.optimizer.learning_rate == rate
+            assert member.config.train.out.endswith(f"members/{member.name}")
+            assert asked.rates(member.arm) == (rate,)
 
     def test_have_another_size_on_demand(self, tmp_path):
         text = self.TEXT + "[full]\nseeds = 3\noverrides.train.steps = 900\n"
@@ -112,6 +121,10 @@ class TestMembers:
             "learning_rates = [1e-3]\n[factors]\noptimizer.learning_rate = [1e-3]",
             "learning_rates must be left out",
         ),
+        (
+            "learning_rates = [1e-3, 1e-3]\n[factors]\nmodel.n_heads = [1]",
+            "learning_rates = [0.001, 0.001]: one of them is there twice",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_file_and_key(tmp_path, text, message):
@@ -124,3 +137,8 @@ def test_a_mistake_is_named_with_its_file_and_key(tmp_path, text, message):
 def test_a_size_that_the_file_lacks_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no \[full\] table"):
         ablation(tmp_path, "[factors]\nmodel.n_heads = [1]\n", size="full")
+
+
+def test_a_size_that_is_no_table_is_refused(tmp_path):
+    with pytest.raises(UserError, match="full: must be a table, not 3"):
+        ablation(tmp_path, "full = 3\n[factors]\nmodel.n_heads = [1]\n", size="full")

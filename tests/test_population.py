@@ -111,6 +111,71 @@ def test_a_diverging_member_is_marked_and_harms_no_other(together, tmp_path):
     assert max(steps, default=0) < marked.summary["diverged_at"]
 
 
+class TestResults:
+    """What is finished is kept, and is what was asked for."""
+
+    def seeds(self, folder, count, *changes):
+        fixed = ("--train.steps", "10", *changes)
+        return [member(folder, f"seed{i}", *fixed, "--train.seed", str(i)) for i in range(count)]
+
+    def test_are_kept_when_an_ablation_grows(self, tmp_path):
+        grown, whole = tmp_path / "grown", tmp_path / "whole"
+        for folder in (grown, whole):
+            folder.mkdir()
+            write_config(folder)
+        train_members(self.seeds(grown, 2), grown)
+        files = [path for i in range(2) for path in (grown / f"seed{i}").rglob("*")]
+        before = {path: path.stat().st_mtime_ns for path in files}
+        told = []
+        found = train_members(
+            self.seeds(grown, 3), grown, report=lambda done, of: told.append((done, of))
+        )
+        assert before == {path: path.stat().st_mtime_ns for path in files}
+        assert told == sorted(told)
+        assert told[-1] == (30, 30)
+        expected = train_members(self.seeds(whole, 3), whole)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.summary["validation_loss"] == pytest.approx(
+                theirs.summary["validation_loss"], abs=1e-4
+            )
+
+    def test_that_were_half_written_are_written_again(self, tmp_path):
+        write_config(tmp_path)
+        configs = self.seeds(tmp_path, 2)
+        first = train_members(configs, tmp_path)
+        # As a kill would leave it: its checkpoint is there, its summary is not.
+        (tmp_path / "seed1" / "summary.json").unlink()
+        again = train_members(configs, tmp_path)
+        assert [r.summary["validation_loss"] for r in again] == pytest.approx(
+            [r.summary["validation_loss"] for r in first], abs=1e-5
+        )
+        assert load_model(tmp_path / "seed1").step == 10
+
+    def test_of_another_config_or_text_are_refused(self, tmp_path):
+        write_config(tmp_path)
+        train_members(self.seeds(tmp_path, 1), tmp_path)
+        changed = self.seeds(tmp_path, 1, "--optimizer.weight-decay", "0.3")
+        with pytest.raises(UserError, match=r"optimizer\.weight_decay: .* there, 0\.3 here"):
+            train_members(changed, tmp_path)
+        write_config(tmp_path, text="something else entirely " * 400)
+        with pytest.raises(UserError, match="the corpus or the tokenizer is not the one"):
+            train_members(self.seeds(tmp_path, 1), tmp_path)
+
+
+def test_a_member_that_starts_from_a_run_equals_its_solo_run(together, tmp_path):
+    folder, configs, _ = together
+    write_config(tmp_path)
+    start = ("--train.init-from", str(folder / "plain"), "--train.steps", "10")
+    common = (*start, "--data.cache", configs[0].data.cache)
+    solo = train(member(tmp_path, "solo", *common))
+    other = member(tmp_path, "other", *common, "--train.seed", "5")
+    found, _ = train_members([member(tmp_path, "member", *common), other], tmp_path)
+    assert found.summary["validation_loss"] == pytest.approx(solo["validation_loss"], abs=1e-4)
+    assert losses(tmp_path / "member") == pytest.approx(losses(tmp_path / "solo"), abs=1e-4)
+    first = losses(folder / "plain")[(1, "train_loss")]
+    assert losses(tmp_path / "member")[(1, "train_loss")] < first - 0.5
+
+
 def test_members_that_differ_in_more_have_programs_of_their_own(tmp_path):
     write_config(tmp_path)
     plain = program_key(member(tmp_path, "a"))

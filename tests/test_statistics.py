@@ -35,6 +35,11 @@ class TestEstimate:
         assert estimate([0.5, 0.5, 0.5]).p_value == 0.0
         assert estimate([0.5, 0.5, 0.5]).low == 0.5
 
+    def test_knows_nothing_of_what_is_not_all_known(self):
+        found = estimate([0.5, np.nan, 0.5])
+        assert found.p_value == 1.0
+        assert np.isnan([found.mean, found.low, found.high, found.detectable]).all()
+
     @pytest.mark.parametrize("values", [[], [1.0]])
     def test_refuses_what_gives_no_interval(self, values):
         with pytest.raises(ValueError, match="two values"):

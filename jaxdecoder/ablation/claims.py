@@ -10,12 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdecoder.ablation.grid import METRICS, Ablation, Arm, show
+from jaxdecoder.ablation.grid import LEARNING_RATE, METRICS, Ablation, Arm, show
 from jaxdecoder.ablation.statistics import Estimate, best_on_curve, estimate, holm
 from jaxdecoder.errors import UserError
 
@@ -34,8 +34,8 @@ class Outcome(NamedTuple):
     metrics: dict[str, float]
     """By the names of `METRICS`, in nats a token."""
     diverged_at: int | None = None
-    """The step at which a number was no longer finite; its metrics are then those of a model that
-    knows nothing."""
+    """The step at which a number was no longer finite; its losses are then those of a model that
+    knows nothing, and its overfitting is not known (NaN)."""
 
 
 class Judgement(NamedTuple):
@@ -48,6 +48,8 @@ class Judgement(NamedTuple):
     what: str
     """What `estimate` is the estimate of."""
     estimate: Estimate
+    caveat: str = ""
+    """What stands in the way of taking it at its word, as a sentence."""
 
 
 class Verdict(NamedTuple):
@@ -63,31 +65,59 @@ class Verdict(NamedTuple):
 class Evidence:
     """The outcomes of an ablation, as judges ask for them.
 
-    Arms are compared at the learning rate that is best for each, on average over its seeds.
+    Arms are compared at the learning rate that is best for each, on average over its seeds. A rate
+    at which a seed diverged is not the best, unless one did at all of them.
     """
 
     def __init__(self, ablation: Ablation, outcomes: Sequence[Outcome]):
         self.ablation = ablation
         self.metric: str = ablation.spec.metric
         self.seeds = sorted({outcome.seed for outcome in outcomes})
-        self.rates = ablation.learning_rates
-        self._by_member = {(o.arm, o.learning_rate, o.seed): o.metrics for o in outcomes}
+        self._by_member = {(o.arm, o.learning_rate, o.seed): o for o in outcomes}
+        self._rates = {arm: ablation.rates(arm) for arm in ablation.arms}
+
+    def estimate(self, values: Sequence[float] | np.ndarray) -> Estimate:
+        """Of one number a seed; what would be seen is what Holm's first step would let pass."""
+        level = LEVEL / max(1, len(self.ablation.spec.claims))
+        return estimate(values, self.ablation.spec.confidence, level)
 
     def curve(self, arm: Arm, seed: int, metric: str | None = None) -> np.ndarray:
         """The metric of one arm and seed at every learning rate."""
         name = metric or self.metric
-        return np.array([self._by_member[arm, rate, seed][name] for rate in self.rates])
+        members = [self._by_member[arm, rate, seed] for rate in self._rates[arm]]
+        return np.array([member.metrics[name] for member in members])
 
-    def best_rate(self, arm: Arm) -> int:
-        """Number of the learning rate at which an arm's mean over seeds is lowest."""
-        return int(np.argmin(np.mean([self.curve(arm, seed) for seed in self.seeds], axis=0)))
+    def diverged(self, arm: Arm, seed: int) -> np.ndarray:
+        """Whether the members of one arm and seed diverged, at every learning rate."""
+        members = [self._by_member[arm, rate, seed] for rate in self._rates[arm]]
+        return np.array([member.diverged_at is not None for member in members])
+
+    def _best(self, arm: Arm) -> int:
+        curve = np.mean([self.curve(arm, seed) for seed in self.seeds], axis=0)
+        spoilt = np.any([self.diverged(arm, seed) for seed in self.seeds], axis=0)
+        return int(np.argmin(curve if spoilt.all() else np.where(spoilt, np.inf, curve)))
+
+    def best_rate(self, arm: Arm) -> float:
+        """The learning rate at which an arm's mean over seeds is lowest."""
+        return self._rates[arm][self._best(arm)]
+
+    def end(self, arm: Arm) -> int:
+        """Where an arm's best learning rate lies at an end of several: -1 or 1, and 0 elsewhere."""
+        i, n = self._best(arm), len(self._rates[arm])
+        return 0 if n == 1 else int(i == n - 1) - int(i == 0)
 
     def value(self, arm: Arm, seed: int, measure: str) -> float:
         """A measure of one arm and seed: a metric at its best learning rate, or a sensitivity."""
         if measure == SENSITIVITY:
             curve = self.curve(arm, seed)
             return float(curve.mean() - curve.min())
-        return float(self.curve(arm, seed, measure)[self.best_rate(arm)])
+        return float(self.curve(arm, seed, measure)[self._best(arm)])
+
+    def gain(self, a: Arm, b: Arm, seed: int) -> float:
+        """By how much `a` has a lower metric than `b`; not known (NaN) if both diverged."""
+        if all(self.diverged(arm, seed)[self._best(arm)] for arm in (a, b)):
+            return math.nan
+        return self.value(b, seed, self.metric) - self.value(a, seed, self.metric)
 
     def matching(self, conditions: dict[str, Any]) -> list[Arm]:
         """The arms that have these values."""
@@ -133,20 +163,24 @@ def beats(evidence: Evidence, match: re.Match[str]) -> Judgement:
         )
     margin = float(match["margin"] or 0.0)
     gains = [
-        np.mean([_gain(evidence, a, b, seed) for a, b in pairs]) - margin for seed in evidence.seeds
+        float(np.mean([evidence.gain(a, b, seed) for a, b in pairs])) - margin
+        for seed in evidence.seeds
     ]
-    found = estimate(np.array(gains), evidence.ablation.spec.confidence)
+    found = evidence.estimate(gains)
     holds = None if found.mean == 0 else found.mean > 0
     if match["negation"] and holds is not None:
         holds = not holds
     beyond = f" beyond {margin:g}" if margin else ""
     what = f"nats by which {match['a'].strip()} is better than {match['b'].strip()}{beyond}"
-    return Judgement(holds, found.p_value, what, found)
+    return Judgement(holds, found.p_value, what, found, _at_ends(evidence, itertools.chain(*pairs)))
 
 
-def _gain(evidence: Evidence, a: Arm, b: Arm, seed: int) -> float:
-    metric = evidence.metric
-    return evidence.value(b, seed, metric) - evidence.value(a, seed, metric)
+def _at_ends(evidence: Evidence, arms: Iterable[Arm]) -> str:
+    """The caveat that arms are not compared at their best, if the grid of rates is too narrow."""
+    names = [arm.name for arm in dict.fromkeys(arms) if evidence.end(arm)]
+    if not names:
+        return ""
+    return f"The best learning rate is at an end of the grid for {' and '.join(names)}."
 
 
 def raises(evidence: Evidence, match: re.Match[str]) -> Judgement:
@@ -157,7 +191,7 @@ def raises(evidence: Evidence, match: re.Match[str]) -> Judgement:
     factor = _factor(evidence.ablation, match["factor"])
     measure = _measure(evidence, match["measure"])
     levels = evidence.levels(factor)
-    if any(isinstance(value, str) for value, _ in levels):
+    if not all(isinstance(value, int | float) for value, _ in levels):
         raise UserError(f"{match['factor']} has no higher and lower values")
     levels.sort(key=lambda level: level[0])
     place = np.arange(len(levels)) - (len(levels) - 1) / 2
@@ -165,11 +199,12 @@ def raises(evidence: Evidence, match: re.Match[str]) -> Judgement:
     for seed in evidence.seeds:
         means = [np.mean([evidence.value(a, seed, measure) for a in arms]) for _, arms in levels]
         slopes.append(float(place @ np.array(means) / (place @ place)))
-    found = estimate(slopes, evidence.ablation.spec.confidence)
+    found = evidence.estimate(slopes)
     lowers = match["verb"] in ("lowers", "narrows")
     holds = None if found.mean == 0 else (found.mean < 0) == lowers
     what = f"change of {measure.replace('_', ' ')} with each higher value of {match['factor']}"
-    return Judgement(holds, found.p_value, what, found)
+    caveat = "" if measure == SENSITIVITY else _at_ends(evidence, evidence.ablation.arms)
+    return Judgement(holds, found.p_value, what, found, caveat)
 
 
 def effect_is_the_same(evidence: Evidence, match: re.Match[str]) -> Judgement:
@@ -184,20 +219,25 @@ def effect_is_the_same(evidence: Evidence, match: re.Match[str]) -> Judgement:
     if len(values) != 2:
         raise UserError(f"the effect of {match['factor']} needs two values, not {len(values)}")
     effects = [
-        estimate(np.array(effect), ablation.spec.confidence)
+        # No power line: the claim is about all of them.
+        evidence.estimate(effect)._replace(detectable=math.nan)
         for effect in _effects(evidence, factor, match["other"])
     ]
+    caveat = "" if _is_rate(ablation, match["other"]) else _at_ends(evidence, ablation.arms)
+    unknown = [effect for effect in effects if math.isnan(effect.mean)]
+    if unknown:
+        return Judgement(None, 1.0, f"an effect of {match['factor']}", unknown[0], caveat)
     signs = {np.sign(effect.mean) for effect in effects}
     if len(signs) == 1 and 0.0 not in signs:
         weakest = max(effects, key=lambda effect: effect.p_value)
         what = f"the weakest of the {len(effects)} effects of {match['factor']}"
-        return Judgement(True, weakest.p_value, what, weakest)
+        return Judgement(True, weakest.p_value, what, weakest, caveat)
     above = min((e for e in effects if e.mean >= 0), key=lambda e: e.p_value)
     below = min((e for e in effects if e.mean <= 0), key=lambda e: e.p_value)
     rarer = max(above, below, key=lambda e: e.p_value)
     pairs = len(effects) * (len(effects) - 1) // 2
     what = f"the weaker of two opposite effects of {match['factor']}"
-    return Judgement(False, min(1.0, pairs * rarer.p_value), what, rarer)
+    return Judgement(False, min(1.0, pairs * rarer.p_value), what, rarer, caveat)
 
 
 def _effects(evidence: Evidence, factor: str, other: str) -> list[list[float]]:
@@ -214,17 +254,21 @@ def _effects(evidence: Evidence, factor: str, other: str) -> list[list[float]]:
                 )
                 for s in evidence.seeds
             ]
-            for i in range(len(evidence.rates))
+            for i in range(len(ablation.learning_rates))
         ]
     key = _factor(ablation, other)
     if key == factor:
         raise UserError(f"{other} cannot be compared with itself")
-    return [
-        [
-            float(np.mean([_gain(evidence, a, b, seed) for a, b in pairs if a.value(key) == value]))
-            for seed in evidence.seeds
-        ]
+    by_value = {
+        value: [(a, b) for a, b in pairs if a.value(key) == value]
         for value in ablation.factors[key]
+    }
+    for value, those in by_value.items():
+        if not those:
+            raise UserError(f"at {key}={show(value)} no two arms differ in {factor} alone")
+    return [
+        [float(np.mean([evidence.gain(a, b, seed) for a, b in those])) for seed in evidence.seeds]
+        for those in by_value.values()
     ]
 
 
@@ -233,9 +277,10 @@ def best_is_the_same(evidence: Evidence, match: re.Match[str]) -> Judgement:
 
     In doublings, between the vertices of the curves' parabolas. Supported if it moves by less than
     a step of the grid beyond chance (two one-sided tests); refuted if it moves by a step or more
-    and differs from none beyond chance.
+    and differs from none beyond chance. A best at an end of the grid may lie anywhere beyond: it
+    can have moved by more, and so refute, but supports nothing.
     """
-    rates = np.log2(evidence.rates)
+    rates = np.log2(evidence.ablation.learning_rates)
     if len(rates) < 3:
         raise UserError("a best learning rate needs learning_rates to hold three at least")
     levels = evidence.levels(_factor(evidence.ablation, match["factor"]))
@@ -244,20 +289,28 @@ def best_is_the_same(evidence: Evidence, match: re.Match[str]) -> Judgement:
     def best(arms: list[Arm], seed: int) -> float:
         return best_on_curve(rates, np.mean([evidence.curve(arm, seed) for arm in arms], axis=0))
 
+    def at_an_end(arms: list[Arm]) -> bool:
+        curves = [evidence.curve(arm, seed) for arm in arms for seed in evidence.seeds]
+        return int(np.argmin(np.mean(curves, axis=0))) in (0, len(rates) - 1)
+
     moves = np.array([best(last, seed) - best(first, seed) for seed in evidence.seeds])
-    confidence = evidence.ablation.spec.confidence
-    found, step = estimate(moves, confidence), float(np.mean(np.diff(rates)))
+    # No power line: the claim is that nothing is to be seen.
+    found = evidence.estimate(moves)._replace(detectable=math.nan)
+    step = float(np.mean(np.diff(rates)))
     what = f"doublings by which the best learning rate moves with {match['factor']}"
     if abs(found.mean) >= step:
         return Judgement(False, found.p_value, what, found)
+    if at_an_end(first) or at_an_end(last):
+        caveat = "The best learning rate is at an end of the grid, which is too narrow to tell."
+        return Judgement(None, 1.0, what, found, caveat)
     # One-sided tests against either margin; p values of the two-sided ones, halved.
-    p = max(estimate(moves + margin, confidence).p_value / 2 for margin in (-step, step))
+    p = max(evidence.estimate(moves + margin).p_value / 2 for margin in (-step, step))
     return Judgement(True, p, what, found)
 
 
 FORMS: dict[str, tuple[str, Judge]] = {
     "A [does not] beat[s] B [by NATS]": (
-        r"(?P<a>\S+=.+?) (?P<negation>does not )?beats? (?P<b>\S+=.+?)( by (?P<margin>[\d.]+))?",
+        r"(?P<a>\S+=.+?) (?P<negation>does not )?beats? (?P<b>\S+=.+?)( by (?P<margin>\d*\.?\d+))?",
         beats,
     ),
     "raising FACTOR lowers|raises MEASURE": (
@@ -345,7 +398,7 @@ def _factor(ablation: Ablation, name: str) -> str:
 
 
 def _is_rate(ablation: Ablation, name: str) -> bool:
-    if name.strip() not in ("learning_rate", "learning rate"):
+    if name.strip() not in ("learning_rate", "learning rate") or LEARNING_RATE in ablation.factors:
         return False
     if len(ablation.learning_rates) < 2:
         raise UserError("learning_rates holds one rate only")
@@ -355,7 +408,7 @@ def _is_rate(ablation: Ablation, name: str) -> bool:
 def _measure(evidence: Evidence, name: str) -> str:
     name = name.strip()
     if name == SENSITIVITY:
-        if len(evidence.rates) < 2:
+        if len(evidence.ablation.learning_rates) < 2:
             raise UserError(f"a {SENSITIVITY} needs several learning_rates")
         return name
     if name.replace(" ", "_") in METRICS:
@@ -365,9 +418,10 @@ def _measure(evidence: Evidence, name: str) -> str:
 
 
 def knowing_nothing(vocab_size: int) -> dict[str, float]:
-    """The metrics of a model that gives every token the same chance; diverged members count so."""
+    """The losses of a model that gives every token the same chance; diverged members count so."""
     return {
         "validation_loss": math.log(vocab_size),
         "train_loss": math.log(vocab_size),
-        "overfitting": 0.0,
+        # It has none, but to have none is what others strive for.
+        "overfitting": math.nan,
     }

@@ -93,6 +93,7 @@ class Ablation(NamedTuple):
     base: Config
     arms: tuple[Arm, ...]
     learning_rates: tuple[float, ...]
+    """What all arms are trained at, the lowest first; the base's alone, if the file gives none."""
     members: tuple[Member, ...]
 
     @property
@@ -103,6 +104,10 @@ class Ablation(NamedTuple):
             for key, value in arm.values:
                 found.setdefault(key, {})[value] = None
         return {key: tuple(values) for key, values in found.items()}
+
+    def rates(self, arm: Arm) -> tuple[float, ...]:
+        """The learning rates that an arm is trained at."""
+        return tuple(dict.fromkeys(m.learning_rate for m in self.members if m.arm == arm))
 
 
 def read(path: str | Path, *, out: str | Path = "", size: str = "small") -> Ablation:
@@ -119,6 +124,8 @@ def read(path: str | Path, *, out: str | Path = "", size: str = "small") -> Abla
     if size == "full":
         if "full" not in tables:
             raise UserError(f"{path}: it has no [full] table, so there is no --size full")
+        if not isinstance(tables["full"], dict):
+            raise UserError(f"{path}: full: must be a table, not {tables['full']!r}")
         tables = _merged(tables, tables["full"])
     try:
         spec = Spec.model_validate_json(pydantic.TypeAdapter(dict).dump_json(tables), strict=True)
@@ -127,9 +134,11 @@ def read(path: str | Path, *, out: str | Path = "", size: str = "small") -> Abla
     base = load(path.parent / spec.base)
     base = _with_values(base, _flat(spec.overrides), f"{path}: overrides")
     arms = _arms(spec, base, path)
-    rates = spec.learning_rates or (base.optimizer.learning_rate,)
+    rates = tuple(sorted(spec.learning_rates)) or (base.optimizer.learning_rate,)
+    if len(set(rates)) < len(rates):
+        raise UserError(f"{path}: learning_rates = {list(rates)}: one of them is there twice")
     members = tuple(
-        Member(arm, rate, seed, _member_config(base, spec, arm, rate, seed, Path(out), path))
+        _member(base, spec, arm, rate, seed, Path(out), path)
         for arm in arms
         for rate in rates
         for seed in range(spec.first_seed, spec.first_seed + spec.seeds)
@@ -174,20 +183,20 @@ def _arms(spec: Spec, base: Config, path: Path) -> tuple[Arm, ...]:
     return tuple(arms)
 
 
-def _member_config(
+def _member(
     base: Config, spec: Spec, arm: Arm, rate: float, seed: int, out: Path, path: Path
-) -> Config:
+) -> Member:
     config = _with_values(base, dict(arm.values), f"{path}: {arm.name}")
     if spec.learning_rates:
         config = _with_values(config, {LEARNING_RATE: rate}, f"{path}: learning_rates")
-    rate = config.optimizer.learning_rate
-    name = Member(arm, rate, seed, config).name
+    # The rate may be a factor: then it is the arm's.
+    member = Member(arm, config.optimizer.learning_rate, seed, config)
     changes = {
         "train.seed": seed,
         "train.steps": _steps(base, config, spec.budget),
-        "train.out": str(out / "members" / name),
+        "train.out": str(out / "members" / member.name),
     }
-    return _with_values(config, changes, str(path))
+    return member._replace(config=_with_values(config, changes, str(path)))
 
 
 def _steps(base: Config, config: Config, budget: Budget) -> int:

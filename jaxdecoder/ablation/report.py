@@ -33,6 +33,8 @@ class Row(NamedTuple):
     arm: Arm
     learning_rate: float
     """The best of those tried."""
+    at_end: bool
+    """Whether that is an end of the grid, beyond which a better one may lie."""
     losses: list[float]
     """The metric of every seed at that rate."""
     parameters: int
@@ -55,7 +57,7 @@ def write(
 ) -> None:
     """Writes report.html, report.md, results.csv and the pictures into a folder."""
     rows = table(ablation, results, outcomes)
-    pictures = {"loss.png": draw_losses(ablation, results)}
+    pictures = {"loss.png": draw_losses(ablation, results, outcomes)}
     if len(ablation.learning_rates) > 1:
         pictures["learning_rate.png"] = draw_sensitivity(ablation, outcomes)
     for name, data in pictures.items():
@@ -82,7 +84,6 @@ def table(ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outc
     evidence = Evidence(ablation, outcomes)
     rows = []
     for arm in ablation.arms:
-        rate = ablation.learning_rates[evidence.best_rate(arm)]
         own = [
             (result, outcome)
             for result, outcome in zip(results, outcomes, strict=True)
@@ -92,7 +93,8 @@ def table(ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outc
         rows.append(
             Row(
                 arm,
-                rate,
+                evidence.best_rate(arm),
+                bool(evidence.end(arm)),
                 [evidence.value(arm, seed, evidence.metric) for seed in evidence.seeds],
                 result.summary["parameters"],
                 result.summary["steps"],
@@ -102,7 +104,7 @@ def table(ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outc
                 sum(outcome.diverged_at is not None for _, outcome in own),
             )
         )
-    return sorted(rows, key=lambda row: float(np.mean(row.losses)))
+    return sorted(rows, key=lambda row: float(np.nan_to_num(np.mean(row.losses), nan=np.inf)))
 
 
 HEADINGS = ("arm", "loss", "learning rate", "parameters", "steps", "FLOPs", "seconds", "diverged")
@@ -119,7 +121,7 @@ def cells(ablation: Ablation, row: Row) -> list[str]:
     return [
         row.arm.name,
         loss,
-        f"{row.learning_rate:g}",
+        f"{row.learning_rate:g}" + " (an end of the grid)" * row.at_end,
         f"{row.parameters:,}",
         f"{row.steps:,}",
         f"{row.train_flops:.3g}",
@@ -133,15 +135,18 @@ def cells(ablation: Ablation, row: Row) -> list[str]:
 
 def sentence(verdict: Verdict) -> str:
     """What a verdict rests on, in one sentence or two."""
-    e = verdict.judgement.estimate
+    e, what, caveat = verdict.judgement.estimate, verdict.judgement.what, verdict.judgement.caveat
+    what = what[0].upper() + what[1:]
+    if np.isnan(e.mean):
+        return " ".join([f"{what}: not known, since members diverged.", caveat]).strip()
     text = (
-        f"{verdict.judgement.what[0].upper()}{verdict.judgement.what[1:]}: {e.mean:+.4f} on "
+        f"{what}: {e.mean:+.4f} on "
         f"average over {e.n} seeds, {_interval(e)}, p = {verdict.judgement.p_value:.2g} "
         f"({verdict.adjusted_p:.2g} corrected for all claims here)"
     )
     if np.isfinite(e.effect_size):
         text += f", effect size {e.effect_size:.2f}"
-    return text + f". {power_line(e)}"
+    return " ".join(filter(None, [text + ".", caveat, power_line(e)]))
 
 
 def _interval(e: Estimate) -> str:
@@ -152,7 +157,9 @@ def _interval(e: Estimate) -> str:
 
 
 def power_line(e: Estimate) -> str:
-    """How small a difference so many seeds would show."""
+    """How small a difference so many seeds would show; empty where none is asked about."""
+    if np.isnan(e.detectable):
+        return ""
     return (
         f"With {e.n} seeds, a difference of {e.detectable:.4f} would be seen "
         f"{POWER:.0%} of the time."
@@ -166,7 +173,8 @@ def about(ablation: Ablation) -> str:
         f"{len(ablation.arms)} arms, {spec.seeds} seeds, {len(ablation.learning_rates)} learning "
         f"rates: {len(ablation.members)} runs from {spec.base}, equal {spec.budget}, judged by "
         f"{spec.metric.replace('_', ' ')} (nats a token). Every arm sees the same data in the "
-        "same order for a seed, and is compared at its best learning rate. Intervals are at "
+        "same order for a seed, and is compared at its best learning rate, on average over the "
+        "seeds. Intervals are at "
         f"{spec.confidence:.0%}; verdicts at {LEVEL:.0%} after Holm's correction. "
         f"On each device, members that share a program are trained {_way()}. {machine()}."
     )
@@ -295,24 +303,23 @@ def _write_csv(
 # --- Pictures -------------------------------------------------------------------------------------
 
 
-def draw_losses(ablation: Ablation, results: Sequence[Result]) -> bytes:
-    """Validation loss against steps, the mean over seeds with the band between its extremes."""
-    axes = _axes()
-    by_arm: dict[tuple[Arm, float], list[dict[int, float]]] = {}
-    for member, result in zip(ablation.members, results, strict=True):
-        lines = read_metrics(Path(result.config.train.out))
-        curve = {m["step"]: m["validation_loss"] for m in lines if "validation_loss" in m}
-        by_arm.setdefault((member.arm, member.learning_rate), []).append(curve)
-    best: dict[Arm, tuple[float, list[int], np.ndarray]] = {}
-    for (arm, _), curves in by_arm.items():
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+def draw_losses(
+    ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outcome]
+) -> bytes:
+    """Validation loss against steps at every arm's best rate, the mean over seeds with the band
+    between its extremes."""
+    axes, loss = _axes(), "validation_loss"
+    evidence = Evidence(ablation, outcomes)
+    for arm in ablation.arms:
+        curves = []
+        for member, result in zip(ablation.members, results, strict=True):
+            if (member.arm, member.learning_rate) == (arm, evidence.best_rate(arm)):
+                lines = read_metrics(Path(result.config.train.out))
+                curves.append({m["step"]: m[loss] for m in lines if loss in m})
+        steps = sorted(set.intersection(*map(set, curves)))
         if not steps:
             continue  # all of them diverged at once
         values = np.array([[curve[step] for step in steps] for curve in curves])
-        last = float(values[:, -1].mean())
-        if arm not in best or last < best[arm][0]:
-            best[arm] = (last, steps, values)
-    for arm, (_, steps, values) in best.items():
         (line,) = axes.plot(steps, values.mean(axis=0), label=arm.name, lw=1.5)
         axes.fill_between(
             steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15

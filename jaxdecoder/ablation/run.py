@@ -58,7 +58,7 @@ def outcomes_of(ablation: Ablation, results: Sequence[Result]) -> list[Outcome]:
     outcomes = []
     for member, result in zip(ablation.members, results, strict=True):
         summary = result.summary
-        diverged = summary["diverged_at"]
+        diverged = summary.get("diverged_at")  # train.py, which finds it finished, leaves it out
         if diverged is None:
             train, validation = summary["train_loss"], summary["validation_loss"]
             metrics = {

@@ -33,7 +33,8 @@ class Estimate(NamedTuple):
     effect_size: float
     """Mean over standard deviation (Cohen's d of paired samples)."""
     detectable: float
-    """The smallest true mean that so many seeds would tell from 0 with probability POWER."""
+    """The smallest true mean that so many seeds would tell from 0 with probability POWER; NaN where
+    the mean is not what is asked about."""
     n: int
 
 
@@ -41,9 +42,14 @@ POWER = 0.8
 
 
 def estimate(
-    values: Sequence[float] | Float[np.ndarray, "n"], confidence: float = 0.95
+    values: Sequence[float] | Float[np.ndarray, "n"],
+    confidence: float = 0.95,
+    level: float | None = None,
 ) -> Estimate:
     """Student's interval and test for the mean of values drawn once a seed, and a bootstrap.
+
+    `level` is what a p value must be below to tell the mean from 0; left out, 1 - confidence. Of
+    values that are not all known (NaN), nothing is.
 
     Raises:
         ValueError: for fewer than two values, from which no interval follows.
@@ -52,6 +58,9 @@ def estimate(
     if x.ndim != 1 or len(x) < 2:
         raise ValueError(f"an interval needs two values at least, not {x.size}")
     mean, deviation, n = float(x.mean()), float(x.std(ddof=1)), len(x)
+    if not np.isfinite(x).all():
+        nan = math.nan
+        return Estimate(nan, nan, nan, nan, nan, 1.0, nan, nan, n)
     # Rounding aside, values that are all alike say the same at any confidence.
     if deviation <= 1e-12 * max(1.0, abs(mean)):
         p = 1.0 if abs(mean) <= 1e-12 else 0.0
@@ -75,7 +84,7 @@ def estimate(
         float(resampled.high),
         float(test.pvalue),
         mean / deviation,
-        detectable(deviation, n, alpha=1 - confidence),
+        detectable(deviation, n, alpha=level or 1 - confidence),
         n,
     )
 

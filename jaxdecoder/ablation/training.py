@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -31,13 +32,20 @@ from jaxdecoder.ablation.population import (
     most_at_once,
     program_key,
 )
-from jaxdecoder.config import Config
+from jaxdecoder.config import Config, to_dict
 from jaxdecoder.data import batches, tokenizers
 from jaxdecoder.data.tokens import Corpus, cache_key, prepare
 from jaxdecoder.training import checkpoints, runs
 from jaxdecoder.training.logging import keep_metrics
-from jaxdecoder.training.loop import boundary, complete, corpus_bigram_loss, summary_of
-from jaxdecoder.training.step import Metrics, State, evaluated_params, init_state
+from jaxdecoder.training.loop import (
+    boundary,
+    complete,
+    corpus_bigram_loss,
+    source_params,
+    summary_of,
+    with_source_tokenizer,
+)
+from jaxdecoder.training.step import Metrics, State, evaluated_params, init_state, state_of
 
 MOST_BATCH_BYTES = 1 << 27
 """Bytes of batches that one call takes along: fewer steps a call where they are large."""
@@ -77,7 +85,7 @@ def train_members(
     """
     devices = jax.devices() if devices is None else devices
     available = memory_available(devices) if available is None else available
-    groups = by_program(configs)
+    groups = by_program([with_source_tokenizer(config) for config in configs])
     total, done = sum(config.train.steps for config in configs), 0
     results: dict[str, Result] = {}
     for key, group in groups.items():
@@ -134,23 +142,36 @@ def _train_group(
         return memory_needed(compiled(members, per_call))
 
     most = most_at_once(need, len(group), available, len(devices), longest.train.out)
+    before = 0
     for first in range(0, len(group), most):
-        members = group[first : first + most]
-        known = [read_result(config) for config in members]
-        if all(known):
-            yield from (result for result in known if result)
-        else:
+        # There may be finished ones among them, if the ablation has grown.
+        members = []
+        for config in group[first : first + most]:
+            if result := read_result(config):
+                before += config.train.steps
+                yield result
+            else:
+                members.append(config)
+        if members:
             together = _Together(members, program, compiled, corpus, folder, per_call, beside)
-            before = sum(config.train.steps for config in group[:first])
             yield from together.train(lambda steps, before=before: tell(before + steps))  # type: ignore[misc]
+            before += sum(config.train.steps for config in members)
 
 
 def read_result(config: Config) -> Result | None:
-    """What a member came to, if it has."""
+    """What a member came to, if it has.
+
+    Raises:
+        UserError: if that is the result of another config, or of another text.
+    """
     run = Path(config.train.out)
     path = run / "summary.json"
+    if not path.exists():
+        return None
+    runs.check_same_config(run, config)
+    runs.check_same_corpus(run, cache_key(config.data))
     # The run's own config is complete, with what its corpus decided.
-    return Result(runs.read_config(run), json.loads(path.read_text())) if path.exists() else None
+    return Result(runs.read_config(run), json.loads(path.read_text()))
 
 
 def _shapes(config: Config, program: Program, members: int, per_call: int) -> Any:
@@ -185,8 +206,9 @@ class _Together:
         self.members, self.program, self.corpus, self.per_call = members, program, corpus, per_call
         self.compiled = compiled
         self.runs = [Path(config.train.out) for config in members]
-        name = hashlib.sha256("\n".join(map(str, self.runs)).encode()).hexdigest()[:8]
-        self.folder = folder / name
+        # A checkpoint is gone on from by the very same members only.
+        configs = json.dumps([to_dict(config) for config in members], sort_keys=True)
+        self.folder = folder / hashlib.sha256(configs.encode()).hexdigest()[:8]
         # Members divide over the devices, so the last one is repeated until they do.
         count = program.sharding.mesh.size
         self.padded = members + [members[-1]] * (-len(members) % count)
@@ -258,6 +280,9 @@ class _Together:
             step = int(state.step)
             taken = [jnp.int32(min(step, config.train.steps)) for config in self.padded]
             return step, state._replace(step=self._place(taken))
+        if self.longest.train.init_from:
+            given = state_of(self.longest, source_params(self.longest))
+            return 0, self._place([jax.tree.map(np.asarray, given)] * len(self.padded))
         makers: dict[float, Any] = {}
         fresh = []
         for config in self.padded:
@@ -330,11 +355,13 @@ class _Together:
         validation = self.evaluate(state, "validation", None)
         host = jax.tree.map(np.asarray, state)
         floor = corpus_bigram_loss(self.corpus)
-        results = []
+        summaries = []
         for i, (config, run) in enumerate(zip(self.members, self.runs, strict=True)):
             own = jax.tree.map(lambda leaf, i=i: leaf[i], host)
             if self.diverged[i] is None and not math.isfinite(train[i] + validation[i]):
                 self.diverged[i] = config.train.steps
+            # There is one already if this was interrupted.
+            shutil.rmtree(run / "checkpoints", ignore_errors=True)
             if self.diverged[i] is None:
                 manager = checkpoints.open_checkpoints(run, keep=1)
                 checkpoints.save(manager, own, validation[i])
@@ -352,10 +379,11 @@ class _Together:
                 # Of the whole group, divided among its members and the groups beside it.
                 seconds=self.seconds / len(self.members) / self.beside,
             ) | {"diverged_at": self.diverged[i]}
-            summary = {key: value if _is_finite(value) else None for key, value in summary.items()}
+            summaries.append({key: x if _is_finite(x) else None for key, x in summary.items()})
+        # All at the end: a member with a summary is finished, and members finish together.
+        for run, summary in zip(self.runs, summaries, strict=True):
             runs.write_summary(run, summary)
-            results.append(Result(config, summary))
-        return results
+        return [Result(*both) for both in zip(self.members, summaries, strict=True)]
 
 
 def with_seed(config: Config, seed: int) -> Config:

@@ -21,6 +21,7 @@ from jaxdecoder.data.tokens import prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.helpers import SPAWN, no_main_module, start_helper
 from jaxdecoder.training.devices import stay_on
+from jaxdecoder.training.loop import with_source_tokenizer
 
 
 def train_on_cores(
@@ -35,6 +36,7 @@ def train_on_cores(
     Raises:
         UserError: as `train_members`, and if a process was killed, as for want of memory.
     """
+    configs = [with_source_tokenizer(config) for config in configs]
     if not all(map(read_result, configs)):
         for data in {config.data for config in configs}:
             prepare(data)

@@ -63,10 +63,7 @@ def train(
     first = is_first_host()
     with runs.lock(run) if first else contextlib.nullcontext():
         runs.check_same_config(run, config)
-        if config.train.init_from and not config.data.tokenizer_path:
-            # The weights know its tokens and no others.
-            path = str(Path(config.train.init_from) / "tokenizer.json")
-            config = replace(config, data=replace(config.data, tokenizer_path=path))
+        config = with_source_tokenizer(config)
         corpus, key = prepare(config.data), cache_key(config.data)
         runs.check_same_corpus(run, key)
         config = complete(config, corpus)
@@ -75,6 +72,26 @@ def train(
                 runs.write_config(run, config, key)
                 tokenizers.save(corpus.tokenizer, run / "tokenizer.json")
             return _train(run, config, corpus, sampler, objective(config))
+
+
+def with_source_tokenizer(config: Config) -> Config:
+    """The config with the tokenizer of the run that it starts from, if it does from one."""
+    if not config.train.init_from or config.data.tokenizer_path:
+        return config
+    # The weights know its tokens and no others.
+    path = str(Path(config.train.init_from) / "tokenizer.json")
+    return replace(config, data=replace(config.data, tokenizer_path=path))
+
+
+def source_params(config: Config) -> Any:
+    """The weights of the run that this one starts from.
+
+    Raises:
+        UserError: if they are those of another model.
+    """
+    source = runs.load_model(config.train.init_from)
+    runs.check_same_model(config, source.config)
+    return source.params
 
 
 def complete(config: Config, corpus: Corpus) -> Config:
@@ -230,9 +247,8 @@ def _first_state(config: Config, mesh: Any, manager: Any) -> tuple[State, Any]:
     )
     state = checkpoints.restore_latest(manager, like)
     if state is None and config.train.init_from:
-        source = runs.load_model(config.train.init_from)
-        runs.check_same_model(config, source.config)
-        state = jax.jit(partial(state_of, config), out_shardings=shardings)(source.params)
+        start = jax.jit(partial(state_of, config), out_shardings=shardings)
+        state = start(source_params(config))
     elif state is None:
         state = jax.jit(partial(init_state, config), out_shardings=shardings)()
     return state, shardings

@@ -36,6 +36,8 @@ FREE = (
     "distillation.cached_most_gigabytes",
 )
 
+ANOTHER_FOLDER = "another folder (--train.out, or --out of ablate.py)"
+
 
 class Model(NamedTuple):
     """A trained model, as commands take it."""
@@ -76,7 +78,7 @@ def lock(run: Path) -> Iterator[None]:
         held = filelock.FileLock(run / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(
-            f"{run}: another process is training in this folder; give another --train.out"
+            f"{run}: another process is training in this folder; give {ANOTHER_FOLDER}"
         ) from None
     except OSError as error:
         raise UserError(f"{run}: {error.strerror}") from None
@@ -87,10 +89,9 @@ def lock(run: Path) -> Iterator[None]:
 def check_same_config(run: Path, config: Config) -> None:
     """Refuses to go on with a run that was started with another config.
 
-    `config` may still lack what the tokenizer and the shapes decide; those are taken over. As long
-    as there is no checkpoint, nothing has started.
+    `config` may still lack what the tokenizer and the shapes decide; those are taken over.
     """
-    if not (run / "config.toml").exists() or not steps_in(run / "checkpoints"):
+    if not _has_results(run):
         return
     theirs = read_config(run)
     model = config.model.resolve()
@@ -105,18 +106,24 @@ def check_same_config(run: Path, config: Config) -> None:
         listed = "\n  ".join(different)
         raise UserError(
             f"{run}: this run was started with another config:\n  {listed}\n"
-            "Give another --train.out, or the values it was started with"
+            f"Give {ANOTHER_FOLDER}, or the values it was started with"
         )
 
 
 def check_same_corpus(run: Path, key: str) -> None:
     """Refuses to go on with other text or another tokenizer; `key` stands for both."""
     noted = run / "corpus_key"
-    if noted.exists() and steps_in(run / "checkpoints") and noted.read_text() != key:
+    if noted.exists() and _has_results(run) and noted.read_text() != key:
         raise UserError(
             f"{run}: the corpus or the tokenizer is not the one that this run was started with, "
-            "though the config is the same; give another --train.out, or the text it had"
+            f"though the config is the same; give {ANOTHER_FOLDER}, or the text it had"
         )
+
+
+def _has_results(run: Path) -> bool:
+    """Whether there is something to lose: a checkpoint, or the summary of a run without one."""
+    checkpoints, summary = run / "checkpoints", run / "summary.json"
+    return (run / "config.toml").exists() and (bool(steps_in(checkpoints)) or summary.exists())
 
 
 def check_same_model(config: Config, theirs: Config) -> None:
