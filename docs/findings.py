@@ -131,7 +131,7 @@ def _arm_rows(it: Found) -> list[str]:
         losses = [evidence.value(arm, seed, evidence.metric) for seed in evidence.seeds]
         interval = estimate(losses)
         diverged = sum(o.diverged_at is not None for o in it.outcomes if o.arm == arm)
-        rate = f"{evidence.best_rate(arm):g}" + " (an end of the grid)" * bool(evidence.end(arm))
+        rate = f"{evidence.best_rate(arm):g}" + " (an end of the grid)" * evidence.at_end(arm)
         text = f"{np.mean(losses):.4f} ({interval.low:.4f} to {interval.high:.4f})"
         note = f", {_count(diverged, 'run')} diverged" if diverged else ""
         rows.append((np.mean(losses), f"| {arm.name} | {text} | {rate}{note} |"))

@@ -183,7 +183,7 @@ class TestLearningRateGrids:
         assert verdict.verdict == "supported"
         evidence = Evidence(asked, found)
         assert [evidence.best_rate(arm) for arm in asked.arms] == [1e-3, 4e-3]
-        assert not any(evidence.end(arm) for arm in asked.arms)
+        assert not any(evidence.at_end(arm) for arm in asked.arms)
 
 
 class TestDivergence:

@@ -101,10 +101,10 @@ class Evidence:
         """The learning rate at which an arm's mean over seeds is lowest."""
         return self._rates[arm][self._best(arm)]
 
-    def end(self, arm: Arm) -> int:
-        """Where an arm's best learning rate lies at an end of several: -1 or 1, and 0 elsewhere."""
-        i, n = self._best(arm), len(self._rates[arm])
-        return 0 if n == 1 else int(i == n - 1) - int(i == 0)
+    def at_end(self, arm: Arm) -> bool:
+        """Whether an arm's best learning rate is the first or last of several."""
+        n = len(self._rates[arm])
+        return n > 1 and self._best(arm) in (0, n - 1)
 
     def value(self, arm: Arm, seed: int, measure: str) -> float:
         """A measure of one arm and seed: a metric at its best learning rate, or a sensitivity."""
@@ -177,7 +177,7 @@ def beats(evidence: Evidence, match: re.Match[str]) -> Judgement:
 
 def _at_ends(evidence: Evidence, arms: Iterable[Arm]) -> str:
     """The caveat that arms are not compared at their best, if the grid of rates is too narrow."""
-    names = [arm.name for arm in dict.fromkeys(arms) if evidence.end(arm)]
+    names = [arm.name for arm in dict.fromkeys(arms) if evidence.at_end(arm)]
     if not names:
         return ""
     return f"The best learning rate is at an end of the grid for {' and '.join(names)}."

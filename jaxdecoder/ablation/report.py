@@ -94,7 +94,7 @@ def table(ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outc
             Row(
                 arm,
                 evidence.best_rate(arm),
-                bool(evidence.end(arm)),
+                evidence.at_end(arm),
                 [evidence.value(arm, seed, evidence.metric) for seed in evidence.seeds],
                 result.summary["parameters"],
                 result.summary["steps"],

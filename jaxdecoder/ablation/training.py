@@ -138,8 +138,13 @@ def _train_group(
         """Of so many members and steps a call; what its memory is asked of is what runs."""
         return program.advance.lower(*_shapes(longest, program, members, steps)).compile()
 
+    @functools.cache
+    def evaluation(members: int) -> Any:
+        """The same of `program.evaluate`."""
+        return program.evaluate.lower(*_evaluation_shapes(longest, program, members)).compile()
+
     def need(members: int) -> int:
-        return memory_needed(compiled(members, per_call))
+        return max(map(memory_needed, (compiled(members, per_call), evaluation(members))))
 
     most = most_at_once(need, len(group), available, len(devices), longest.train.out)
     before = 0
@@ -153,7 +158,9 @@ def _train_group(
             else:
                 members.append(config)
         if members:
-            together = _Together(members, program, compiled, corpus, folder, per_call, beside)
+            together = _Together(
+                members, program, compiled, evaluation, corpus, folder, per_call, beside
+            )
             yield from together.train(lambda steps, before=before: tell(before + steps))  # type: ignore[misc]
             before += sum(config.train.steps for config in members)
 
@@ -189,6 +196,22 @@ def _shapes(config: Config, program: Program, members: int, per_call: int) -> An
     )
 
 
+def _evaluation_shapes(config: Config, program: Program, members: int) -> Any:
+    """The arguments of `program.evaluate`, without their numbers."""
+    state, _, _ = _shapes(config, program, members, 1)
+    shape = (_batches_a_call(config) * config.train.batch_size, config.model.context_length)
+    tokens, weights = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=program.everywhere)
+        for dtype in (jnp.int32, jnp.float32)
+    )
+    return evaluated_params(state), batches.Batch(tokens, tokens, weights)  # type: ignore[arg-type]
+
+
+def _batches_a_call(config: Config) -> int:
+    """How many batches are evaluated at once."""
+    return max(1, TOKENS_A_CALL // (config.train.batch_size * config.model.context_length))
+
+
 class _Together:
     """Members of one program on their way together."""
 
@@ -197,6 +220,7 @@ class _Together:
         members: list[Config],
         program: Program,
         compiled: Callable[[int, int], Any],
+        evaluation: Callable[[int], Any],
         corpus: Corpus,
         folder: Path,
         per_call: int,
@@ -204,7 +228,7 @@ class _Together:
     ):
         self.beside = beside
         self.members, self.program, self.corpus, self.per_call = members, program, corpus, per_call
-        self.compiled = compiled
+        self.compiled, self.evaluation = compiled, evaluation
         self.runs = [Path(config.train.out) for config in members]
         # A checkpoint is gone on from by the very same members only.
         configs = json.dumps([to_dict(config) for config in members], sort_keys=True)
@@ -256,17 +280,14 @@ class _Together:
     def evaluate(self, state: State, split: str, count: int | None) -> list[float]:
         """Every member's mean loss over (the first `count`) fixed batches of a split."""
         each = batches.fixed(self.longest, self.corpus, split, count)
-        size = self.longest.train.batch_size * self.longest.model.context_length
-        at_once = max(1, TOKENS_A_CALL // size)
+        at_once, call = _batches_a_call(self.longest), self.evaluation(len(self.padded))
         params, losses, weights = evaluated_params(state), [], []
         while several := list(islice(each, at_once)):
             # The last call is filled up at weight 0, so that all have one shape.
             nothing = several[0]._replace(weights=np.zeros_like(several[0].weights))
             several += [nothing] * (at_once - len(several))
             batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *several)
-            losses.append(
-                self.program.evaluate(params, jax.device_put(batch, self.program.everywhere))
-            )
+            losses.append(call(params, jax.device_put(batch, self.program.everywhere)))
             weights.append(float(batch.weights.sum()))
         sums = np.sum(np.asarray(losses, np.float64), axis=0)
         return [float(s) / max(1.0, sum(weights)) for s in sums[: len(self.members)]]
