@@ -213,7 +213,7 @@ class TestDivergence:
         assert verdict.verdict == "undecided"
 
     def test_of_one_seed_makes_a_rate_not_the_best(self, tmp_path):
-        asked = ablation(tmp_path, [])
+        asked = ablation(tmp_path, [], metric="overfitting")
         # All are lowest at 2e-3.
         which = lambda norm, m: (m.learning_rate, m.seed) == (2e-3, 1)  # noqa: E731
         found = self.some_diverged(asked, outcomes(asked, handicapped), which)
