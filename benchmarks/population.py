@@ -30,9 +30,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from benchmarks.turns import HERE, describe, write
+from jaxdecoder.ablation.population import arrays_of, make_program
 from jaxdecoder.config import load
+from jaxdecoder.data import batches
+from jaxdecoder.data.tokens import prepare
 from jaxdecoder.training.devices import cores, one_device_a_core, stay_on
+from jaxdecoder.training.loop import complete
+from jaxdecoder.training.step import fuse, init_state, make_step
 
 ROOT = HERE.parent
 PRESET = ROOT / "configs" / "shakespeare_nano.toml"
@@ -146,15 +154,6 @@ def measure(way: str, members: int, core: int, steps: int = 100) -> float:
         stay_on(core)
     if way == "one_after_another":
         one_device_a_core()
-    import jax
-    import numpy as np
-
-    from jaxdecoder.ablation.population import arrays_of, make_program
-    from jaxdecoder.data import batches
-    from jaxdecoder.data.tokens import prepare
-    from jaxdecoder.training.loop import complete
-    from jaxdecoder.training.step import fuse, init_state, make_step
-
     config = load(PRESET)
     corpus = prepare(config.data)
     config = complete(config, corpus)

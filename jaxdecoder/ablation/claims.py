@@ -84,13 +84,14 @@ class Evidence:
     def curve(self, arm: Arm, seed: int, metric: str | None = None) -> np.ndarray:
         """The metric of one arm and seed at every learning rate."""
         name = metric or self.metric
-        members = [self._by_member[arm, rate, seed] for rate in self._rates[arm]]
-        return np.array([member.metrics[name] for member in members])
+        return np.array([outcome.metrics[name] for outcome in self._by_rate(arm, seed)])
 
     def diverged(self, arm: Arm, seed: int) -> np.ndarray:
         """Whether the members of one arm and seed diverged, at every learning rate."""
-        members = [self._by_member[arm, rate, seed] for rate in self._rates[arm]]
-        return np.array([member.diverged_at is not None for member in members])
+        return np.array([o.diverged_at is not None for o in self._by_rate(arm, seed)])
+
+    def _by_rate(self, arm: Arm, seed: int) -> list[Outcome]:
+        return [self._by_member[arm, rate, seed] for rate in self._rates[arm]]
 
     def _best(self, arm: Arm) -> int:
         curve = np.mean([self.curve(arm, seed) for seed in self.seeds], axis=0)

@@ -117,9 +117,9 @@ def _train_group(
     tell: Callable[[int], None],
 ) -> Iterator[Result]:
     """Trains the members of one program, as many at once as fit; tells their steps so far."""
-    finished = [read_result(config) for config in group]
-    if all(finished):
-        yield from (result for result in finished if result)
+    known = finished(group)
+    yield from known.values()
+    if len(known) == len(group):
         return
     corpus = prepare(group[0].data)
     group = [complete(config, corpus) for config in group]
@@ -147,16 +147,11 @@ def _train_group(
         return max(map(memory_needed, (compiled(members, per_call), evaluation(members))))
 
     most = most_at_once(need, len(group), available, len(devices), longest.train.out)
-    before = 0
+    before = sum(config.train.steps for config in group if config.train.out in known)
     for first in range(0, len(group), most):
         # There may be finished ones among them, if the ablation has grown.
-        members = []
-        for config in group[first : first + most]:
-            if result := read_result(config):
-                before += config.train.steps
-                yield result
-            else:
-                members.append(config)
+        chunk = group[first : first + most]
+        members = [config for config in chunk if config.train.out not in known]
         if members:
             together = _Together(
                 members, program, compiled, evaluation, corpus, folder, per_call, beside
@@ -165,20 +160,24 @@ def _train_group(
             before += sum(config.train.steps for config in members)
 
 
-def read_result(config: Config) -> Result | None:
-    """What a member came to, if it has.
+def finished(configs: Sequence[Config]) -> dict[str, Result]:
+    """What members came to, by their run folders; of those that are at their end.
 
     Raises:
-        UserError: if that is the result of another config, or of another text.
+        UserError: if one is the result of another config, or of another text.
     """
-    run = Path(config.train.out)
-    path = run / "summary.json"
-    if not path.exists():
-        return None
-    runs.check_same_config(run, config)
-    runs.check_same_corpus(run, cache_key(config.data))
-    # The run's own config is complete, with what its corpus decided.
-    return Result(runs.read_config(run), json.loads(path.read_text()))
+    key = functools.cache(cache_key)  # it may read the whole text
+    found = {}
+    for config in configs:
+        run = Path(config.train.out)
+        summary = run / "summary.json"
+        if summary.exists():
+            runs.check_same_config(run, config)
+            runs.check_same_corpus(run, key(config.data))
+            # The run's own config is complete, with what its corpus decided.
+            result = Result(runs.read_config(run), json.loads(summary.read_text()))
+            found[config.train.out] = result
+    return found
 
 
 def _shapes(config: Config, program: Program, members: int, per_call: int) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jaxdecoder.ablation.population import memory_available
-from jaxdecoder.ablation.training import Report, Result, by_program, read_result, train_members
+from jaxdecoder.ablation.training import Report, Result, by_program, finished, train_members
 from jaxdecoder.config import Config
 from jaxdecoder.data.tokens import prepare
 from jaxdecoder.errors import UserError
@@ -37,11 +37,13 @@ def train_on_cores(
         UserError: as `train_members`, and if a process was killed, as for want of memory.
     """
     configs = [with_source_tokenizer(config) for config in configs]
-    if not all(map(read_result, configs)):
+    known = finished(configs)
+    if len(known) < len(configs):
         for data in {config.data for config in configs}:
             prepare(data)
         _share_out(configs, out, cores, report)
-    return [result for result in map(read_result, configs) if result]
+        known = finished(configs)
+    return [known[config.train.out] for config in configs]
 
 
 def _share_out(configs: Sequence[Config], out: Path, cores: Sequence[int], report: Report) -> None:
@@ -96,8 +98,8 @@ def _train(core: int, work: Any, messages: Any, out: Path, available: int, besid
 
 def _follow(workers: Sequence[Any], messages: Any, parts: int, total: int, report: Report) -> None:
     """Hears the workers out, until all parts are done."""
-    steps, finished = [0] * parts, 0
-    while finished < parts:
+    steps, ended = [0] * parts, 0
+    while ended < parts:
         for worker in workers:
             if worker.exitcode:
                 raise UserError(
@@ -112,7 +114,7 @@ def _follow(workers: Sequence[Any], messages: Any, parts: int, total: int, repor
         if isinstance(said, str):
             raise UserError(said)
         if said is None:
-            finished += 1
+            ended += 1
         else:
             steps[part] = said
             report(sum(steps), total)
