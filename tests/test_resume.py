@@ -14,7 +14,7 @@ import pytest
 
 from jaxdecoder.config import load
 from jaxdecoder.training.checkpoints import open_checkpoints, restore_latest
-from jaxdecoder.training.loop import boundary, train
+from jaxdecoder.training.loop import boundary, steps_a_call, train
 from jaxdecoder.training.runs import read_config
 from jaxdecoder.training.step import init_state
 from tests.runs import losses, script, write_config
@@ -108,10 +108,30 @@ def test_calls_end_where_the_step_alone_says(tmp_path):
     config = load(write_config(tmp_path), ["--train.steps", "30", "--train.steps-per-call", "7"])
     ends, step = [], 0
     while step < 30:
-        step = boundary(step, config)
+        step = boundary(step, config, 7)
         ends.append(step)
     assert ends == [4, 7, 8, 12, 14, 16, 20, 21, 24, 28, 30]
-    assert all(boundary(inside, config) == end for end in ends for inside in (end - 1,))
+    assert all(boundary(inside, config, 7) == end for end in ends for inside in (end - 1,))
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "most", "chosen"),
+    [
+        (250, 125, 50, 25),  # one program of 25 steps instead of two, of 50 and of 25
+        (5000, 500, 50, 50),
+        (250, 1000, 50, 50),  # a checkpoint that is never reached does not matter
+        (1000, 300, 30, 25),
+        (997, 250, 10, 10),  # nothing between 3 and 10 divides both
+        (24, 12, 1, 1),
+    ],
+)
+def test_calls_are_equally_long_where_they_can_be(tmp_path, steps, every, most, chosen):
+    given = {"steps": steps, "evaluate-every": every, "checkpoint-every": 5000}
+    config = load(
+        write_config(tmp_path),
+        [text for name, n in given.items() for text in (f"--train.{name}", str(n))],
+    )
+    assert steps_a_call(config, most) == chosen
 
 
 def test_a_finished_run_trains_no_further_and_repeats_its_summary(undisturbed):

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxdecoder.config import Config, to_dict
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.errors import UserError
+from jaxdecoder.training.devices import COMPILED_SOON
 from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.training.optimizers import Numbers, numbers_of
 from jaxdecoder.training.step import Metrics, State, make_decoder, make_step
@@ -76,10 +77,6 @@ MAPPINGS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 }
 """How a device works through its members, by platform: see benchmarks/population.py."""
 
-COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 1}}
-"""By platform. An ablation compiles many programs, and on a CPU LLVM's higher levels take longer to
-compile them without making them any faster: the work is in products that XLA has at hand."""
-
 
 def member_steps(
     config: Config, *, ends_differ: bool, dropout_differs: bool
@@ -116,6 +113,8 @@ class Program(NamedTuple):
     """(params, batch without member axis) -> summed loss of every member"""
     sharding: NamedSharding
     everywhere: NamedSharding
+    options: dict[str, Any] | None
+    """For the compiler."""
 
 
 def make_program(
@@ -129,7 +128,7 @@ def make_program(
     """The program of one config on these devices, which members divide over."""
     mesh = Mesh(np.array(devices), (AXIS,))
     across = MAPPINGS[mapping or devices[0].platform]
-    options = COMPILER_OPTIONS.get(devices[0].platform)
+    options = COMPILED_SOON.get(devices[0].platform)
     split, whole = PartitionSpec(AXIS), PartitionSpec()
     decoder = make_decoder(config)
     steps = member_steps(config, ends_differ=ends_differ, dropout_differs=dropout_differs)
@@ -152,6 +151,7 @@ def make_program(
         jax.jit(spread(evaluate, (split, whole)), compiler_options=options),
         NamedSharding(mesh, split),
         NamedSharding(mesh, whole),
+        options,
     )
 
 

@@ -42,10 +42,18 @@ from jaxdecoder.training.loop import (
     complete,
     corpus_bigram_loss,
     source_params,
+    steps_a_call,
     summary_of,
     with_source_tokenizer,
 )
-from jaxdecoder.training.step import Metrics, State, evaluated_params, init_state, state_of
+from jaxdecoder.training.step import (
+    Metrics,
+    State,
+    evaluated_params,
+    init_params,
+    init_state,
+    state_of,
+)
 
 MOST_BATCH_BYTES = 1 << 27
 """Bytes of batches that one call takes along: fewer steps a call where they are large."""
@@ -131,7 +139,8 @@ def _train_group(
         dropout_differs=len({config.model.dropout for config in group}) > 1,
     )
     row = longest.train.batch_size * longest.model.context_length * 12 * len(group)
-    per_call = max(1, min(longest.train.steps_per_call, MOST_BATCH_BYTES // row))
+    most = max(1, min(longest.train.steps_per_call, MOST_BATCH_BYTES // row))
+    per_call = steps_a_call(longest, most)
 
     @functools.cache
     def compiled(members: int, steps: int) -> Any:
@@ -256,7 +265,7 @@ class _Together:
         started = time.perf_counter() - self.seconds
         with checkpoints.full_disk_explained(self.folder):
             while step < t.steps:
-                end = min(boundary(step, self.longest), step + self.per_call)
+                end = boundary(step, self.longest, self.per_call)
                 batch = self._batches(step, end - step)
                 advance = self.compiled(len(self.padded), end - step)
                 state, metrics = advance(state, numbers, batch)
@@ -303,14 +312,18 @@ class _Together:
         if self.longest.train.init_from:
             given = state_of(self.longest, source_params(self.longest))
             return 0, self._place([jax.tree.map(np.asarray, given)] * len(self.padded))
+        # Weights and optimiser apart: other programs of this shape have the first in common.
+        to_state = jax.jit(partial(state_of, self.longest))
         makers: dict[float, Any] = {}
         fresh = []
         for config in self.padded:
             # Members of one program differ in their first weights by seed and scale alone.
             make = makers.setdefault(
-                config.model.init_std, jax.jit(lambda key, c=config: init_state(c, key))
+                config.model.init_std,
+                jax.jit(partial(init_params, config), compiler_options=self.program.options),
             )
-            fresh.append(jax.tree.map(np.asarray, make(jax.random.key(config.train.seed))))
+            params = make(jax.random.key(config.train.seed))
+            fresh.append(jax.tree.map(np.asarray, to_state(params)))
         return 0, self._place(fresh)
 
     def _place(self, each: list[Any]) -> Any:

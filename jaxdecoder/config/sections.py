@@ -125,7 +125,7 @@ class TrainConfig:
     cpu_devices: Count = 0
     """On the CPU: devices the cores are divided into; 0: one."""
     steps_per_call: Positive = 10
-    """Optimiser steps fused into one compiled call."""
+    """Optimiser steps fused into one compiled call, at most."""
     evaluate_every: Positive = 250
     """Steps between evaluations."""
     evaluation_batches: Positive = 20

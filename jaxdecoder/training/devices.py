@@ -6,11 +6,17 @@ import contextlib
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxdecoder.config import Config
 from jaxdecoder.errors import UserError
+
+COMPILED_SOON: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 1}}
+"""Compiler options by platform, for what runs once or is one of many programs. On a CPU LLVM's
+higher levels compile for up to twice as long and hardly make a step faster: the work is in products
+that XLA has at hand."""
 
 
 def set_up(config: Config) -> None:

@@ -20,7 +20,7 @@ from jaxdecoder.data.tokens import Corpus, cache_key, prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import packing
 from jaxdecoder.training import checkpoints, runs
-from jaxdecoder.training.devices import is_first_host
+from jaxdecoder.training.devices import COMPILED_SOON, is_first_host
 from jaxdecoder.training.evaluation import (
     bigram_loss,
     bits_per_byte,
@@ -108,13 +108,24 @@ def complete(config: Config, corpus: Corpus) -> Config:
     return replace(config, model=model)
 
 
-def boundary(step: int, config: Config) -> int:
+def steps_a_call(config: Config, most: int) -> int:
+    """How many steps a compiled call takes: `most`, or somewhat fewer.
+
+    Fewer where all calls are then equally long, for each length is a program to compile.
+    """
+    t = config.train
+    every = (t.steps, t.evaluate_every, t.checkpoint_every, t.sample_every)
+    between = math.gcd(*(n for n in every if 0 < n <= t.steps))
+    return max((n for n in range(-(-most // 4), most + 1) if between % n == 0), default=most)
+
+
+def boundary(step: int, config: Config, per_call: int) -> int:
     """Where the compiled call that starts at `step` ends.
 
     A function of the step alone, so that a resumed run makes the same calls.
     """
     t = config.train
-    periods = [t.steps_per_call, t.evaluate_every, t.checkpoint_every, t.sample_every]
+    periods = [per_call, t.evaluate_every, t.checkpoint_every, t.sample_every]
     return min(t.steps, *((step // every + 1) * every for every in periods if every))
 
 
@@ -137,7 +148,7 @@ def _train(
 
     held = jax.device_put(objective.held, everywhere(mesh))
 
-    step = int(state.step)
+    step, per_call = int(state.step), steps_a_call(config, t.steps_per_call)
     parameters = packing.size(state.params, nonzero=False).parameters
     settles_at = config.compression.settles_at
     best = checkpoints.best_loss(run / "checkpoints", settles_at)
@@ -147,7 +158,7 @@ def _train(
         record = _Recorder(log, config, tokens_per_step)
         try:
             while step < t.steps:
-                end = boundary(step, config)
+                end = boundary(step, config, per_call)
                 state, metrics = call(state, feed(step, end - step), held)
                 record.add(step, metrics)
                 step = end
@@ -250,7 +261,13 @@ def _first_state(config: Config, mesh: Any, manager: Any) -> tuple[State, Any]:
         start = jax.jit(partial(state_of, config), out_shardings=shardings)
         state = start(source_params(config))
     elif state is None:
-        state = jax.jit(partial(init_state, config), out_shardings=shardings)()
+        # Random numbers take an optimising compiler seconds, and are drawn once.
+        fresh = jax.jit(
+            partial(init_state, config),
+            out_shardings=shardings,
+            compiler_options=COMPILED_SOON.get(jax.default_backend()),
+        )
+        state = fresh()
     return state, shardings
 
 

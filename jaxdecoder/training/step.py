@@ -98,11 +98,15 @@ def make_decoder(config: Config) -> Decoder:
     return Decoder(config.model, dtype=compute_dtype(config))
 
 
-def init_state(config: Config, key: jax.Array | None = None) -> State:
-    """A fresh state; the weights depend on train.seed alone."""
-    key = jax.random.key(config.train.seed) if key is None else key
+def init_params(config: Config, key: jax.Array) -> Any:
+    """Fresh weights."""
     tokens = jnp.zeros((1, min(2, config.model.context_length)), jnp.int32)
-    return state_of(config, make_decoder(config).init(key, tokens)["params"])
+    return make_decoder(config).init(key, tokens)["params"]
+
+
+def init_state(config: Config) -> State:
+    """A fresh state; the weights depend on train.seed alone."""
+    return state_of(config, init_params(config, jax.random.key(config.train.seed)))
 
 
 def state_of(config: Config, params: Any) -> State:
