@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxdecoder.config import Config, to_dict
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.errors import UserError
-from jaxdecoder.training.devices import COMPILED_SOON
+from jaxdecoder.training.devices import compiled_soon
 from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.training.optimizers import Numbers, numbers_of
 from jaxdecoder.training.step import Metrics, State, make_decoder, make_step
@@ -128,7 +128,7 @@ def make_program(
     """The program of one config on these devices, which members divide over."""
     mesh = Mesh(np.array(devices), (AXIS,))
     across = MAPPINGS[mapping or devices[0].platform]
-    options = COMPILED_SOON.get(devices[0].platform)
+    options = compiled_soon(devices[0].platform)
     split, whole = PartitionSpec(AXIS), PartitionSpec()
     decoder = make_decoder(config)
     steps = member_steps(config, ends_differ=ends_differ, dropout_differs=dropout_differs)

@@ -13,12 +13,6 @@ import jax
 from jaxdecoder.config import Config
 from jaxdecoder.errors import UserError
 
-COMPILED_SOON: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 1}}
-"""Compiler options by platform, for what runs once or is one of many programs. On a CPU LLVM's
-higher levels compile for up to twice as long and hardly make a step faster: the work is in products
-that XLA has at hand."""
-
-
 def set_up(config: Config) -> None:
     """Divides the CPU's cores into devices if asked, and joins the other hosts if there are any.
 
@@ -70,6 +64,17 @@ def keep_programs(folder: Path) -> None:
     """Keeps compiled programs for other processes, here or where JAX_COMPILATION_CACHE_DIR says."""
     chosen = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.absolute()))
     jax.config.update("jax_compilation_cache_dir", chosen)
+
+
+def compiled_soon(platform: str) -> dict[str, Any] | None:
+    """The compiler's options for what runs once, or is one of many programs.
+
+    On a CPU LLVM's higher levels compile for up to twice as long and hardly make a step faster: the
+    work is in products that XLA has at hand.
+    """
+    if platform != "cpu" or jax.config.read("jax_disable_most_optimizations"):
+        return None
+    return {"xla_backend_optimization_level": 1}
 
 
 def processor() -> str:

@@ -20,7 +20,7 @@ from jaxdecoder.data.tokens import Corpus, cache_key, prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import packing
 from jaxdecoder.training import checkpoints, runs
-from jaxdecoder.training.devices import COMPILED_SOON, is_first_host
+from jaxdecoder.training.devices import compiled_soon, is_first_host
 from jaxdecoder.training.evaluation import (
     bigram_loss,
     bits_per_byte,
@@ -265,7 +265,7 @@ def _first_state(config: Config, mesh: Any, manager: Any) -> tuple[State, Any]:
         fresh = jax.jit(
             partial(init_state, config),
             out_shardings=shardings,
-            compiler_options=COMPILED_SOON.get(jax.default_backend()),
+            compiler_options=compiled_soon(jax.default_backend()),
         )
         state = fresh()
     return state, shardings
