@@ -40,9 +40,9 @@ A star marks a verdict for which the best was at an end of them, so that a bette
 beyond. The last column is the difference that so many seeds would find {power:.0%} of the time,
 where one is asked about.
 
-These are models of 0.2 million parameters (the parallel stacks: 1 million), trained for minutes: a
-verdict speaks of them, and a larger model may differ. Each file's `[full]` table asks the same
-question of a larger one.
+These are models of 0.1 to 0.2 million parameters (parallel against serial stacks: 1 million),
+trained for a few hundred steps: a verdict speaks of them, and a larger model may differ. Each
+file's `[full]` table asks the same question of a larger one.
 """
 
 
