@@ -13,6 +13,7 @@ import jax
 from jaxdecoder.config import Config
 from jaxdecoder.errors import UserError
 
+
 def set_up(config: Config) -> None:
     """Divides the CPU's cores into devices if asked, and joins the other hosts if there are any.
 
