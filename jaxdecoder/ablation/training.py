@@ -139,8 +139,8 @@ def _train_group(
         dropout_differs=len({config.model.dropout for config in group}) > 1,
     )
     row = longest.train.batch_size * longest.model.context_length * 12 * len(group)
-    most = max(1, min(longest.train.steps_per_call, MOST_BATCH_BYTES // row))
-    per_call = steps_a_call(longest, most)
+    fitting = max(1, MOST_BATCH_BYTES // row)
+    per_call = steps_a_call(longest, min(longest.train.steps_per_call, fitting))
 
     @functools.cache
     def compiled(members: int, steps: int) -> Any:
