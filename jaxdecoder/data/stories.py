@@ -48,13 +48,16 @@ class Story:
     plot: str
     hero: str
     cast: tuple[tuple[str, str], ...]  # (name, pronoun) of everyone who is ever a pronoun
+    facts: dict[str, str]  # what each `{slot}` of the wordings came to be
+    phrases: tuple[tuple[str, str], ...]  # (fact, its wording), or ("", the wording of a sentence)
 
 
 def tell_story(rng: random.Random) -> Story:
     t = Teller(rng)
     plot = t.pick(PLOTS)
     plot(t)
-    return Story(t.text(), plot.__name__, t.facts["hero"], tuple(t.cast))
+    cast, phrases = tuple(t.cast), tuple(t.phrases)
+    return Story(t.text(), plot.__name__, t.facts["hero"], cast, dict(t.facts), phrases)
 
 
 # --- Telling -------------------------------------------------------------------------------------
@@ -124,6 +127,7 @@ class Teller:
         self.facts = Facts()
         self.cast: list[tuple[str, str]] = []
         self.paragraphs: list[list[str]] = [[]]
+        self.phrases: list[tuple[str, str]] = []
 
     def pick(self, options: Sequence[T]) -> T:
         return options[int(self.random() * len(options))]
@@ -131,13 +135,20 @@ class Teller:
     def chance(self, probability: float) -> bool:
         return self.random() < probability
 
-    def fill(self, template: str) -> str:
-        return self.pick(spell_out(template)).format_map(self.facts)
+    def fill(self, template: str, fact: str = "") -> str:
+        phrase = self.pick(spell_out(template))
+        self.phrases.append((fact, phrase))
+        return phrase.format_map(self.facts)
 
     def know(self, **facts: str | tuple[str, ...]) -> None:
         """Fixes facts for the rest of the story; of a tuple, one is true."""
         for name, fact in facts.items():
-            self.facts[name] = self.fill(fact if isinstance(fact, str) else self.pick(fact))
+            self.facts[name] = self.fill(fact if isinstance(fact, str) else self.pick(fact), name)
+
+    def note(self, **facts: str) -> None:
+        """Fixes facts that leave no choice."""
+        self.facts |= facts
+        self.phrases += facts.items()
 
     def tell(self, script: str) -> None:
         for beat in outline(script):
@@ -223,7 +234,8 @@ def open_story(t: Teller, kind: Kind, trait: Trait) -> None:
     adjectives = f"{trait.adjective} {kind.noun}"
     if not named or t.chance(0.5):
         adjectives = f"{t.pick(kind.adjectives)} {kind.noun}"
-    t.know(kind=adjectives)
+    t.note(adjective=adjectives.removesuffix(f" {kind.noun}"), creature=kind.noun)
+    t.know(kind="{adjective} {creature}")
     t.know(shown=trait.shown, slips=trait.slips, changed=trait.changed)
     t.tell("""
         - Once upon a time, there was {a_kind} named {hero}. {He} lived {home}.
@@ -249,8 +261,8 @@ def set_day(t: Teller, *weathers: str) -> None:
 
 def know_thing(t: Teller, noun: str, adjectives: Sequence[str] = words.COLORS) -> None:
     """The object of the story: `{noun}` is a kite, `{thing}` a red kite."""
-    thing = f"{t.pick(adjectives)} {noun}"
-    t.know(noun=noun, thing=thing)
+    t.note(color=t.pick(adjectives))
+    t.know(noun=noun, thing="{color} {noun}")
 
 
 COMMON = {
