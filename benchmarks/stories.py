@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.story_grammar import Verdict, listen
 from jaxdecoder.config import DataConfig
-from jaxdecoder.data.stories import tell_story
+from jaxdecoder.data.stories import tell_story, world_of
 from jaxdecoder.data.tokens import prepare
 from jaxdecoder.sampling import filters
 from jaxdecoder.sampling.generate import encode_prompt, generate
@@ -103,11 +103,11 @@ def told_by_ngrams(
         yield tokenizer.decode(row[1 : len(row) - ended]), ended
 
 
-def told_by_the_grammar(count: int, seed: int) -> Iterator[Told]:
+def told_by_the_grammar(data: DataConfig, count: int, seed: int) -> Iterator[Told]:
     """Stories of the corpus itself, though none that the checker has heard."""
     rng = random.Random(f"told {seed}")
     for _ in range(count):
-        yield tell_story(rng).text, True
+        yield tell_story(rng, world_of(data)).text, True
 
 
 def shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -132,13 +132,14 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0, help="print so many stories, verdicts too")
     options = parser.parse_args()
     sampled = (options.prompt, options.stories, options.temperature, options.seed)
+    data = DataConfig() if options.run is None else read_config(Path(options.run)).data
     if options.run is None:
-        told = told_by_the_grammar(options.stories, options.seed)
+        told = told_by_the_grammar(data, options.stories, options.seed)
     elif options.ngram:
-        told = told_by_ngrams(read_config(Path(options.run)).data, options.ngram, *sampled)
+        told = told_by_ngrams(data, options.ngram, *sampled)
     else:
         told = told_by_model(load_model(options.run), *sampled)
-    grammar = listen()
+    grammar = listen(world_of(data))
     verdicts = []
     for text, ended in told:
         verdicts.append(grammar.judge(text, finished=ended))

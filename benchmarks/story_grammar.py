@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from itertools import count, product
 from typing import NamedTuple
 
-from jaxdecoder.data.stories import Story, tell_story, upper_first
+from jaxdecoder.data.stories import EVERYTHING, Story, World, tell_story, upper_first
 
 SLOT = re.compile(r"\{(\w+)\}")
 NAME = r"(?!(?:He|She|It) )[A-Z][a-z]+(?: [A-Z][a-z]+)?"
@@ -286,10 +286,10 @@ class Grammar:
 
 
 @cache
-def listen(stories: int = 20_000, seed: int = 0) -> Grammar:
-    """The grammar, learned from so many of its own stories."""
+def listen(world: World = EVERYTHING, stories: int = 20_000, seed: int = 0) -> Grammar:
+    """The grammar of a world, learned from so many of its stories."""
     rng = random.Random(seed)
-    return Grammar(tell_story(rng) for _ in range(stories))
+    return Grammar(tell_story(rng, world) for _ in range(stories))
 
 
 def sentences_of(text: str, is_capital: Callable[[str], bool] = str.istitle) -> Iterator[str]:

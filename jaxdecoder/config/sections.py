@@ -36,6 +36,10 @@ class DataConfig:
     """Share of the text left for training, at its start, to train on; the tokenizer knows all."""
     stories_bytes: Positive = 10_000_000
     """For stories: how much text to generate."""
+    stories_plots: tuple[str, ...] = ()
+    """For stories: the plots to tell, such as "lost"; empty: all."""
+    stories_names: Count = 0
+    """For stories: how many names each there are of girls, boys and others; 0: all."""
     tokenizer: str = "char"
     """char, byte, bpe (trained on the corpus), or any tiktoken name such as gpt2."""
     tokenizer_path: str = ""

@@ -115,16 +115,18 @@ class Source(NamedTuple):
 
 
 def _story_chunks(data: DataConfig, part: Part) -> Iterator[Iterable[str]]:
-    from jaxdecoder.data.stories import stories
+    from jaxdecoder.data.stories import stories, world_of
 
-    for story in stories(data.stories_bytes, data.seed):
+    for story in stories(data.stories_bytes, data.seed, world_of(data)):
         yield (story,)
 
 
 def _story_fingerprint(data: DataConfig) -> str:
     from jaxdecoder.data import stories
 
-    return _digest("stories", stories.VERSION, data.stories_bytes, data.seed)
+    world = stories.world_of(data)
+    smaller = () if world == stories.EVERYTHING else world
+    return _digest("stories", stories.VERSION, data.stories_bytes, data.seed, *smaller)
 
 
 def _text_chunks(data: DataConfig, part: Part) -> Iterator[Iterable[str]]:

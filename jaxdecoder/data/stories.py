@@ -11,6 +11,7 @@ differs from the hero's, so every "he" and "she" has one owner: `{he} {him} {his
 hero's words and `{she} {her} {hers}` the friend's, whatever their genders.
 """
 
+import json
 import random
 import re
 import textwrap
@@ -18,26 +19,53 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+from jaxdecoder.config import DataConfig
 from jaxdecoder.data import story_words as words
 from jaxdecoder.data.story_words import Kind, Trait
+from jaxdecoder.errors import UserError
 
 VERSION = 3  # part of the cache key of tokenised text: raise it when any story changes
 
 T = TypeVar("T")
 
 
-def stories(n_bytes: int, seed: int = 0) -> Iterator[str]:
+class World(NamedTuple):
+    """Which stories there are to tell."""
+
+    plots: tuple[str, ...] = ()
+    """Names of `PLOTS`; empty: all of them."""
+    names: int = 0
+    """So many names each of girls, boys and others are given; 0: all of them."""
+
+
+EVERYTHING = World()
+
+
+def world_of(data: DataConfig) -> World:
+    """The world that a config's stories are from."""
+    return World(data.stories_plots, data.stories_names)
+
+
+def stories(n_bytes: int, seed: int = 0, world: World = EVERYTHING) -> Iterator[str]:
     """Yields whole stories until at least `n_bytes` bytes have been yielded.
 
-    The order depends on `seed` alone: asking for more continues the same sequence. Paragraphs are
-    separated by one newline, so that a caller can separate stories by two.
+    The order depends on `seed` and `world` alone: asking for more continues the same sequence.
+    Paragraphs are separated by one newline, so that a caller can separate stories by two.
+
+    Raises:
+        UserError: if the world has a plot that nobody knows.
     """
+    unknown = [plot for plot in world.plots if plot not in PLOTS]
+    if unknown:
+        raise UserError(
+            f"data.stories_plots: {json.dumps(unknown[0])} should be one of {', '.join(PLOTS)}"
+        )
     rng = random.Random(seed)
     told = 0
     while told < n_bytes:
-        text = tell_story(rng).text
+        text = tell_story(rng, world).text
         told += len(text)  # ASCII only: one byte a character
         yield text
 
@@ -52,12 +80,12 @@ class Story:
     phrases: tuple[tuple[str, str], ...]  # (fact, its wording), or ("", the wording of a sentence)
 
 
-def tell_story(rng: random.Random) -> Story:
-    t = Teller(rng)
-    plot = t.pick(PLOTS)
-    plot(t)
+def tell_story(rng: random.Random, world: World = EVERYTHING) -> Story:
+    t = Teller(rng, world.names)
+    plot = t.pick(world.plots or tuple(PLOTS))
+    PLOTS[plot](t)
     cast, phrases = tuple(t.cast), tuple(t.phrases)
-    return Story(t.text(), plot.__name__, t.facts["hero"], cast, dict(t.facts), phrases)
+    return Story(t.text(), plot, t.facts["hero"], cast, dict(t.facts), phrases)
 
 
 # --- Telling -------------------------------------------------------------------------------------
@@ -122,8 +150,9 @@ def a(phrase: str) -> str:
 class Teller:
     """Collects the sentences of one story, and the facts that they must agree with."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, names: int = 0) -> None:
         self.random = rng.random
+        self.names = names
         self.facts = Facts()
         self.cast: list[tuple[str, str]] = []
         self.paragraphs: list[list[str]] = [[]]
@@ -131,6 +160,9 @@ class Teller:
 
     def pick(self, options: Sequence[T]) -> T:
         return options[int(self.random() * len(options))]
+
+    def pick_name(self, names: Sequence[str]) -> str:
+        return self.pick(names[: self.names or None])
 
     def chance(self, probability: float) -> bool:
         return self.random() < probability
@@ -191,7 +223,7 @@ def cast_hero(t: Teller, *groups: Sequence[Hero], unlike: str = "") -> Kind:
     kind, names, pronoun = t.pick(t.pick(groups or (CHILDREN, BEASTS, CHILDREN, BEASTS, ROBOTS)))
     if unlike and unlike in kind.skills:
         return cast_hero(t, *groups, unlike=unlike)
-    name = t.pick(names)
+    name = t.pick_name(names)
     he, him, his, himself = words.PRONOUNS[pronoun]
     t.know(hero=name, kind=kind.noun, he=he, him=him, his=his, himself=himself)
     t.know(hand=kind.hand, hands=kind.hands, home=kind.homes)
@@ -207,7 +239,7 @@ def cast_friend(t: Teller, hero: Kind, role: str = "any", skill: str = "") -> No
     if skill:
         beasts = [beast for beast in beasts if skill in beast[0].skills]
     kind, names, _ = t.pick(beasts if hero in words.ANIMALS else CHILDREN_BY[pronoun])
-    name, entrance = t.pick(words.ELDERS[pronoun]) if elder else (t.pick(names), "")
+    name, entrance = t.pick(words.ELDERS[pronoun]) if elder else (t.pick_name(names), "")
     if name == t.facts["hero"]:
         name = names[0] if name != names[0] else names[1]
     she, her, hers, herself = words.PRONOUNS[pronoun]
@@ -221,11 +253,12 @@ def cast_friend(t: Teller, hero: Kind, role: str = "any", skill: str = "") -> No
 
 def cast_other(t: Teller, hero: Kind) -> None:
     """Chooses somebody who is spoken of by name only."""
-    names = words.ANIMALS_SHE + words.ANIMALS_HE
+    lists = (words.ANIMALS_SHE, words.ANIMALS_HE)
     if hero not in words.ANIMALS:
-        names = words.GIRLS + words.BOYS
+        lists = (words.GIRLS, words.BOYS)
+    given = [name for names in lists for name in names[: t.names or None]]
     known = [name for name, _ in t.cast]
-    t.know(other=t.pick([name for name in names if name not in known]))
+    t.know(other=t.pick([name for name in given if name not in known]))
 
 
 def open_story(t: Teller, kind: Kind, trait: Trait) -> None:
@@ -954,18 +987,21 @@ def cloud(t: Teller) -> None:
     """)
 
 
-PLOTS: tuple[Callable[[Teller], None], ...] = (
-    lost,
-    stuck,
-    gift,
-    quarrel,
-    noise,
-    lesson,
-    race,
-    foundling,
-    greedy,
-    repair,
-    garden,
-    honest,
-    cloud,
-)
+PLOTS: dict[str, Callable[[Teller], None]] = {
+    plot.__name__: plot
+    for plot in (
+        lost,
+        stuck,
+        gift,
+        quarrel,
+        noise,
+        lesson,
+        race,
+        foundling,
+        greedy,
+        repair,
+        garden,
+        honest,
+        cloud,
+    )
+}
