@@ -15,8 +15,9 @@ from jaxdecoder.config import ConfigError, ModelConfig
 from jaxdecoder.kernels.cross_entropy import cross_entropy, head_logits
 from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.kernels.packing import Packed, straight_through
-from jaxdecoder.layers import serial, stacks
+from jaxdecoder.layers import copying, serial, stacks
 from jaxdecoder.layers.cache import Cache, Caches, Cursor
+from jaxdecoder.layers.copying import Copying
 from jaxdecoder.layers.depth import Passed, exits_of
 from jaxdecoder.layers.linear import Kernel, Weights, embedding_initializer, scheme_of
 from jaxdecoder.layers.positions import POSITIONS
@@ -72,6 +73,7 @@ class Decoder(nn.Module):
         embed = POSITIONS[c.position].embed
         self.positions = embed(c, name="positions") if embed else None
         self.body = LAYOUTS[c.layout].body(c, self.dtype, self.unrolled)
+        self.copying = Copying(c, self.dtype, name="copying") if c.copying else None
         if not c.tie_embeddings:
             width = LAYOUTS[c.layout].width(c)
             self.head = Weights(c, width, c.vocab_size, c.head_bias, name="head")
@@ -114,8 +116,11 @@ class Decoder(nn.Module):
                 "model.context_length", c.context_length, f"{tokens.shape[1]} tokens do not fit"
             )
         positions = jnp.arange(tokens.shape[1])[None]
-        x = self._embed(tokens, positions)
-        return Passed(*self.body(x, positions, None, None, dropout))
+        rows = self._rows(tokens)
+        passed = Passed(*self.body(self._placed(rows, positions), positions, None, None, dropout))
+        if self.copying is None:
+            return passed
+        return passed._replace(features=self.copying(passed.features, rows, positions)[0])
 
     def _cross_entropy(
         self, features: Float[Array, "batch time width"], targets: Int[Array, "batch time"]
@@ -141,11 +146,16 @@ class Decoder(nn.Module):
             return extended_by
         time = tokens.shape[1]
         positions = cache.cursor.query_positions(time)
-        x = self._embed(tokens, positions)
+        rows = self._rows(tokens)
+        x = self._placed(rows, positions)
+        layers, *own = cache.layers if self.copying else (cache.layers,)
         unbound = self.clone(parent=None, name=None)
         head = functools.partial(unbound.apply, self.variables, method="logits")
         asks = (head,) if len(exits_of(self.config)) > 1 else ()
-        passed = Passed(*self.body(x, positions, cache.layers, cache.cursor, None, *asks))
+        passed = Passed(*self.body(x, positions, layers, cache.cursor, None, *asks))
+        if self.copying is not None:
+            features, kept = self.copying(passed.features, rows, positions, *own, cache.cursor)
+            passed = passed._replace(features=features, caches=(passed.caches, kept))
         logits = passed.logits
         if logits is None:
             logits = self.logits(passed.features[:, -1:] if last else passed.features)
@@ -174,15 +184,17 @@ class Decoder(nn.Module):
             return straight_through(scheme_of(c), self.embedding.T).T
         return self.embedding
 
-    def _embed(
-        self, tokens: Int[Array, "batch time"], positions: Int[Array, "#batch time"]
-    ) -> Float[Array, "batch time d_model"]:
+    def _rows(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time d_model"]:
+        """The tokens' rows of the embedding."""
         table = self._table()
         x = table.columns(tokens) if isinstance(table, Packed) else jnp.take(table, tokens, axis=0)
-        x = x.astype(self.dtype)
-        if self.positions is not None:
-            x = x + self.positions(positions).astype(self.dtype)
-        return x
+        return x.astype(self.dtype)
+
+    def _placed(
+        self, x: Float[Array, "batch time d_model"], positions: Int[Array, "#batch time"]
+    ) -> Float[Array, "batch time d_model"]:
+        """What the body sees of these rows."""
+        return x if self.positions is None else x + self.positions(positions).astype(self.dtype)
 
 
 def unroll_params(params: Any, config: ModelConfig) -> Any:
@@ -193,4 +205,7 @@ def unroll_params(params: Any, config: ModelConfig) -> Any:
 def empty_cache(config: ModelConfig, batch: int, *, dtype: Any = jnp.float32) -> Cache:
     """A cache that has seen nothing."""
     cursor = Cursor(np.zeros((), np.int32), jnp.zeros((batch,), jnp.int32))
-    return Cache(cursor, LAYOUTS[config.layout].empty_caches(config, batch, dtype))
+    layers = LAYOUTS[config.layout].empty_caches(config, batch, dtype)
+    if config.copying:
+        layers = (layers, copying.empty_cache(config, batch, dtype))
+    return Cache(cursor, layers)

@@ -186,6 +186,19 @@ ATTENTION_COSTS: dict[str, AttentionCosts] = {
 }
 
 
+def copying_weights(c: ModelConfig) -> int:
+    """Multiply-adds that the copying head costs every token: its query, key and gate."""
+    return 2 * c.d_model**2 + c.d_model
+
+
+def copying_pairs(c: ModelConfig, queries: int, start: int, dense: bool) -> int:
+    """Multiply-adds of what so many queries from `start` on point at."""
+    if dense:
+        keys = c.context_length if start else queries
+        return 2 * c.d_model * queries * keys
+    return 2 * c.d_model * masks.allowed_entries(masks.causal(), queries, start + queries, start)
+
+
 class LayoutCosts(NamedTuple):
     """What a layout puts around the attention of its layers."""
 

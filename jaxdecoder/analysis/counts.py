@@ -13,6 +13,8 @@ from jaxdecoder.analysis.components import (
     LAYOUT_COSTS,
     POSITION_PARAMETERS,
     AttentionCosts,
+    copying_pairs,
+    copying_weights,
     projections_to_slices,
     stack_widths,
     widths,
@@ -33,6 +35,7 @@ def parameters(config: ModelConfig) -> dict[str, int]:
         "positions": POSITION_PARAMETERS[c.position](c),
         "attention": _over_layers(c, lambda costs: costs.parameters(c)),
         **layout.parameters(c),
+        **({"copying": copying_weights(c) + 1} if c.copying else {}),
         "head": 0 if c.tie_embeddings else (layout.width(c) + c.head_bias) * vocab_size,
     }
     if routed := _routed_blocks(c):
@@ -78,6 +81,8 @@ def forward_flops(
         },
         "head": 2 * tokens * exits * layout.width(c) * vocab_size,
     }
+    if c.copying:
+        flops["copying"] = 2 * (tokens * copying_weights(c) + copying_pairs(c, tokens, start, dense))
     if routed := _routed_blocks(c):
         flops["routers"] = 2 * tokens * routed * c.d_model
     return {**flops, "total": sum(flops.values())}
@@ -161,6 +166,8 @@ def kernels(config: ModelConfig) -> list[tuple[int, int, int]]:
             slices = c.layers_per_stack * projections_to_slices(c)
             found.append((slices, c.d_model, factor * c.d_model // c.layers_per_stack))
             found += _feed_forward_kernels(c, 1, factor)
+    if c.copying:
+        found.append((2, c.d_model, c.d_model))
     if c.quantizes_head:
         vocab_size = _vocab_size(c)
         found.append((1, c.d_model, vocab_size))
@@ -187,7 +194,8 @@ def cache_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
     """
     c = config.resolve()
     noted = _routed_blocks(c) * c.context_length
-    return _over_layers(c, lambda costs: costs.cache(c, bytes_per_number)) + noted
+    pointed = c.copying * bytes_per_number * 2 * c.d_model * c.context_length
+    return _over_layers(c, lambda costs: costs.cache(c, bytes_per_number)) + noted + pointed
 
 
 def _routed_blocks(c: ModelConfig) -> int:

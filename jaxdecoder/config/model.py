@@ -143,6 +143,9 @@ class ModelConfig:
     """RMS-normalise queries and keys per head (arXiv 2010.04245)."""
     logit_softcap: PositiveFloat | None = None
     """Bound logits to (-c, c) by c tanh(logits / c) (arXiv 2408.00118)."""
+    copying: bool = False
+    """Have a head that points at earlier tokens, so that they come again (arXiv 1609.07843); the
+    embedding must be tied."""
     residual: bool | Literal["attention", "feed_forward"] = True
     """Add each branch to its input rather than replace it; or only the one named."""
     attention_projection: bool = True
@@ -196,6 +199,20 @@ class ModelConfig:
         if self.tie_embeddings and self.head_bias:
             raise ConfigError(
                 "model.head_bias", True, "a head tied to the embedding has no bias of its own"
+            )
+        if self.copying and not self.tie_embeddings:
+            raise ConfigError(
+                "model.copying",
+                True,
+                "points at rows of the embedding, which mean tokens to a head that is tied to it; "
+                "model.tie_embeddings = true would do",
+            )
+        if self.copying and self.depth == "early_exit":
+            raise ConfigError(
+                "model.copying",
+                True,
+                'points after all blocks, and tokens of model.depth = "early_exit" stop before; '
+                "false would do",
             )
         if self.layout == "parallel_stacks":
             self._check_stacks()

@@ -1,0 +1,86 @@
+"""Copying: a head that points at earlier tokens, so that they come again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxdecoder.config import ModelConfig
+from jaxdecoder.kernels import masks
+from jaxdecoder.layers.attention import MaskedMixing
+from jaxdecoder.layers.cache import Cursor, KeysAndValues, Slots
+from jaxdecoder.layers.linear import linear
+from jaxdecoder.layers.mechanism import Heads
+
+POINTED = 0.25
+"""How much of what it points at the head adds at first, in units of the normalised embedding."""
+
+
+class Copying(nn.Module):
+    """What the head of the vocabulary sees, and the embeddings of the tokens pointed at.
+
+    One attention head as wide as the stream looks back at all tokens read so far; its values are
+    their embeddings, brought to unit mean square. A gate of its own says how much of them is added
+    to the features. A tied head then finds just these tokens more likely. In a layer of attention
+    copying pays only once values, outputs and queries have all come to fit; here it pays from the
+    first step on, so that names are kept after hundreds of steps instead of many thousands.
+
+    It is a pointer network (arXiv 1506.03134, 1609.07843) that mixes features rather than
+    probabilities: whatever reads features (the loss in chunks, distillation, a packed head) need
+    not know of it.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        features: Float[Array, "batch time d_model"],
+        embedded: Float[Array, "batch time d_model"],
+        positions: Int[Array, "#batch time"],
+        cache: KeysAndValues | None = None,
+        cursor: Cursor | None = None,
+    ) -> tuple[Float[Array, "batch time d_model"], KeysAndValues | None]:
+        """The new features and, if one came in, the extended cache.
+
+        `embedded` are the tokens' rows of the embedding, without their positions.
+        """
+        c, width = self.config, self.config.d_model
+        batch, time, _ = features.shape
+
+        def project(name: str) -> Float[Array, "batch time 1 d_model"]:
+            dense = linear(c, width, width, bias=False, dtype=self.dtype, name=name)
+            return dense(features).reshape(batch, time, 1, width)
+
+        # The embedding learns as the head's kernel; as a value it is taken as it is.
+        value = jax.lax.stop_gradient(embedded).astype(jnp.float32)
+        value *= jax.lax.rsqrt(jnp.mean(jnp.square(value), axis=-1, keepdims=True) + c.norm_epsilon)
+        heads = Heads(
+            project("query"),
+            project("key"),
+            value.astype(self.dtype)[:, :, None],
+            positions,
+            rotate=lambda x: x,
+            score=None,
+        )
+        mixing = MaskedMixing(c, masks.causal(), Slots(c.context_length), name="mixing")
+        pointed, cache = mixing(heads, cache, cursor, None)
+        gate = nn.Dense(
+            1,
+            kernel_init=nn.initializers.normal(c.init_std),
+            bias_init=nn.initializers.constant(POINTED),
+            dtype=self.dtype,
+            name="gate",
+        )(features)
+        return features + gate * pointed[:, :, 0], cache
+
+
+def empty_cache(config: ModelConfig, batch: int, dtype: Any) -> KeysAndValues:
+    """The cache of a head that has seen nothing to point at."""
+    shape = (batch, 1, config.context_length, config.d_model)
+    return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
