@@ -1,11 +1,13 @@
-# make demo   trains the built-in stories for about two minutes and tells one
-# make test   lint, types and all tests
+# make demo       trains the built-in stories for about two minutes and tells one
+# make test       lint, types and the tests to run before every commit
+# make test-all   the same with every test there is
 # make test-cuda  compiles every GPU kernel for an H200; needs no GPU, but 4.5 GB for the compilers
 # make ablations  every question in configs/ablations on two cores, with verdicts
-# make bench  speed on this machine against PyTorch
-.PHONY: demo test test-cuda ablations bench clean
+# make bench      speed on this machine against PyTorch
+# PYTHON=python3.12 chooses the Python, which is else the newest here that the newest JAX runs on.
+.PHONY: demo check test test-all test-cuda ablations bench clean
 
-PYTHON ?= python3
+PYTHON ?= $(shell .ci/newest-python)
 VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 PEER = .venv-torch
@@ -15,11 +17,16 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python train.py configs/stories.toml
 	$(VENV)/bin/python sample.py runs/stories --prompt "Once upon a time" --temperature 0.4
 
-test: $(INSTALLED)
+check: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+test: check
 	$(VENV)/bin/python -m pytest -n 2 $(TESTS)
+
+test-all: check
+	$(VENV)/bin/python -m pytest -n 2 -m "not gpu" $(TESTS)
 
 test-cuda: $(CUDA)/.installed
 	JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest -n 2 $(wildcard tests/test_*compile*.py)
@@ -31,10 +38,10 @@ bench: $(INSTALLED) $(PEER)/.installed
 	$(VENV)/bin/python benchmarks/train_cpu.py --peer-python $(PEER)/bin/python
 	$(VENV)/bin/python benchmarks/sample_cpu.py --peer-python $(PEER)/bin/python
 
-$(INSTALLED): requirements.txt requirements-test.txt
-	$(PYTHON) -m venv $(VENV)
+$(INSTALLED): pyproject.toml requirements.txt requirements-test.txt
+	@python="$(PYTHON)"; echo "$(VENV): $$python, $$($$python --version)"; $$python -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet -r requirements-test.txt
+	$(VENV)/bin/python -m pip install --quiet -r requirements-test.txt -e .
 	touch $@
 
 # JAX with NVIDIA's compilers, for Python 3.12 and later.
