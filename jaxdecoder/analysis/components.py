@@ -214,13 +214,22 @@ def serial_parameters(c: ModelConfig) -> dict[str, int]:
     norms = c.n_layers * PLACEMENT_NORMS[c.norm_placement](2 if c.feed_forward else 1) + 1
     return {
         "feed_forward": c.n_layers * feed_forward(c).parameters,
+        **({"convolutions": convolution_taps(c)} if c.convolution_width else {}),
         "norms": norms * NORM_PARAMETERS[c.norm](c),
     }
 
 
 def serial_weights(c: ModelConfig) -> dict[str, int]:
     """A feed-forward a block."""
-    return {"feed_forward": c.n_layers * feed_forward(c).weights}
+    return {
+        "feed_forward": c.n_layers * feed_forward(c).weights,
+        **({"convolutions": convolution_taps(c)} if c.convolution_width else {}),
+    }
+
+
+def convolution_taps(c: ModelConfig) -> int:
+    """Taps of the short convolutions of all blocks; each is a multiply-add a token."""
+    return c.n_layers * (2 if c.feed_forward else 1) * c.convolution_width * c.d_model
 
 
 def stacks_parameters(c: ModelConfig) -> dict[str, int]:

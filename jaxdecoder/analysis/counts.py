@@ -13,6 +13,7 @@ from jaxdecoder.analysis.components import (
     LAYOUT_COSTS,
     POSITION_PARAMETERS,
     AttentionCosts,
+    convolution_taps,
     copying_pairs,
     copying_weights,
     projections_to_slices,
@@ -195,7 +196,11 @@ def cache_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
     c = config.resolve()
     noted = _routed_blocks(c) * c.context_length
     pointed = c.copying * bytes_per_number * 2 * c.d_model * c.context_length
-    return _over_layers(c, lambda costs: costs.cache(c, bytes_per_number)) + noted + pointed
+    convolved = 0
+    if c.convolution_width:
+        taps = convolution_taps(c)
+        convolved = bytes_per_number * taps // c.convolution_width * (c.convolution_width - 1)
+    return _over_layers(c, lambda costs: costs.cache(c, bytes_per_number)) + noted + pointed + convolved
 
 
 def _routed_blocks(c: ModelConfig) -> int:

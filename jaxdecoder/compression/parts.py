@@ -66,6 +66,8 @@ AXES: dict[Path, tuple[str, ...]] = {
     ("up", "bias"): ("neurons",),
     ("down", "kernel"): ("neurons", "features"),
     ("down", "bias"): ("features",),
+    ("attention_convolution", "taps"): ("features", "taps"),
+    ("feed_forward_convolution", "taps"): ("features", "taps"),
     ("router", "kernel"): ("features", "score"),
     ("head", "kernel"): ("features", "vocabulary"),
 }

@@ -143,6 +143,9 @@ class ModelConfig:
     """RMS-normalise queries and keys per head (arXiv 2010.04245)."""
     logit_softcap: PositiveFloat | None = None
     """Bound logits to (-c, c) by c tanh(logits / c) (arXiv 2408.00118)."""
+    convolution_width: Count = 0
+    """Each branch reads its input through a causal depthwise convolution over so many tokens, which
+    is added to it (Canon layers A and C, arXiv 2512.17351); 0: none."""
     copying: bool = False
     """Have a head that points at earlier tokens, so that they come again (arXiv 1609.07843); the
     embedding must be tied."""
@@ -213,6 +216,14 @@ class ModelConfig:
                 True,
                 'points after all blocks, and tokens of model.depth = "early_exit" stop before; '
                 "false would do",
+            )
+        if self.convolution_width and (self.layout != "serial" or self.depth != "fixed"):
+            key, value = ("layout", self.layout) if self.depth == "fixed" else ("depth", self.depth)
+            raise ConfigError(
+                "model.convolution_width",
+                self.convolution_width,
+                "convolutions run over all tokens of blocks one above another, and "
+                f'model.{key} = "{value}" has others; 0 would do',
             )
         if self.layout == "parallel_stacks":
             self._check_stacks()

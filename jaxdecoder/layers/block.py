@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,8 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels.dropout import Rate
-from jaxdecoder.layers.attention import Attention
+from jaxdecoder.layers import convolution
+from jaxdecoder.layers.attention import ATTENTIONS, Attention
 from jaxdecoder.layers.cache import Cursor
+from jaxdecoder.layers.convolution import ShortConvolution
 from jaxdecoder.layers.dropout import Dropout
 from jaxdecoder.layers.feed_forward import FeedForward
 from jaxdecoder.layers.mechanism import Seen
@@ -76,6 +78,24 @@ PLACEMENTS: dict[str, Callable[[Stream, list[Branch], NewNorm, Add], Stream]] = 
 }
 
 
+class Convolved(NamedTuple):
+    """The cache of a block whose branches read through short convolutions."""
+
+    layer: Any
+    """That of its attention mechanism."""
+    attention: Float[Array, "batch before d_model"] | None
+    feed_forward: Float[Array, "batch before d_model"] | None
+
+
+def empty_cache(config: ModelConfig, mechanism: str, batch: int, dtype: Any) -> Any:
+    """The cache of a block that has seen nothing."""
+    layer = ATTENTIONS[mechanism].empty_cache(config, batch, dtype)
+    if not config.convolution_width:
+        return layer
+    seen = convolution.empty_cache(config, batch, dtype)
+    return Convolved(layer, seen, seen if config.feed_forward else None)
+
+
 class Block(nn.Module):
     """Attention, then feed-forward, on the residual stream."""
 
@@ -95,14 +115,27 @@ class Block(nn.Module):
     ) -> tuple[Stream, Any]:
         """The new residual stream and, if one came in, the extended cache."""
         c = self.config
+        held = cache if isinstance(cache, Convolved) else Convolved(cache, None, None)
+
+        def read(branch: str, h: Stream) -> Stream:
+            nonlocal held
+            if not c.convolution_width:
+                return h
+            module = ShortConvolution(c, self.dtype, name=f"{branch}_convolution")
+            h, kept = module(h, positions, getattr(held, branch))
+            held = held._replace(**{branch: kept})
+            return h
 
         def attend(h: Stream) -> Stream:
-            nonlocal cache
+            nonlocal held
+            h = read("attention", h)
             module = Attention(c, self.mechanism, self.dtype, name="attention")
-            out, cache = module(h, positions, cache, cursor, dropout=dropout, seen=seen)
+            out, layer = module(h, positions, held.layer, cursor, dropout=dropout, seen=seen)
+            held = held._replace(layer=layer)
             return out
 
         def feed_forward(h: Stream) -> Stream:
+            h = read("feed_forward", h)
             out = FeedForward(c, self.dtype, name="feed_forward")(h)
             return Dropout()(out, dropout)
 
@@ -111,4 +144,4 @@ class Block(nn.Module):
             branches.append(("feed_forward", feed_forward))
         norm = partial(NORMS[c.norm], c, self.dtype)
         x = PLACEMENTS[c.norm_placement](x, branches, norm, residual(c))
-        return x, cache
+        return x, held if isinstance(cache, Convolved) else held.layer

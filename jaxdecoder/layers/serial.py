@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels.dropout import Rate
-from jaxdecoder.layers.attention import ATTENTIONS
-from jaxdecoder.layers.block import Block
+from jaxdecoder.layers.block import Block, empty_cache
 from jaxdecoder.layers.cache import Caches, Cursor
 from jaxdecoder.layers.depth import (
     DEPTHS,
@@ -182,7 +181,7 @@ def empty_caches(config: ModelConfig, batch: int, dtype: Any) -> Caches:
     """The caches of all layers, with nothing in them."""
 
     def empty(mechanism: str, routed: bool) -> Any:
-        cache = ATTENTIONS[mechanism].empty_cache(config, batch, dtype)
+        cache = empty_cache(config, mechanism, batch, dtype)
         return empty_routed_cache(config, batch, cache) if routed else cache
 
     return tuple(empty(*block) for block in turn(config) * periods(config))
