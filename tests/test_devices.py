@@ -12,72 +12,60 @@ from jax.sharding import AbstractMesh
 from jaxdecoder.config import Config, ModelConfig
 from jaxdecoder.training.sharding import state_sharding
 from jaxdecoder.training.step import init_state
-from tests.runs import devices, losses, script, write_config
-
-EIGHT = devices(8)
+from tests.runs import devices, here, losses, script
 
 
-@pytest.fixture(scope="module")
-def configured(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("devices")
-    config = write_config(folder)
-    common = ("--train.steps", "20", "--optimizer.name", "adamw")
-    process = script("train.py", config, *common, "--train.out", folder / "one")
-    assert process.returncode == 0, process.output
-    return folder, (config, *common)
-
-
-@pytest.mark.parametrize("fsdp", [False, True], ids=["replicated", "fsdp"])
-def test_eight_devices_give_the_losses_of_one(configured, fsdp):
-    folder, command = configured
-    out = folder / f"eight_{fsdp}"
-    process = script(
-        *("train.py", *command, "--train.out", out),
-        *(["--train.fsdp"] if fsdp else []),
-        XLA_FLAGS=EIGHT,
-    )
-    assert process.returncode == 0, process.output
-    assert "on 8 cpu devices" in " ".join(process.output.split())
-    one, eight = losses(folder / "one"), losses(out)
-    assert len(one) == len(eight) > 40
+def assert_losses_of_one(run, tiny_run):
+    one, several = losses(tiny_run), losses(run)
+    assert one.keys() == several.keys()
+    assert len(one) > 40
     for key, value in one.items():
-        assert eight[key] == pytest.approx(value, abs=1e-4), key
+        assert several[key] == pytest.approx(value, abs=1e-4), key
 
 
-def test_what_eight_devices_trained_one_can_sample(configured):
-    folder, command = configured
-    out = folder / "eight_True"
-    process = script("train.py", *command, "--train.out", out, "--train.fsdp", XLA_FLAGS=EIGHT)
-    assert process.returncode == 0, process.output
-    process = script("sample.py", out, "--prompt", "one ", "--max-new-tokens", "5")
-    assert process.returncode == 0, process.output
-    assert process.output.startswith("one ")
-
-
-def test_two_hosts_give_the_losses_of_one(configured):
-    folder, command = configured
-    out = folder / "hosts"
+def on_two_hosts(*arguments, **environment):
+    """What two hosts say of a command that they are given together."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
     processes = [
-        script(
-            *("train.py", *command, "--train.out", out),
-            wait=False,
-            **together,
-            JAX_PROCESS_ID=str(index),
-        )
+        script(*arguments, wait=False, **together, **environment, JAX_PROCESS_ID=str(index))
         for index in range(2)
     ]
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert "on 2 cpu devices" in said[0]
     assert "training tokens" not in said[1]  # the first host speaks for all
-    one, two = losses(folder / "one"), losses(out)
-    assert one.keys() == two.keys()
-    for key, value in one.items():
-        assert two[key] == pytest.approx(value, abs=1e-4), key
+    return said[0]
+
+
+def test_split_over_hosts_and_devices_a_run_is_that_of_one(tiny_run, tmp_path):
+    command = ("train.py", tiny_run.parent / "tiny.toml", "--train.out", tmp_path, "--train.fsdp")
+    assert "on 4 cpu devices" in on_two_hosts(*command, XLA_FLAGS=devices(2))
+    assert_losses_of_one(tmp_path, tiny_run)
+    said = here("sample.py", tmp_path, "--prompt", "one ", "--max-new-tokens", "5")
+    assert said.returncode == 0, said.output
+    assert said.output.startswith("one ")
+
+
+@pytest.mark.slow
+def test_two_hosts_give_the_losses_of_one(tiny_run, tmp_path):
+    command = ("train.py", tiny_run.parent / "tiny.toml", "--train.out", tmp_path)
+    assert "on 2 cpu devices" in on_two_hosts(*command)
+    assert_losses_of_one(tmp_path, tiny_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["replicated", "fsdp"])
+def test_eight_devices_give_the_losses_of_one(tiny_run, tmp_path, fsdp):
+    process = script(
+        *("train.py", tiny_run.parent / "tiny.toml", "--train.out", tmp_path),
+        *(["--train.fsdp"] if fsdp else []),
+        XLA_FLAGS=devices(8),
+    )
+    assert process.returncode == 0, process.output
+    assert "on 8 cpu devices" in " ".join(process.output.split())
+    assert_losses_of_one(tmp_path, tiny_run)
 
 
 def test_fsdp_splits_every_matrix_and_its_moments():

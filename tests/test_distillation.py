@@ -28,7 +28,7 @@ from jaxdecoder.training.loop import train
 from jaxdecoder.training.runs import load_model, read_config
 from jaxdecoder.training.step import next_token
 from tests.models import random_params, random_tokens, small
-from tests.runs import losses, script, write_config
+from tests.runs import here, losses, write_config
 
 # --- What is minimised ----------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ def planted(length=6000):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_samples():
-    """Samples take longer to compile than all else here; the command shows some, below."""
+    """Samples take longer to compile than all else here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distillation, "show_sample", lambda *told: "a sample")
         yield
@@ -209,9 +209,21 @@ def test_a_student_learns_more_from_the_teacher_than_alone(folder, distilled):
     assert str(folder / "run") in (folder / "distilled" / "samples.txt").read_text()
 
 
-def test_a_student_goes_on_where_it_stopped_and_as_train_py_would(folder, tmp_path, monkeypatch):
-    """With all that is drawn or looked into at once."""
-    how = Teaching(matching="relations", on_policy=0.5, divergence="jensen_shannon")
+@pytest.mark.parametrize(
+    "how",
+    [
+        Teaching(temperature=1.0, alpha=1.0),
+        pytest.param(
+            # With all that is drawn or looked into at once.
+            Teaching(matching="relations", on_policy=0.5, divergence="jensen_shannon"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["plain", "all"],
+)
+def test_a_student_goes_on_where_it_stopped_and_as_train_py_would(
+    folder, tmp_path, monkeypatch, how
+):
     config = load(folder / "student.toml", ["--train.steps", "16", "--train.checkpoint-every", "8"])
     config = replace(config, train=replace(config.train, sample_every=8))
     (tmp_path / "short.toml").write_text(to_toml(config))
@@ -399,13 +411,12 @@ def test_a_teacher_that_changed_is_refused(folder, distilled):
 
 
 def test_the_command_says_what_is_wrong_and_what_came_of_it(folder, tmp_path):
-    process = script("compress.py", "distill", folder / "run", folder / "half.toml", tmp_path / "a",
-                     "--temperature", "-1")  # fmt: skip
-    assert process.returncode == 1
-    assert "distillation.temperature" in process.output
-    command = ("compress.py", "distill", folder / "run", folder / "half.toml", tmp_path / "b")
-    process = script(*command, "--start-from-teacher", "--steps", "8")
-    assert process.returncode == 0, process.output
-    assert "the student starts from block 1 of the teacher's 2" in process.output
-    assert "a sample at step 8" in process.output
-    assert json.loads((tmp_path / "b" / "summary.json").read_text())["compression"]["teacher"]
+    command = ("compress.py", "distill", folder / "run", folder / "half.toml", tmp_path / "new")
+    said = here(*command, "--temperature", "-1")
+    assert said.returncode == 1
+    assert "distillation.temperature" in said.output
+    said = here(*command, "--start-from-teacher", "--steps", "8")
+    assert said.returncode == 0, said.output
+    assert "the student starts from block 1 of the teacher's 2" in said.output
+    assert "a sample at step 8" in said.output
+    assert json.loads((tmp_path / "new" / "summary.json").read_text())["compression"]["teacher"]

@@ -22,13 +22,12 @@ from tests.test_population import member
 CORES = (cores() * 2)[:2]
 
 
-def members(folder, cache=None):
+def members(folder, *changes):
     """Two of one program, one of another."""
-    cache = ("--data.cache", cache) if cache else ()
     return [
-        member(folder, "a", *cache),
-        member(folder, "b", "--train.seed", "3", *cache),
-        member(folder, "c", "--model.norm", "none", *cache),
+        member(folder, "a", *changes),
+        member(folder, "b", "--train.seed", "3", *changes),
+        member(folder, "c", "--model.norm", "none", *changes),
     ]
 
 
@@ -59,7 +58,7 @@ def test_workers_leave_what_one_process_leaves(tmp_path):
     expected = train_members(here, one)
     told = []
     found = train_on_cores(
-        members(two, here[0].data.cache),
+        members(two, "--data.cache", here[0].data.cache),
         two,
         CORES,
         report=lambda done, of: told.append((done, of)),
@@ -74,29 +73,28 @@ def test_workers_leave_what_one_process_leaves(tmp_path):
         assert here.keys() == there.keys()
         assert all(here[key] == pytest.approx(there[key], abs=1e-4) for key in here)
     assert told == sorted(told)
-    assert told[-1] == (150, 150)
+    assert told[-1] == (30, 30)
 
 
 def test_what_a_worker_refuses_is_refused(tmp_path, monkeypatch):
     write_config(tmp_path)
     monkeypatch.setattr(workers, "memory_available", lambda devices: 2000)
     with pytest.raises(UserError, match=r"one member needs .* available"):
-        train_on_cores(members(tmp_path), tmp_path, CORES)
+        train_on_cores(members(tmp_path)[:1], tmp_path, CORES[:1])
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_killed_is_not_waited_for(tmp_path):
     write_config(tmp_path)
+    asked = members(tmp_path, "--train.steps", "50")
 
     def kill(done, of):
         for child in multiprocessing.active_children():
             os.kill(child.pid, 9)
 
     with pytest.raises(UserError, match="status -9"):
-        train_on_cores(members(tmp_path), tmp_path, CORES, report=kill)
+        train_on_cores(asked, tmp_path, CORES, report=kill)
     assert not multiprocessing.active_children()
     # What is there is gone on from.
-    assert all(
-        result.summary["steps"] == 50
-        for result in train_on_cores(members(tmp_path), tmp_path, CORES)
-    )
+    assert all(result.summary["steps"] == 50 for result in train_on_cores(asked, tmp_path, CORES))
