@@ -23,26 +23,21 @@ def assert_losses_of_one(run, tiny_run):
         assert several[key] == pytest.approx(value, abs=1e-4), key
 
 
-def on_two_hosts(*arguments, **environment):
-    """What two hosts say of a command that they are given together."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    processes = [
-        script(*arguments, wait=False, **together, **environment, JAX_PROCESS_ID=str(index))
-        for index in range(2)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert "training tokens" not in said[1]  # the first host speaks for all
-    return said[0]
-
-
-def test_split_over_hosts_and_devices_a_run_is_that_of_one(tiny_run, tmp_path):
-    command = ("train.py", tiny_run.parent / "tiny.toml", "--train.out", tmp_path, "--train.fsdp")
-    assert "on 4 cpu devices" in on_two_hosts(*command, XLA_FLAGS=devices(2))
+@pytest.mark.parametrize(
+    ("count", "fsdp"),
+    [
+        (2, True),
+        pytest.param(8, True, marks=pytest.mark.slow),
+        pytest.param(8, False, marks=pytest.mark.slow),
+    ],
+)
+def test_several_devices_give_the_losses_of_one(tiny_run, tmp_path, count, fsdp):
+    command = ("train.py", tiny_run.parent / "tiny.toml", "--train.out", tmp_path)
+    process = script(*command, *(["--train.fsdp"] if fsdp else []), XLA_FLAGS=devices(count))
+    assert process.returncode == 0, process.output
+    assert f"on {count} cpu devices" in " ".join(process.output.split())
     assert_losses_of_one(tmp_path, tiny_run)
+    # What several devices trained one can sample.
     said = here("sample.py", tmp_path, "--prompt", "one ", "--max-new-tokens", "5")
     assert said.returncode == 0, said.output
     assert said.output.startswith("one ")
@@ -50,21 +45,23 @@ def test_split_over_hosts_and_devices_a_run_is_that_of_one(tiny_run, tmp_path):
 
 @pytest.mark.slow
 def test_two_hosts_give_the_losses_of_one(tiny_run, tmp_path):
-    command = ("train.py", tiny_run.parent / "tiny.toml", "--train.out", tmp_path)
-    assert "on 2 cpu devices" in on_two_hosts(*command)
-    assert_losses_of_one(tmp_path, tiny_run)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [False, True], ids=["replicated", "fsdp"])
-def test_eight_devices_give_the_losses_of_one(tiny_run, tmp_path, fsdp):
-    process = script(
-        *("train.py", tiny_run.parent / "tiny.toml", "--train.out", tmp_path),
-        *(["--train.fsdp"] if fsdp else []),
-        XLA_FLAGS=devices(8),
-    )
-    assert process.returncode == 0, process.output
-    assert "on 8 cpu devices" in " ".join(process.output.split())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        script(
+            *("train.py", tiny_run.parent / "tiny.toml", "--train.out", tmp_path),
+            wait=False,
+            **together,
+            JAX_PROCESS_ID=str(index),
+        )
+        for index in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "on 2 cpu devices" in said[0]
+    assert "training tokens" not in said[1]  # the first host speaks for all
     assert_losses_of_one(tmp_path, tiny_run)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -199,7 +198,7 @@ class TestMemory:
             train_members([member(tmp_path, "a")], tmp_path, available=100_000)
 
     def test_is_what_the_compiler_counts(self, tmp_path, monkeypatch):
-        """With room for one of two members, one trains and then the other, with the same results."""
+        """With room for one of two members they train one after the other, with the same results."""
         write_config(tmp_path)
         needed = {}
         count = population.memory_needed
