@@ -23,7 +23,6 @@ context_length = 16
 d_model = 16
 n_layers = 2
 n_heads = 2
-dropout = 0.1
 
 [data]
 source = "text"

@@ -198,7 +198,7 @@ class TestMemory:
             train_members([member(tmp_path, "a")], tmp_path, available=100_000)
 
     def test_is_what_the_compiler_counts(self, tmp_path, monkeypatch):
-        """With room for one of two members they train one after the other, with the same results."""
+        """With room for one of two members they train one after another, with the same results."""
         write_config(tmp_path)
         needed = {}
         count = population.memory_needed
@@ -217,7 +217,7 @@ class TestMemory:
             return [member(folder, f"seed{i}", "--train.seed", str(i)) for i in range(2)]
 
         train_members(seeds(folders[0]), folders[0])
-        train_members(seeds(folders[1]), folders[1], available=needed[0] - 1)
+        train_members(seeds(folders[1]), folders[1], available=max(needed.values()) - 1)
         assert [len(list(f.glob("programs/*/*"))) for f in folders] == [1, 2]
         for config in seeds(folders[0]):
             name = Path(config.train.out).name

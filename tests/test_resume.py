@@ -42,6 +42,7 @@ def assert_same_bits(a, b):
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
     config = write_config(tmp_path)
     long = ("--train.steps", "400", "--train.checkpoint-every", "20", "--train.keep", "20")
+    long += ("--model.dropout", "0.1")
     reference, run = tmp_path / "reference", tmp_path / "killed"
     process = script("train.py", config, *long, "--train.out", reference)
     assert process.returncode == 0, process.output
