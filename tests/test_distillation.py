@@ -224,7 +224,7 @@ def test_a_student_learns_more_from_the_teacher_than_alone(folder, distilled):
 def test_a_student_goes_on_where_it_stopped_and_as_train_py_would(
     folder, tmp_path, monkeypatch, how
 ):
-    config = load(folder / "student.toml", ["--train.steps", "16", "--train.checkpoint-every", "8"])
+    config = load(folder / "student.toml", ["--train.checkpoint-every", "8"])
     config = replace(config, train=replace(config.train, sample_every=8))
     (tmp_path / "short.toml").write_text(to_toml(config))
     calls = []
@@ -307,6 +307,7 @@ def test_layers_are_taken_evenly_and_of_the_same_kind():
     assert "no linear block is left" in chosen_layers(four, small(attention="linear"))
 
 
+@pytest.mark.slow
 def test_a_sparse_run_learns_and_stays_sparse_with_its_recipe(folder, tmp_path):
     def halve(model, corpus):
         def half(path, x):

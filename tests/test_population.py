@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
-from jaxdecoder.ablation import population
+from jaxdecoder.ablation import population, training
 from jaxdecoder.ablation.population import MAPPINGS, most_at_once, program_key
 from jaxdecoder.ablation.training import train_members
 from jaxdecoder.config import load
@@ -102,54 +103,60 @@ def test_a_diverging_member_is_marked(together):
     assert max(steps, default=0) < marked.summary["diverged_at"]
 
 
+def seeds(folder, count, *changes):
+    return [member(folder, f"seed{i}", "--train.seed", str(i), *changes) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The folder of two members trained together, their results, and the bytes that this took."""
+    folder, needed = tmp_path_factory.mktemp("pair"), []
+    write_config(folder)
+    count = population.memory_needed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "memory_needed", lambda of: needed.append(count(of)) or count(of))
+        results = train_members(seeds(folder, 2), folder)
+    return folder, results, max(needed)
+
+
 class TestResults:
     """What is finished is kept, and is what was asked for."""
 
-    def seeds(self, folder, count, *changes):
-        return [member(folder, f"seed{i}", "--train.seed", str(i), *changes) for i in range(count)]
-
-    def test_are_kept_when_an_ablation_grows(self, tmp_path):
-        grown, whole = tmp_path / "grown", tmp_path / "whole"
-        for folder in (grown, whole):
-            folder.mkdir()
-            write_config(folder)
-        train_members(self.seeds(grown, 1), grown)
-        files = list((grown / "seed0").rglob("*"))
+    def test_are_kept_when_an_ablation_grows(self, pair, tmp_path):
+        write_config(tmp_path)
+        train_members(seeds(tmp_path, 1), tmp_path)
+        files = list((tmp_path / "seed0").rglob("*"))
         before = {path: path.stat().st_mtime_ns for path in files}
         told = []
         found = train_members(
-            self.seeds(grown, 2), grown, report=lambda done, of: told.append((done, of))
+            seeds(tmp_path, 2), tmp_path, report=lambda done, of: told.append((done, of))
         )
         assert before == {path: path.stat().st_mtime_ns for path in files}
         assert told == sorted(told)
         assert told[-1] == (20, 20)
-        expected = train_members(self.seeds(whole, 2), whole)
-        for ours, theirs in zip(found, expected, strict=True):
+        for ours, theirs in zip(found, pair[1], strict=True):
             assert ours.summary["validation_loss"] == pytest.approx(
                 theirs.summary["validation_loss"], abs=1e-4
             )
 
-    def test_that_were_half_written_are_written_again(self, tmp_path):
-        write_config(tmp_path)
-        configs = self.seeds(tmp_path, 2)
-        first = train_members(configs, tmp_path)
+    def test_that_were_half_written_are_written_again(self, pair, tmp_path):
+        shutil.copytree(pair[0], tmp_path, dirs_exist_ok=True)
         # As a kill would leave it: its checkpoint is there, its summary is not.
         (tmp_path / "seed1" / "summary.json").unlink()
-        again = train_members(configs, tmp_path)
+        again = train_members(seeds(tmp_path, 2), tmp_path)
         assert [r.summary["validation_loss"] for r in again] == pytest.approx(
-            [r.summary["validation_loss"] for r in first], abs=1e-5
+            [r.summary["validation_loss"] for r in pair[1]], abs=1e-5
         )
         assert load_model(tmp_path / "seed1").step == 10
 
-    def test_of_another_config_or_text_are_refused(self, tmp_path):
-        write_config(tmp_path)
-        train_members(self.seeds(tmp_path, 1), tmp_path)
-        changed = self.seeds(tmp_path, 1, "--optimizer.weight-decay", "0.3")
+    def test_of_another_config_or_text_are_refused(self, pair, tmp_path):
+        shutil.copytree(pair[0], tmp_path, dirs_exist_ok=True)
+        changed = seeds(tmp_path, 1, "--optimizer.weight-decay", "0.3")
         with pytest.raises(UserError, match=r"optimizer\.weight_decay: .* there, 0\.3 here"):
             train_members(changed, tmp_path)
         write_config(tmp_path, text="something else entirely " * 400)
         with pytest.raises(UserError, match="the corpus or the tokenizer is not the one"):
-            train_members(self.seeds(tmp_path, 1), tmp_path)
+            train_members(seeds(tmp_path, 1), tmp_path)
 
 
 def test_a_member_that_starts_from_a_run_equals_its_solo_run(together, tmp_path):
@@ -197,31 +204,14 @@ class TestMemory:
         with pytest.raises(UserError, match=r"one member needs .* GB and 0\.00 GB are available"):
             train_members([member(tmp_path, "a")], tmp_path, available=100_000)
 
-    def test_is_what_the_compiler_counts(self, tmp_path, monkeypatch):
+    def test_is_what_the_compiler_counts(self, pair, tmp_path):
         """With room for one of two members they train one after another, with the same results."""
+        folder, _, needed = pair
         write_config(tmp_path)
-        needed = {}
-        count = population.memory_needed
-
-        def spy(compiled):
-            needed[len(needed)] = count(compiled)
-            return count(compiled)
-
-        monkeypatch.setattr("jaxdecoder.ablation.training.memory_needed", spy)
-        folders = [tmp_path / "both", tmp_path / "one"]
-        for folder in folders:
-            folder.mkdir()
-            write_config(folder)
-
-        def seeds(folder):
-            return [member(folder, f"seed{i}", "--train.seed", str(i)) for i in range(2)]
-
-        train_members(seeds(folders[0]), folders[0])
-        train_members(seeds(folders[1]), folders[1], available=max(needed.values()) - 1)
-        assert [len(list(f.glob("programs/*/*"))) for f in folders] == [1, 2]
-        for config in seeds(folders[0]):
-            name = Path(config.train.out).name
-            assert losses(folders[0] / name) == losses(folders[1] / name)
+        train_members(seeds(tmp_path, 2), tmp_path, available=needed - 1)
+        assert [len(list(f.glob("programs/*/*"))) for f in (folder, tmp_path)] == [1, 2]
+        for name in ("seed0", "seed1"):
+            assert losses(folder / name) == losses(tmp_path / name)
 
 
 ABLATION = """
@@ -277,16 +267,22 @@ def verdict_lines(out: Path) -> list[str]:
 
 
 def test_the_report_needs_nothing_beside_it(tmp_path):
+    """Of one program: all that its arms differ in is the members' own."""
     write_config(tmp_path)
-    (tmp_path / "x.toml").write_text(ABLATION.replace("= 120", "= 10"))
+    asked = ABLATION.replace("= 120", "= 10").replace("model.norm", "optimizer.weight_decay")
+    asked = asked.replace('["layernorm", "none"]', "[0.1, 0.0]")
+    asked = asked.replace(
+        "norm=layernorm beats norm=none", "weight_decay=0.1 beats weight_decay=0.0"
+    )
+    (tmp_path / "x.toml").write_text(asked)
     process = script("ablate.py", tmp_path / "x.toml", "--out", tmp_path / "out", "--devices", "1")
     assert process.returncode == 0, process.output
     page = (tmp_path / "out" / "report.html").read_text()
     assert "http" not in page
     assert page.count("data:image/png;base64,") == 2
-    for expected in ("norm=layernorm beats norm=none", "Holm", "t interval", "80% of the time"):
+    for expected in ("weight_decay=0.1 beats", "Holm", "t interval", "80% of the time"):
         assert expected in page
     assert "python ablate.py" in page
     table = (tmp_path / "out" / "results.csv").read_text().splitlines()
     assert len(table) == 1 + 2 * 2 * 2
-    assert table[0].startswith("model.norm,learning_rate,seed,validation_loss")
+    assert table[0].startswith("optimizer.weight_decay,learning_rate,seed,validation_loss")

@@ -51,7 +51,10 @@ def _without_samples():
 def int8(tiny_run, tmp_path_factory):
     """A run with its weights in int8, the head's too."""
     out = tmp_path_factory.mktemp("codes") / "int8"
-    return out, quantize(options(tiny_run, out, include_head=True), "first")
+    said = here("compress.py", "quantize", tiny_run, out, "--include-head")
+    assert said.returncode == 0, said.output
+    assert "validation loss:" in said.output
+    return out, json.loads((out / "summary.json").read_text())
 
 
 def options(source, out, **changes):
@@ -83,7 +86,12 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("config", MODELS, ids=name_of)
+def and_slowly(fast, slow):
+    """Configs for every run of the tests, and others for the long one."""
+    return [*fast, *(pytest.param(config, marks=pytest.mark.slow) for config in slow)]
+
+
+@pytest.mark.parametrize("config", and_slowly(MODELS[::4], MODELS[1:4]), ids=name_of)
 def test_a_packed_model_is_the_float_one_of_its_rounded_weights(config):
     config = config.resolve()
     plain = replace(config, weight_format="float32")
@@ -116,7 +124,7 @@ def decoded(decoder, params, tokens):
     return np.concatenate(logits, axis=1)
 
 
-@pytest.mark.parametrize("config", MODELS[:2], ids=name_of)
+@pytest.mark.parametrize("config", and_slowly(MODELS[:1], MODELS[1:2]), ids=name_of)
 def test_a_model_that_rounds_its_weights_is_the_packed_one_and_has_their_gradients(config):
     config = config.resolve()
     rounding = replace(config, weight_packed=False)
@@ -158,11 +166,10 @@ def test_activations_of_8_bits_change_the_model_a_little():
     np.testing.assert_allclose(decoded(dynamic, params, tokens), rounded, atol=0.05)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [*MODELS, *(dataclasses.replace(c, **ASYMMETRIC) for c in covering_configs()[::3])],
-    ids=name_of,
-)
+COVERING = [dataclasses.replace(c, **ASYMMETRIC) for c in covering_configs()[::3]]
+
+
+@pytest.mark.parametrize("config", and_slowly(MODELS, COVERING), ids=name_of)
 def test_the_bytes_are_those_counted_in_closed_form(config):
     size = packing.size(shapes_of(config), nonzero=False)
     assert analysis.weight_bytes(config) == size.bytes
@@ -258,7 +265,7 @@ def test_floats_made_of_a_quantized_run_are_the_same_model_and_may_train(tiny_ru
     assert summary["validation_loss"] == pytest.approx(quantized["validation_loss"], abs=1e-5)
     config = read_config(floats)
     assert config.model == read_config(tiny_run).model
-    assert config.compression.recipe == ("first", "second")
+    assert config.compression.recipe == (*read_config(codes).compression.recipe, "second")
     assert load(floats / "config.toml", ["--train.steps", "5"]).train.steps == 5
 
 
@@ -305,11 +312,8 @@ def test_odd_widths_have_no_pairs():
 # --- Scripts --------------------------------------------------------------------------------------
 
 
-def test_the_command_makes_a_run_that_talks_in_half_precision_too(tiny_run, tmp_path):
-    out = tmp_path / "new"
-    made = here("compress.py", "quantize", tiny_run, out, "--format", "float8_e4m3fn")
-    assert made.returncode == 0, made.output
-    assert "validation loss:" in made.output
-    said = here("sample.py", out, "--prompt", "one", "--max-new-tokens", "8", "--dtype", "bfloat16")
+def test_the_run_talks_in_half_precision_too(int8):
+    arguments = ("--prompt", "one", "--max-new-tokens", "8", "--dtype", "bfloat16")
+    said = here("sample.py", int8[0], *arguments)
     assert said.returncode == 0, said.output
     assert said.output.startswith("one")

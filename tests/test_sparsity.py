@@ -135,9 +135,12 @@ def test_n_of_every_m_that_follow_one_another_stay_the_highest(n, m):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"n_kv_heads": 2, "activation": "swiglu", "norm_placement": "parallel", "remat": True},
+        pytest.param(
+            {"n_kv_heads": 2, "activation": "swiglu", "norm_placement": "parallel", "remat": True},
+            marks=pytest.mark.slow,
+        ),
         {"depth": "mixture_of_depths"},
-        {"layout": "parallel_stacks", "n_layers": 4},
+        pytest.param({"layout": "parallel_stacks", "n_layers": 4}, marks=pytest.mark.slow),
     ],
     ids=["serial", "routed", "stacks"],
 )
