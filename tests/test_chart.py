@@ -60,26 +60,30 @@ def table(path):
 
 
 def test_a_page_a_table_and_a_picture_come_of_runs(runs, tmp_path):
+    """Those of different tokenizers meet in bits a byte."""
     out = tmp_path / "new" / "chart.html"
-    said = here("compress.py", "chart", runs / "plain", runs / "exits", "--out", out)
+    said = here("compress.py", "chart", runs / "plain", runs / "letters", "--out", out)
     assert said.returncode == 0, said.output
     page = out.read_text()
     assert "http" not in page
     assert page.count("data:image/png;base64,") == 1
     rows = table(out.with_suffix(".csv"))
-    assert list(rows) == ["plain", "exits at 1", "exits at 0.9"]
+    assert list(rows) == ["plain", "letters"]
     assert float(rows["plain"]["bytes"]) == 4 * float(rows["plain"]["parameters"])
-    # A token that may stop early does no more than one that may not.
-    assert float(rows["exits at 0.9"]["flops"]) <= float(rows["exits at 1"]["flops"])
-    assert "nats a token" in out.with_suffix(".md").read_text()
+    assert "bits a byte" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_runs_of_different_tokenizers_meet_in_bits_a_byte(runs, tmp_path):
+@pytest.mark.slow
+def test_a_model_with_early_exits_makes_several_points(runs, tmp_path):
     out = tmp_path / "chart.html"
-    said = here("compress.py", "chart", runs / "plain", runs / "letters", "--out", out)
+    said = here("compress.py", "chart", runs / "plain", runs / "exits", "--out", out)
     assert said.returncode == 0, said.output
-    assert "bits a byte" in out.with_suffix(".md").read_text()
+    rows = table(out.with_suffix(".csv"))
+    assert list(rows) == ["plain", "exits at 1", "exits at 0.9"]
+    # A token that may stop early does no more than one that may not.
+    assert float(rows["exits at 0.9"]["flops"]) <= float(rows["exits at 1"]["flops"])
+    assert "nats a token" in out.with_suffix(".md").read_text()
 
 
 def test_mistakes_are_told(runs, tmp_path):

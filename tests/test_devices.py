@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from jaxdecoder.config import Config, ModelConfig
-from jaxdecoder.training.sharding import state_sharding
+from jaxdecoder.training.sharding import batch_sharding, everywhere, state_sharding
 from jaxdecoder.training.step import init_state
 from tests.runs import devices, here, losses, script
 
@@ -23,21 +23,15 @@ def assert_losses_of_one(run, tiny_run):
         assert several[key] == pytest.approx(value, abs=1e-4), key
 
 
-@pytest.mark.parametrize(
-    ("count", "fsdp"),
-    [
-        (2, True),
-        pytest.param(8, True, marks=pytest.mark.slow),
-        pytest.param(8, False, marks=pytest.mark.slow),
-    ],
-)
-def test_several_devices_give_the_losses_of_one(tiny_run, tmp_path, count, fsdp):
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["replicated", "fsdp"])
+def test_eight_devices_give_the_losses_of_one(tiny_run, tmp_path, fsdp):
     command = ("train.py", tiny_run.parent / "tiny.toml", "--train.out", tmp_path)
-    process = script(*command, *(["--train.fsdp"] if fsdp else []), XLA_FLAGS=devices(count))
+    process = script(*command, *(["--train.fsdp"] if fsdp else []), XLA_FLAGS=devices(8))
     assert process.returncode == 0, process.output
-    assert f"on {count} cpu devices" in " ".join(process.output.split())
+    assert "on 8 cpu devices" in " ".join(process.output.split())
     assert_losses_of_one(tmp_path, tiny_run)
-    # What several devices trained one can sample.
+    # What eight devices trained one can sample.
     said = here("sample.py", tmp_path, "--prompt", "one ", "--max-new-tokens", "5")
     assert said.returncode == 0, said.output
     assert said.output.startswith("one ")
@@ -78,3 +72,10 @@ def test_fsdp_splits_every_matrix_and_its_moments():
         assert share == (8 if matrix else 1), path
         split += matrix
     assert split == 3 * 9  # parameters, and Adam's two moments of each
+
+
+def test_batches_are_split_over_the_devices_row_by_row():
+    mesh = AbstractMesh((8,), ("data",))
+    assert batch_sharding(mesh).shard_shape((16, 5)) == (2, 5)
+    assert batch_sharding(mesh, 1).shard_shape((4, 16, 5)) == (4, 2, 5)
+    assert everywhere(mesh).shard_shape((16, 5)) == (16, 5)

@@ -61,21 +61,23 @@ def test_the_loss_is_the_mixture_of_both():
     assert float(found) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_with_no_divergence_it_is_the_decoders_own_loss_whatever_the_variant():
+@pytest.mark.parametrize(
+    "depth", ["early_exit", pytest.param("mixture_of_depths", marks=pytest.mark.slow)]
+)
+def test_with_no_divergence_it_is_the_decoders_own_loss_whatever_the_variant(depth):
     # What matches is weighed by nothing: all that is left is the student's own.
     settings = DistillationConfig(alpha=0.0, matching="similarity", matching_weight=0.0)
-    for student in (small(depth="early_exit"), small(depth="mixture_of_depths")):
-        batch, params = a_batch(student), random_params(student)
-        config = Config(model=student, distillation=settings)
-        loss = lesson(config, TOKENIZER, Decoder(small()))
-        plain = next_token(Config(model=student)).loss
-        found, own = jax.jit(
-            lambda params, loss=loss, plain=plain, batch=batch: (
-                loss(params, batch, jax.random.key(0), random_params(small())),
-                plain(params, batch, jax.random.key(0), ()),
-            )
-        )(params)
-        np.testing.assert_allclose(found, own, rtol=1e-5)
+    student = small(depth=depth)
+    batch, params = a_batch(student), random_params(student)
+    loss = lesson(Config(model=student, distillation=settings), TOKENIZER, Decoder(small()))
+    plain = next_token(Config(model=student)).loss
+    found, own = jax.jit(
+        lambda params, held: (
+            loss(params, batch, jax.random.key(0), held),
+            plain(params, batch, jax.random.key(0), ()),
+        )
+    )(params, random_params(small()))
+    np.testing.assert_allclose(found, own, rtol=1e-5)
 
 
 def test_what_a_student_goes_on_with_is_what_it_would_sample():
@@ -106,7 +108,7 @@ def test_of_sampled_texts_what_follows_the_prompt_counts_up_to_the_end():
 
 
 def test_no_gradient_passes_through_sampling_and_the_key_decides_the_text():
-    model = small()
+    model = small(n_layers=1)
     settings = DistillationConfig(on_policy=1.0, alpha=0.0, temperature=1.0)
     batch, params, held = a_batch(model), random_params(model), random_params(model, 1)
     batch = batch._replace(weights=jnp.ones((2, 8)))
@@ -411,12 +413,20 @@ def test_a_teacher_that_changed_is_refused(folder, distilled):
         objective(replace(config, distillation=other))
 
 
-def test_the_command_says_what_is_wrong_and_what_came_of_it(folder, tmp_path):
-    command = ("compress.py", "distill", folder / "run", folder / "half.toml", tmp_path / "new")
-    said = here(*command, "--temperature", "-1")
+def learns(folder, out):
+    """The command by which a student of half the layers learns."""
+    return ("compress.py", "distill", folder / "run", folder / "half.toml", out)
+
+
+def test_the_command_says_what_is_wrong(folder, tmp_path):
+    said = here(*learns(folder, tmp_path / "new"), "--temperature", "-1")
     assert said.returncode == 1
     assert "distillation.temperature" in said.output
-    said = here(*command, "--start-from-teacher", "--steps", "8")
+
+
+@pytest.mark.slow
+def test_the_command_says_what_came_of_it(folder, tmp_path):
+    said = here(*learns(folder, tmp_path / "new"), "--start-from-teacher", "--steps", "8")
     assert said.returncode == 0, said.output
     assert "the student starts from block 1 of the teacher's 2" in said.output
     assert "a sample at step 8" in said.output

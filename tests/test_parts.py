@@ -78,7 +78,13 @@ def assert_smaller(smaller, fewer):
     assert jax.tree.map(jnp.shape, fewer) == jax.tree.map(lambda s: s.shape, shapes(smaller))
 
 
-@pytest.mark.parametrize(("number", "name"), zip_cycled([*range(len(ALL_OF_THEM))], [*PARTS]))
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        pytest.param(number, name, marks=pytest.mark.slow if number % 5 else ())
+        for number, name in zip_cycled([*range(len(ALL_OF_THEM))], [*PARTS])
+    ],
+)
 def test_a_model_without_parts_is_what_its_config_says(number, name):
     config = dataclasses.replace(ALL_OF_THEM[number], n_layers=ALL_OF_THEM[number].n_layers * 2)
     part = PARTS[name]
