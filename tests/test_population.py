@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jaxdecoder.ablation import population, training
+from jaxdecoder.ablation import run as ablation
+from jaxdecoder.ablation.grid import read
 from jaxdecoder.ablation.population import MAPPINGS, most_at_once, program_key
-from jaxdecoder.ablation.training import train_members
+from jaxdecoder.ablation.training import Result, train_members
 from jaxdecoder.config import load
 from jaxdecoder.errors import UserError
 from jaxdecoder.training.loop import train
@@ -267,21 +270,44 @@ def verdict_lines(out: Path) -> list[str]:
     return found
 
 
-def test_the_report_needs_nothing_beside_it(tmp_path):
-    """Of one program: all that its arms differ in is the members' own."""
-    write_config(tmp_path)
-    asked = ABLATION.replace("= 120", "= 10").replace("model.norm", "optimizer.weight_decay")
-    asked = asked.replace('["layernorm", "none"]', "[0.1, 0.0]")
-    asked = asked.replace("norm=layernorm beats norm=none", "weight_decay=0.1 beats weight_decay=0")
-    (tmp_path / "x.toml").write_text(asked)
-    process = script("ablate.py", tmp_path / "x.toml", "--out", tmp_path / "out", "--devices", "1")
-    assert process.returncode == 0, process.output
-    page = (tmp_path / "out" / "report.html").read_text()
+def assert_report_is_whole(out):
+    page = (out / "report.html").read_text()
     assert "http" not in page
     assert page.count("data:image/png;base64,") == 2
-    for expected in ("weight_decay=0.1 beats", "Holm", "t interval", "80% of the time"):
+    for expected in ("norm=layernorm beats norm=none", "Holm", "t interval", "80% of the time"):
         assert expected in page
     assert "python ablate.py" in page
-    table = (tmp_path / "out" / "results.csv").read_text().splitlines()
+    table = (out / "results.csv").read_text().splitlines()
     assert len(table) == 1 + 2 * 2 * 2
-    assert table[0].startswith("optimizer.weight_decay,learning_rate,seed,validation_loss")
+    assert table[0].startswith("model.norm,learning_rate,seed,validation_loss")
+
+
+def test_the_report_needs_nothing_beside_it(pair, tmp_path, monkeypatch):
+    """Of members that stand in for trained ones: their losses are made up."""
+    write_config(tmp_path)
+    (tmp_path / "x.toml").write_text(ABLATION)
+    summary = pair[1][0].summary
+
+    def trained(configs, out, cores, report):
+        for config in configs:
+            shutil.copytree(pair[0] / "seed0", config.train.out)
+        losses = [5 + i / 10 for i in range(len(configs))]
+        given = [summary | {"validation_loss": loss, "train_loss": loss - 0.1} for loss in losses]
+        model = replace(configs[0].model, vocab_size=257)
+        return [
+            Result(replace(c, model=model), told) for c, told in zip(configs, given, strict=True)
+        ]
+
+    monkeypatch.setattr(ablation, "train_on_cores", trained)
+    asked = read(tmp_path / "x.toml", out=tmp_path / "out")
+    ablation.run(asked, tmp_path / "out", command="python ablate.py x.toml")
+    assert_report_is_whole(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_report(tmp_path):
+    write_config(tmp_path)
+    (tmp_path / "x.toml").write_text(ABLATION.replace("= 120", "= 20"))
+    process = script("ablate.py", tmp_path / "x.toml", "--out", tmp_path / "out")
+    assert process.returncode == 0, process.output
+    assert_report_is_whole(tmp_path / "out")
