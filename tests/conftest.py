@@ -42,3 +42,5 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("tests")
+
+from tests.runs import tiny_run  # noqa: E402, F401

@@ -1,12 +1,19 @@
-"""Tiny runs for the tests of training: a corpus on disk, a config, and processes to train in."""
+"""Tiny runs for the tests of training: a corpus on disk, a config, and scripts to train with."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,7 +23,6 @@ context_length = 16
 d_model = 16
 n_layers = 2
 n_heads = 2
-dropout = 0.1
 
 [data]
 source = "text"
@@ -36,7 +42,7 @@ evaluate_every = 12
 evaluation_batches = 2
 checkpoint_every = 4
 log_every = 1
-keep = 3
+keep = 4
 out = "{folder}/run"
 """
 
@@ -49,6 +55,52 @@ def write_config(folder: Path, text: str | None = None) -> Path:
     path = folder / "tiny.toml"
     path.write_text(CONFIG.format(folder=folder))
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """The folder of a tiny run with all there is to write down, trained once for all workers.
+
+    It lies beside its config, tiny.toml. Who would change it takes a copy.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            said = here(
+                *("train.py", write_config(folder), "--train.tensorboard"),
+                *("--train.sample-every", "12", "--train.sample-prompt", "one "),
+            )
+            assert said.returncode == 0, said.output
+            (folder / "said.txt").write_text(said.output)
+    return folder / "run"
+
+
+class Said(NamedTuple):
+    """What came of a script."""
+
+    returncode: int
+    output: str
+
+
+def here(*arguments: object, stdin: str = "") -> Said:
+    """Runs one of the scripts in this process, as `script` does in one of its own."""
+    name, *_ = command = [str(argument) for argument in arguments]
+    output, status = io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", command)
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            importlib.import_module(name.removesuffix(".py")).main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return Said(status, output.getvalue())
 
 
 def script(

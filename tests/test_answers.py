@@ -12,14 +12,11 @@ from scipy.special import log_softmax, logsumexp
 
 from jaxdecoder.compression import answers
 from jaxdecoder.compression.divergences import soften
-from jaxdecoder.config import ConfigError, DistillationConfig, load
+from jaxdecoder.config import ConfigError, DistillationConfig
 from jaxdecoder.data import batches
 from jaxdecoder.data.tokens import prepare
 from jaxdecoder.errors import UserError
-from jaxdecoder.training.loop import complete
-from jaxdecoder.training.runs import Model
-from jaxdecoder.training.step import init_state, make_decoder
-from tests.runs import write_config
+from jaxdecoder.training.runs import load_model
 
 DRAW = np.random.default_rng(0)
 LOGITS = jnp.asarray(DRAW.normal(size=(2, 3, 11), scale=3.0), jnp.float32)
@@ -43,17 +40,16 @@ def test_answers_are_the_likeliest_in_order():
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory):
+def taught(tiny_run, tmp_path_factory):
     """A config that asks for answers, its corpus and its teacher."""
-    config = load(
-        write_config(tmp_path_factory.mktemp("taught")),
-        ["--data.tokenizer", "char", "--train.steps", "5", "--train.batch-size", "2"],
+    model = load_model(tiny_run)
+    config = replace(
+        model.config,
+        data=replace(model.config.data, cache=str(tmp_path_factory.mktemp("taught"))),
+        train=replace(model.config.train, steps=5, batch_size=2),
+        distillation=DistillationConfig(teacher="nowhere", teacher_digest="known", cached_top_k=4),
     )
-    corpus = prepare(config.data)
-    lesson = DistillationConfig(teacher="nowhere", teacher_digest="known", cached_top_k=4)
-    config = complete(replace(config, distillation=lesson), corpus)
-    model = Model(config, make_decoder(config), init_state(config).params, corpus.tokenizer, 0)
-    return config, corpus, model
+    return config, prepare(config.data), model
 
 
 def with_lesson(config, **changes):

@@ -9,52 +9,43 @@ import numpy as np
 import pytest
 
 from jaxdecoder.compression.passes import sizes
-from jaxdecoder.config import load
-from jaxdecoder.training.loop import train
 from jaxdecoder.training.runs import load_model, read_config
-from tests.runs import losses, script, write_config
+from tests.runs import here, losses, script
 
 HALF = ("--sparsity", "0.5", "--calibration-tokens", "2000")
 
 
 def done(*arguments):
-    process = script(*arguments)
-    assert process.returncode == 0, process.output
-    return process.output
+    said = here(*arguments)
+    assert said.returncode == 0, said.output
+    return said.output
 
 
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
-    """A folder with a trained run, `run`, and the same with half of its weights, `pruned`."""
-    folder = tmp_path_factory.mktemp("chain")
-    train(load(write_config(folder)))
-    done("compress.py", "prune", folder / "run", folder / "pruned", *HALF)
-    return folder
+@pytest.mark.slow
+def test_a_chain_that_was_killed_in_its_middle_ends_as_the_undisturbed_one(tiny_run, tmp_path):
+    pruned, whole, killed = (tmp_path / name for name in ("pruned", "whole", "killed"))
 
+    def taught(out):
+        """The command that teaches the pruned run."""
+        return ("compress.py", "distill", tiny_run, pruned, out, "--steps", "60")
 
-def taught(folder, out):
-    """The command that teaches the pruned run."""
-    return ("compress.py", "distill", folder / "run", folder / "pruned", out, "--steps", "60")
-
-
-def test_a_chain_that_was_killed_in_its_middle_ends_as_the_undisturbed_one(pruned, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done(*taught(pruned, whole))
-    process = script(*taught(pruned, killed), wait=False)
+    done("compress.py", "prune", tiny_run, pruned, *HALF)
+    done(*taught(whole))
+    process = script(*taught(killed), wait=False)
     metrics = killed / "metrics.jsonl"
     while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 20):
         time.sleep(0.01)
     process.kill()
     process.communicate()
     assert not (killed / "summary.json").exists(), "it ended before it was killed"
-    done(*taught(pruned, killed))
+    done(*taught(killed))
     assert losses(killed) == losses(whole)
 
     one, two = load_model(whole, "last"), load_model(killed, "last")
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
         np.testing.assert_array_equal(a, b)
     # Half of the matrices was zero when the student began, and is so still.
-    assert sizes(two.params)["nonzero"] == sizes(load_model(pruned / "pruned").params)["nonzero"]
+    assert sizes(two.params)["nonzero"] == sizes(load_model(pruned).params)["nonzero"]
 
     packed = tmp_path / "packed"
     done("compress.py", "quantize", killed, packed)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
+import shutil
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdecoder.compression.chart import COSTS, Point, front
-from jaxdecoder.config import load
-from jaxdecoder.training.loop import train
-from tests.runs import script, write_config
+from jaxdecoder.config import DataConfig
+from jaxdecoder.data import tokenizers
+from tests.runs import here
 
 small = st.integers(1, 4)
 
@@ -39,18 +40,17 @@ def test_the_front_is_made_of_those_that_no_other_beats(numbers):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tiny_run, tmp_path_factory):
     """Three runs: a plain one, one with early exits, and one of another tokenizer."""
     folder = tmp_path_factory.mktemp("runs")
-    config = write_config(folder)
-    short = ["--train.steps", "4", "--train.evaluate-every", "4"]
-    kinds = {
-        "plain": [],
-        "exits": ["--model.depth", "early_exit"],
-        "letters": ["--data.tokenizer", "char"],
-    }
-    for name, changes in kinds.items():
-        train(load(config, [*short, *changes, "--train.out", str(folder / name)]))
+    for name in ("plain", "exits", "letters"):
+        shutil.copytree(tiny_run, folder / name)
+    # Its weights are those of the plain model.
+    config = folder / "exits" / "config.toml"
+    config.write_text(config.read_text().replace('depth = "fixed"', 'depth = "early_exit"'))
+    text = (tiny_run.parent / "corpus.txt").read_text()
+    letters = tokenizers.build(DataConfig(tokenizer="char"), lambda: [text])
+    tokenizers.save(letters, folder / "letters" / "tokenizer.json")
     return folder
 
 
@@ -60,35 +60,39 @@ def table(path):
 
 
 def test_a_page_a_table_and_a_picture_come_of_runs(runs, tmp_path):
+    """Those of different tokenizers meet in bits a byte."""
     out = tmp_path / "new" / "chart.html"
-    process = script("compress.py", "chart", runs / "plain", runs / "exits", "--out", out)
-    assert process.returncode == 0, process.output
+    said = here("compress.py", "chart", runs / "plain", runs / "letters", "--out", out)
+    assert said.returncode == 0, said.output
     page = out.read_text()
     assert "http" not in page
     assert page.count("data:image/png;base64,") == 1
     rows = table(out.with_suffix(".csv"))
-    assert list(rows) == ["plain", "exits at 1", "exits at 0.9"]
+    assert list(rows) == ["plain", "letters"]
     assert float(rows["plain"]["bytes"]) == 4 * float(rows["plain"]["parameters"])
-    # A token that may stop early does no more than one that may not.
-    assert float(rows["exits at 0.9"]["flops"]) <= float(rows["exits at 1"]["flops"])
-    assert "nats a token" in out.with_suffix(".md").read_text()
+    assert "bits a byte" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_runs_of_different_tokenizers_meet_in_bits_a_byte(runs, tmp_path):
+@pytest.mark.slow
+def test_a_model_with_early_exits_makes_several_points(runs, tmp_path):
     out = tmp_path / "chart.html"
-    process = script("compress.py", "chart", runs / "plain", runs / "letters", "--out", out)
-    assert process.returncode == 0, process.output
-    assert "bits a byte" in out.with_suffix(".md").read_text()
+    said = here("compress.py", "chart", runs / "plain", runs / "exits", "--out", out)
+    assert said.returncode == 0, said.output
+    rows = table(out.with_suffix(".csv"))
+    assert list(rows) == ["plain", "exits at 1", "exits at 0.9"]
+    # A token that may stop early does no more than one that may not.
+    assert float(rows["exits at 0.9"]["flops"]) <= float(rows["exits at 1"]["flops"])
+    assert "nats a token" in out.with_suffix(".md").read_text()
 
 
 def test_mistakes_are_told(runs, tmp_path):
-    process = script("compress.py", "chart", tmp_path / "nowhere")
-    assert process.returncode == 1
-    assert "not a run folder" in process.output
-    process = script("compress.py", "chart")
-    assert process.returncode == 1
-    assert "which runs?" in process.output
-    process = script("compress.py", "chart", runs / "plain", "--out", tmp_path / "chart.pdf")
-    assert process.returncode == 1
-    assert ".html" in process.output
+    said = here("compress.py", "chart", tmp_path / "nowhere")
+    assert said.returncode == 1
+    assert "not a run folder" in said.output
+    said = here("compress.py", "chart")
+    assert said.returncode == 1
+    assert "which runs?" in said.output
+    said = here("compress.py", "chart", runs / "plain", "--out", tmp_path / "chart.pdf")
+    assert said.returncode == 1
+    assert ".html" in said.output

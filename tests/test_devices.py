@@ -10,60 +10,42 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from jaxdecoder.config import Config, ModelConfig
-from jaxdecoder.training.sharding import state_sharding
+from jaxdecoder.training.sharding import batch_sharding, everywhere, state_sharding
 from jaxdecoder.training.step import init_state
-from tests.runs import devices, losses, script, write_config
-
-EIGHT = devices(8)
+from tests.runs import devices, here, losses, script
 
 
-@pytest.fixture(scope="module")
-def configured(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("devices")
-    config = write_config(folder)
-    common = ("--train.steps", "20", "--optimizer.name", "adamw")
-    process = script("train.py", config, *common, "--train.out", folder / "one")
-    assert process.returncode == 0, process.output
-    return folder, (config, *common)
+def assert_losses_of_one(run, tiny_run):
+    one, several = losses(tiny_run), losses(run)
+    assert one.keys() == several.keys()
+    assert len(one) > 40
+    for key, value in one.items():
+        assert several[key] == pytest.approx(value, abs=1e-4), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["replicated", "fsdp"])
-def test_eight_devices_give_the_losses_of_one(configured, fsdp):
-    folder, command = configured
-    out = folder / f"eight_{fsdp}"
-    process = script(
-        *("train.py", *command, "--train.out", out),
-        *(["--train.fsdp"] if fsdp else []),
-        XLA_FLAGS=EIGHT,
-    )
+def test_eight_devices_give_the_losses_of_one(tiny_run, tmp_path, fsdp):
+    command = ("train.py", tiny_run.parent / "tiny.toml", "--train.out", tmp_path)
+    process = script(*command, *(["--train.fsdp"] if fsdp else []), XLA_FLAGS=devices(8))
     assert process.returncode == 0, process.output
     assert "on 8 cpu devices" in " ".join(process.output.split())
-    one, eight = losses(folder / "one"), losses(out)
-    assert len(one) == len(eight) > 40
-    for key, value in one.items():
-        assert eight[key] == pytest.approx(value, abs=1e-4), key
+    assert_losses_of_one(tmp_path, tiny_run)
+    # What eight devices trained one can sample.
+    said = here("sample.py", tmp_path, "--prompt", "one ", "--max-new-tokens", "5")
+    assert said.returncode == 0, said.output
+    assert said.output.startswith("one ")
 
 
-def test_what_eight_devices_trained_one_can_sample(configured):
-    folder, command = configured
-    out = folder / "eight_True"
-    process = script("train.py", *command, "--train.out", out, "--train.fsdp", XLA_FLAGS=EIGHT)
-    assert process.returncode == 0, process.output
-    process = script("sample.py", out, "--prompt", "one ", "--max-new-tokens", "5")
-    assert process.returncode == 0, process.output
-    assert process.output.startswith("one ")
-
-
-def test_two_hosts_give_the_losses_of_one(configured):
-    folder, command = configured
-    out = folder / "hosts"
+@pytest.mark.slow
+def test_two_hosts_give_the_losses_of_one(tiny_run, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
     processes = [
         script(
-            *("train.py", *command, "--train.out", out),
+            *("train.py", tiny_run.parent / "tiny.toml", "--train.out", tmp_path),
             wait=False,
             **together,
             JAX_PROCESS_ID=str(index),
@@ -74,10 +56,7 @@ def test_two_hosts_give_the_losses_of_one(configured):
     assert [process.returncode for process in processes] == [0, 0], said
     assert "on 2 cpu devices" in said[0]
     assert "training tokens" not in said[1]  # the first host speaks for all
-    one, two = losses(folder / "one"), losses(out)
-    assert one.keys() == two.keys()
-    for key, value in one.items():
-        assert two[key] == pytest.approx(value, abs=1e-4), key
+    assert_losses_of_one(tmp_path, tiny_run)
 
 
 def test_fsdp_splits_every_matrix_and_its_moments():
@@ -93,3 +72,10 @@ def test_fsdp_splits_every_matrix_and_its_moments():
         assert share == (8 if matrix else 1), path
         split += matrix
     assert split == 3 * 9  # parameters, and Adam's two moments of each
+
+
+def test_batches_are_split_over_the_devices_row_by_row():
+    mesh = AbstractMesh((8,), ("data",))
+    assert batch_sharding(mesh).shard_shape((16, 5)) == (2, 5)
+    assert batch_sharding(mesh, 1).shard_shape((4, 16, 5)) == (4, 2, 5)
+    assert everywhere(mesh).shard_shape((16, 5)) == (16, 5)

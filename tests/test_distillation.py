@@ -28,7 +28,7 @@ from jaxdecoder.training.loop import train
 from jaxdecoder.training.runs import load_model, read_config
 from jaxdecoder.training.step import next_token
 from tests.models import random_params, random_tokens, small
-from tests.runs import losses, script, write_config
+from tests.runs import here, losses, write_config
 
 # --- What is minimised ----------------------------------------------------------------------------
 
@@ -61,21 +61,23 @@ def test_the_loss_is_the_mixture_of_both():
     assert float(found) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_with_no_divergence_it_is_the_decoders_own_loss_whatever_the_variant():
+@pytest.mark.parametrize(
+    "depth", ["early_exit", pytest.param("mixture_of_depths", marks=pytest.mark.slow)]
+)
+def test_with_no_divergence_it_is_the_decoders_own_loss_whatever_the_variant(depth):
     # What matches is weighed by nothing: all that is left is the student's own.
     settings = DistillationConfig(alpha=0.0, matching="similarity", matching_weight=0.0)
-    for student in (small(depth="early_exit"), small(depth="mixture_of_depths")):
-        batch, params = a_batch(student), random_params(student)
-        config = Config(model=student, distillation=settings)
-        loss = lesson(config, TOKENIZER, Decoder(small()))
-        plain = next_token(Config(model=student)).loss
-        found, own = jax.jit(
-            lambda params, loss=loss, plain=plain, batch=batch: (
-                loss(params, batch, jax.random.key(0), random_params(small())),
-                plain(params, batch, jax.random.key(0), ()),
-            )
-        )(params)
-        np.testing.assert_allclose(found, own, rtol=1e-5)
+    student = small(depth=depth)
+    batch, params = a_batch(student), random_params(student)
+    loss = lesson(Config(model=student, distillation=settings), TOKENIZER, Decoder(small()))
+    plain = next_token(Config(model=student)).loss
+    found, own = jax.jit(
+        lambda params, held: (
+            loss(params, batch, jax.random.key(0), held),
+            plain(params, batch, jax.random.key(0), ()),
+        )
+    )(params, random_params(small()))
+    np.testing.assert_allclose(found, own, rtol=1e-5)
 
 
 def test_what_a_student_goes_on_with_is_what_it_would_sample():
@@ -106,7 +108,7 @@ def test_of_sampled_texts_what_follows_the_prompt_counts_up_to_the_end():
 
 
 def test_no_gradient_passes_through_sampling_and_the_key_decides_the_text():
-    model = small()
+    model = small(n_layers=1)
     settings = DistillationConfig(on_policy=1.0, alpha=0.0, temperature=1.0)
     batch, params, held = a_batch(model), random_params(model), random_params(model, 1)
     batch = batch._replace(weights=jnp.ones((2, 8)))
@@ -152,7 +154,7 @@ def planted(length=6000):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_samples():
-    """Samples take longer to compile than all else here; the command shows some, below."""
+    """Samples take longer to compile than all else here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distillation, "show_sample", lambda *told: "a sample")
         yield
@@ -209,10 +211,22 @@ def test_a_student_learns_more_from_the_teacher_than_alone(folder, distilled):
     assert str(folder / "run") in (folder / "distilled" / "samples.txt").read_text()
 
 
-def test_a_student_goes_on_where_it_stopped_and_as_train_py_would(folder, tmp_path, monkeypatch):
-    """With all that is drawn or looked into at once."""
-    how = Teaching(matching="relations", on_policy=0.5, divergence="jensen_shannon")
-    config = load(folder / "student.toml", ["--train.steps", "16", "--train.checkpoint-every", "8"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        Teaching(temperature=1.0, alpha=1.0),
+        pytest.param(
+            # With all that is drawn or looked into at once.
+            Teaching(matching="relations", on_policy=0.5, divergence="jensen_shannon"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["plain", "all"],
+)
+def test_a_student_goes_on_where_it_stopped_and_as_train_py_would(
+    folder, tmp_path, monkeypatch, how
+):
+    config = load(folder / "student.toml", ["--train.checkpoint-every", "8"])
     config = replace(config, train=replace(config.train, sample_every=8))
     (tmp_path / "short.toml").write_text(to_toml(config))
     calls = []
@@ -295,6 +309,7 @@ def test_layers_are_taken_evenly_and_of_the_same_kind():
     assert "no linear block is left" in chosen_layers(four, small(attention="linear"))
 
 
+@pytest.mark.slow
 def test_a_sparse_run_learns_and_stays_sparse_with_its_recipe(folder, tmp_path):
     def halve(model, corpus):
         def half(path, x):
@@ -398,14 +413,21 @@ def test_a_teacher_that_changed_is_refused(folder, distilled):
         objective(replace(config, distillation=other))
 
 
-def test_the_command_says_what_is_wrong_and_what_came_of_it(folder, tmp_path):
-    process = script("compress.py", "distill", folder / "run", folder / "half.toml", tmp_path / "a",
-                     "--temperature", "-1")  # fmt: skip
-    assert process.returncode == 1
-    assert "distillation.temperature" in process.output
-    command = ("compress.py", "distill", folder / "run", folder / "half.toml", tmp_path / "b")
-    process = script(*command, "--start-from-teacher", "--steps", "8")
-    assert process.returncode == 0, process.output
-    assert "the student starts from block 1 of the teacher's 2" in process.output
-    assert "a sample at step 8" in process.output
-    assert json.loads((tmp_path / "b" / "summary.json").read_text())["compression"]["teacher"]
+def learns(folder, out):
+    """The command by which a student of half the layers learns."""
+    return ("compress.py", "distill", folder / "run", folder / "half.toml", out)
+
+
+def test_the_command_says_what_is_wrong(folder, tmp_path):
+    said = here(*learns(folder, tmp_path / "new"), "--temperature", "-1")
+    assert said.returncode == 1
+    assert "distillation.temperature" in said.output
+
+
+@pytest.mark.slow
+def test_the_command_says_what_came_of_it(folder, tmp_path):
+    said = here(*learns(folder, tmp_path / "new"), "--start-from-teacher", "--steps", "8")
+    assert said.returncode == 0, said.output
+    assert "the student starts from block 1 of the teacher's 2" in said.output
+    assert "a sample at step 8" in said.output
+    assert json.loads((tmp_path / "new" / "summary.json").read_text())["compression"]["teacher"]

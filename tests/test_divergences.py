@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 from jaxdecoder.compression.divergences import DIVERGENCES, at_once, over_time, soften
 
 DRAW = np.random.default_rng(0)
-STUDENT, TEACHER = jnp.asarray(DRAW.normal(size=(2, 3, 5, 17), scale=3.0), jnp.float32)
+STUDENT, TEACHER = map(jnp.asarray, DRAW.normal(size=(2, 3, 5, 17), scale=3.0).astype(np.float32))
 
 
 def expected(name, student, teacher, temperature, beta):
@@ -27,6 +29,7 @@ def expected(name, student, teacher, temperature, beta):
     }[name]
 
 
+@partial(jax.jit, static_argnums=(0, 3, 4))
 def apart(name, student, teacher, temperature=1.0, beta=0.5):
     return DIVERGENCES[name](soften(student, temperature), soften(teacher, temperature), beta)
 
@@ -53,8 +56,8 @@ def test_the_even_jensen_shannon_is_the_square_of_scipys_distance():
 
 def test_at_its_ends_jensen_shannon_tends_to_the_two_kls():
     near = 1e-5
-    forward = apart("jensen_shannon", STUDENT, TEACHER, beta=near) / near
-    reverse = apart("jensen_shannon", STUDENT, TEACHER, beta=1 - near) / near
+    forward = apart("jensen_shannon", STUDENT, TEACHER, 1.0, near) / near
+    reverse = apart("jensen_shannon", STUDENT, TEACHER, 1.0, 1 - near) / near
     np.testing.assert_allclose(forward, apart("forward_kl", STUDENT, TEACHER), rtol=0.1)
     np.testing.assert_allclose(reverse, apart("reverse_kl", STUDENT, TEACHER), rtol=0.1)
 
@@ -90,19 +93,23 @@ def test_softened_logits_are_log_probabilities():
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8])
 def test_chunks_of_the_time_change_neither_values_nor_gradients(chunk):
-    kernel = jnp.asarray(DRAW.normal(size=(17, 4)), jnp.float32)
+    kernel = DRAW.normal(size=(17, 4)).astype(np.float32)
 
-    def loss(kernel, chunk):
-        def part(arrays):
-            student, teacher = (x @ kernel for x in arrays)
-            return apart("forward_kl", student, teacher)
+    @partial(jax.jit, static_argnums=1)
+    def loss_and_gradient(kernel, chunk):
+        def loss(kernel):
+            def part(arrays):
+                student, teacher = (x @ kernel for x in arrays)
+                return apart("forward_kl", student, teacher)
 
-        return over_time(part, (STUDENT, TEACHER), chunk)
+            losses = over_time(part, (STUDENT, TEACHER), chunk)
+            return losses.sum(), losses
 
-    whole, parts = loss(kernel, 100), loss(kernel, chunk)
-    np.testing.assert_allclose(whole, parts, rtol=1e-5)
-    gradients = [jax.grad(lambda k, n=n: loss(k, n).sum())(kernel) for n in (100, chunk)]
-    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-5)
+        return jax.grad(loss, has_aux=True)(kernel)
+
+    (gradient, losses), (expected, whole) = (loss_and_gradient(kernel, n) for n in (chunk, 100))
+    np.testing.assert_allclose(losses, whole, rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_large_vocabulary_is_taken_in_pieces():

@@ -119,7 +119,14 @@ def batch_of(config, rows=3, seed=0):
     return Batch(tokens, tokens, weights)
 
 
-@pytest.mark.parametrize("config", covering_configs()[::4], ids=name_of)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, marks=pytest.mark.slow if number else ())
+        for number, config in enumerate(covering_configs()[::4])
+    ],
+    ids=name_of,
+)
 def test_every_kernel_that_a_format_is_of_has_a_gram_matrix(config):
     config = dataclasses.replace(config, weight_format="int8")
     like = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))

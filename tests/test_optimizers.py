@@ -39,8 +39,7 @@ GRADS = jax.tree.map(lambda x: jnp.cos(3 * x) + 0.1, PARAMS)
 
 def one_update(config, grads=GRADS, steps=100):
     optimizer = make_optimizer(config, numbers(config, steps))
-    updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
-    return updates
+    return jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p)[0])(grads, PARAMS)
 
 
 def numbers(config, steps):
@@ -180,11 +179,14 @@ def test_moments_in_bfloat16_take_half_and_lead_the_same_way(name):
             name=name, learning_rate=0.01, schedule="constant", state_dtype=state_dtype
         )
         optimizer = make_optimizer(config, numbers(config, 100))
-        state, params = optimizer.init(PARAMS), PARAMS
-        for _ in range(5):
+
+        def step(carry, _):
+            state, params = carry
             updates, state = optimizer.update(GRADS, state, params)
-            params = optax.apply_updates(params, updates)
-        return state, params
+            return (state, optax.apply_updates(params, updates)), None
+
+        first = optimizer.init(PARAMS), PARAMS
+        return jax.jit(lambda carry: jax.lax.scan(step, carry, length=5)[0])(first)
 
     exact, rough = run("float32"), run("bfloat16")
     large = [

@@ -78,7 +78,13 @@ def assert_smaller(smaller, fewer):
     assert jax.tree.map(jnp.shape, fewer) == jax.tree.map(lambda s: s.shape, shapes(smaller))
 
 
-@pytest.mark.parametrize(("number", "name"), zip_cycled([*range(len(ALL_OF_THEM))], [*PARTS]))
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        pytest.param(number, name, marks=pytest.mark.slow if number % 5 else ())
+        for number, name in zip_cycled([*range(len(ALL_OF_THEM))], [*PARTS])
+    ],
+)
 def test_a_model_without_parts_is_what_its_config_says(number, name):
     config = dataclasses.replace(ALL_OF_THEM[number], n_layers=ALL_OF_THEM[number].n_layers * 2)
     part = PARTS[name]
@@ -91,15 +97,23 @@ def test_a_model_without_parts_is_what_its_config_says(number, name):
     assert part.units(smaller) == left[name]
 
 
+QK = {"qkv_bias": True, "qk_norm": True}
 VARIED = [
-    {"qkv_bias": True, "qk_norm": True, "position": "rope", "activation": "swiglu"},
+    {**QK, "n_kv_heads": 2, "position": "rope", "activation": "swiglu"},
     {"n_kv_heads": 2, "attention": ("full", "linear"), "activation": "relu2", "bias": False},
     {"n_kv_heads": 1, "position": "t5", "depth": "mixture_of_depths"},
     {"layout": "parallel_stacks", "n_layers": 4, "activation": "reglu"},
 ]
 
 
-@pytest.mark.parametrize("changes", VARIED, ids=lambda c: "-".join(map(str, c.values())))
+def and_slowly(first, *others):
+    """The first for every run of the tests, the others for the long one."""
+    return [first, *(pytest.param(other, marks=pytest.mark.slow) for other in others)]
+
+
+@pytest.mark.parametrize(
+    "changes", and_slowly(*VARIED), ids=lambda c: "-".join(map(str, c.values()))
+)
 def test_removing_heads_and_neurons_gives_the_logits_of_zeroing_them(changes):
     config = small(**changes)
     params, fewer, smaller, heads = without("heads", config)
@@ -134,13 +148,15 @@ def silent(params, index, width):
 
 RMSNORM = {"norm": "rmsnorm", "norm_epsilon": 0.01}
 WIDTHS = [
-    {"norm": "none", "tie_embeddings": True},
-    {**RMSNORM, "norm_placement": "sandwich", "bias": False, "depth": "mixture_of_depths"},
     {**RMSNORM, "norm_placement": "post", "position": "rope"},
+    {**RMSNORM, "norm_placement": "sandwich", "bias": False, "depth": "mixture_of_depths"},
+    {"norm": "none", "tie_embeddings": True},
 ]
 
 
-@pytest.mark.parametrize("changes", WIDTHS, ids=lambda c: "-".join(map(str, c.values())))
+@pytest.mark.parametrize(
+    "changes", and_slowly(*WIDTHS), ids=lambda c: "-".join(map(str, c.values()))
+)
 def test_removing_features_gives_the_logits_of_zeroing_them(changes):
     config = small(d_head=6, **changes)
     params, fewer, smaller, keep = without("width", config)
@@ -167,10 +183,10 @@ def test_layer_norms_of_a_narrower_model_are_those_of_the_features_that_stay(mon
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"depth": "mixture_of_depths", "position": "t5"},
+    and_slowly(
         {"norm_placement": "parallel", "depth": "early_exit", "exit_minimum": 3},
-    ],
+        {"depth": "mixture_of_depths", "position": "t5"},
+    ),
 )
 def test_removing_layers_gives_the_logits_of_zeroing_what_they_add(changes):
     config = small(n_layers=4, **changes)

@@ -10,22 +10,11 @@ import numpy as np
 import pytest
 
 from jaxdecoder.compression.passes import Made, run_pass
-from jaxdecoder.config import load
 from jaxdecoder.errors import UserError
-from jaxdecoder.training.loop import train
 from jaxdecoder.training.optimizers import matrices
 from jaxdecoder.training.runs import load_model, read_config
-from tests.runs import write_config
 
 COMMAND = "python compress.py halve RUN NEW"
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A trained run."""
-    folder = tmp_path_factory.mktemp("source")
-    train(load(write_config(folder)))
-    return folder / "run"
 
 
 def text(config, params, tokenizer):
@@ -54,10 +43,18 @@ def half_zero(params):
     return jax.tree.map(halve, params, matrices(params))
 
 
-def test_a_pass_that_changes_nothing_leaves_a_run_with_the_same_loss(source, tmp_path):
-    before = json.loads((source / "summary.json").read_text())
+@pytest.fixture(scope="module")
+def half(tiny_run, tmp_path_factory):
+    """A run with half of its weights that trained on, and its summary."""
+    out = tmp_path_factory.mktemp("half") / "run"
+    make = pass_of(half_zero, steps=20)
+    return out, run_pass(str(tiny_run), str(out), COMMAND, make, sampler=text)
+
+
+def test_a_pass_that_changes_nothing_leaves_a_run_with_the_same_loss(tiny_run, tmp_path):
+    before = json.loads((tiny_run / "summary.json").read_text())
     out = tmp_path / "same"
-    summary = run_pass(str(source), str(out), COMMAND, pass_of(lambda w: w), sampler=text)
+    summary = run_pass(str(tiny_run), str(out), COMMAND, pass_of(lambda w: w), sampler=text)
     assert summary["validation_loss"] == pytest.approx(before["validation_loss"], abs=1e-5)
     told = summary["compression"]
     assert told["noted"] is True
@@ -67,46 +64,37 @@ def test_a_pass_that_changes_nothing_leaves_a_run_with_the_same_loss(source, tmp
     assert "a sample" in (out / "samples.txt").read_text()
 
 
-def test_zeros_stay_zero_while_a_pass_trains_on_and_the_rest_moves(source, tmp_path):
-    out = tmp_path / "half"
-    run_pass(str(source), str(out), COMMAND, pass_of(half_zero, steps=20), sampler=text)
-    old, new = load_model(source).params, load_model(out, "last").params
+def test_zeros_stay_zero_while_a_pass_trains_on_and_the_rest_moves(tiny_run, half):
+    old, new = load_model(tiny_run).params, load_model(half[0], "last").params
     # Of float32 weights that training moves, none lands on zero by chance.
     for weights, kept in zip(jax.tree.leaves(new), jax.tree.leaves(half_zero(old)), strict=True):
         np.testing.assert_array_equal(weights == 0, kept == 0)
         assert not np.array_equal(weights, kept)
 
 
-def test_a_pass_goes_on_where_it_stopped(source, tmp_path):
-    make, calls = pass_of(half_zero, steps=20), []
+def test_a_pass_goes_on_where_it_stopped(tiny_run, half, tmp_path):
+    make, calls, cut = pass_of(half_zero, steps=20), [], tmp_path / "cut"
 
     def counted(model, corpus):
         calls.append(1)
         return make(model, corpus)
 
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    expected = run_pass(str(source), str(whole), COMMAND, counted, sampler=text)
-
     def stops(config):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_pass(str(source), str(cut), COMMAND, counted, sampler=text, objective=stops)
-    summary = run_pass(str(source), str(cut), COMMAND, counted, sampler=text)
-    assert len(calls) == 2
-    assert summary["validation_loss"] == expected["validation_loss"]
-    assert summary["compression"] == expected["compression"]
+        run_pass(str(tiny_run), str(cut), COMMAND, counted, sampler=text, objective=stops)
+    summary = run_pass(str(tiny_run), str(cut), COMMAND, counted, sampler=text)
+    assert len(calls) == 1
+    assert summary["validation_loss"] == half[1]["validation_loss"]
+    assert summary["compression"] == half[1]["compression"]
 
 
-def test_a_pass_does_not_touch_the_run_of_another_command(source, tmp_path):
-    out = tmp_path / "taken"
-    run_pass(str(source), str(out), COMMAND, pass_of(lambda w: w), sampler=text)
+def test_a_pass_does_not_touch_the_run_of_another_command(tiny_run, half):
     with pytest.raises(UserError, match="made by another command"):
-        run_pass(str(source), str(out), COMMAND + " -x", pass_of(lambda w: w), sampler=text)
+        run_pass(str(tiny_run), str(half[0]), COMMAND + " -x", pass_of(half_zero), sampler=text)
 
 
-def test_recipes_of_a_chain_follow_one_another(source, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    run_pass(str(source), str(one), "first", pass_of(half_zero), sampler=text)
-    run_pass(str(one), str(two), "second", pass_of(half_zero), sampler=text)
-    assert read_config(two).compression.recipe == ("first", "second")
+def test_recipes_of_a_chain_follow_one_another(half, tmp_path):
+    run_pass(str(half[0]), str(tmp_path / "two"), "second", pass_of(half_zero), sampler=text)
+    assert read_config(tmp_path / "two").compression.recipe == (COMMAND, "second")

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from jaxdecoder.ablation import population
+from jaxdecoder.ablation import population, training
+from jaxdecoder.ablation import run as ablation
+from jaxdecoder.ablation.grid import read
 from jaxdecoder.ablation.population import MAPPINGS, most_at_once, program_key
-from jaxdecoder.ablation.training import train_members
+from jaxdecoder.ablation.training import Result, train_members
 from jaxdecoder.config import load
 from jaxdecoder.errors import UserError
 from jaxdecoder.training.loop import train
 from jaxdecoder.training.runs import load_model
 from tests.runs import losses, script, write_config
 
-STEPS = 50
+STEPS = 10
 
 
 def member(folder: Path, name: str, *overrides: str):
@@ -26,10 +29,10 @@ def member(folder: Path, name: str, *overrides: str):
         "--train.steps",
         str(STEPS),
         "--train.evaluate-every",
-        "25",
+        "5",
         "--train.checkpoint-every",
-        "25",
-        # A divisor of all of these, so that calls of one length do.
+        "5",
+        # So that calls of one length do.
         "--train.steps-per-call",
         "5",
     )
@@ -38,10 +41,11 @@ def member(folder: Path, name: str, *overrides: str):
 
 OWN = {
     "plain": (),
-    "seed": ("--train.seed", "3", "--optimizer.learning-rate", "3e-3", "--model.dropout", "0.3"),
-    "short": (
-        *("--optimizer.weight-decay", "0.5", "--model.init-std", "0.05", "--train.steps", "30"),
+    "own": (
+        *("--train.seed", "3", "--optimizer.learning-rate", "3e-3", "--model.dropout", "0.3"),
+        *("--optimizer.weight-decay", "0.5", "--model.init-std", "0.05", "--train.steps", "5"),
     ),
+    "wild": ("--optimizer.learning-rate", "1e20"),
 }
 
 
@@ -55,15 +59,21 @@ def together(tmp_path_factory):
     return folder, configs, train_members(configs, folder)
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_a_member_equals_its_solo_run(together, tmp_path, name):
-    folder, configs, results = together
-    write_config(tmp_path)
-    solo = train(member(tmp_path, "solo", *OWN[name], "--data.cache", configs[0].data.cache))
-    found, expected = losses(folder / name), losses(tmp_path / "solo")
+def assert_near(run, expected):
+    """The losses of a run are those expected, up to rounding."""
+    found, expected = losses(run), losses(expected)
     assert found.keys() == expected.keys()
     for key in expected:
         assert found[key] == pytest.approx(expected[key], abs=1e-4, rel=1e-4), key
+
+
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.slow), "own"])
+def test_a_member_equals_its_solo_run(together, tmp_path, name):
+    """And one that diverges beside it harms it not."""
+    folder, configs, results = together
+    write_config(tmp_path)
+    solo = train(member(tmp_path, "solo", *OWN[name], "--data.cache", configs[0].data.cache))
+    assert_near(folder / name, tmp_path / "solo")
     summary = results[list(OWN).index(name)].summary
     for key in ("validation_loss", "train_loss", "steps", "parameters", "bits_per_byte"):
         assert summary[key] == pytest.approx(solo[key], abs=1e-4)
@@ -71,14 +81,9 @@ def test_a_member_equals_its_solo_run(together, tmp_path, name):
 
 def test_a_member_is_a_run_like_any_other(together):
     folder, _, _ = together
-    model = load_model(folder / "short")
-    assert model.step == 30
-    assert model.config.train.steps == 30
-    went_on = member(folder, "went-on", "--train.init-from", str(folder / "seed"))
-    assert (
-        train(went_on)["train_loss"]
-        < json.loads((folder / "seed/summary.json").read_text())["train_loss"]
-    )
+    model = load_model(folder / "own")
+    assert model.step == 5
+    assert model.config.train.steps == 5
 
 
 def test_members_at_once_are_members_one_after_another(together, tmp_path, monkeypatch):
@@ -86,86 +91,82 @@ def test_members_at_once_are_members_one_after_another(together, tmp_path, monke
     monkeypatch.setitem(MAPPINGS, "cpu", MAPPINGS["gpu"])
     write_config(tmp_path)
     cache = ("--data.cache", configs[0].data.cache)
-    names = ("seed", "short")
+    names = ("plain", "own")
     train_members([member(tmp_path, n, *OWN[n], *cache) for n in names], tmp_path)
     for name in names:
-        found, expected = losses(tmp_path / name), losses(folder / name)
-        assert found.keys() == expected.keys()
-        for key in expected:
-            assert found[key] == pytest.approx(expected[key], abs=1e-4, rel=1e-4), key
+        assert_near(tmp_path / name, folder / name)
 
 
-def test_a_diverging_member_is_marked_and_harms_no_other(together, tmp_path):
-    folder, configs, _ = together
-    write_config(tmp_path)
-    cache = ("--data.cache", configs[0].data.cache)
-    wild = member(tmp_path, "wild", "--optimizer.learning-rate", "1e20", *cache)
-    calm = member(tmp_path, "plain", *cache)
-    marked, fine = train_members([wild, calm], tmp_path)
+def test_a_diverging_member_is_marked(together):
+    folder, _, (fine, _, marked) = together
     assert 1 <= marked.summary["diverged_at"] <= STEPS
     assert marked.summary["validation_loss"] is None
     assert fine.summary["diverged_at"] is None
-    for key, value in losses(tmp_path / "plain").items():
-        assert value == pytest.approx(losses(folder / "plain")[key], abs=1e-4)
-    steps = [step for step, name in losses(tmp_path / "wild") if name == "train_loss"]
+    steps = [step for step, name in losses(folder / "wild") if name == "train_loss"]
     assert max(steps, default=0) < marked.summary["diverged_at"]
+
+
+def seeds(folder, count, *changes):
+    return [member(folder, f"seed{i}", "--train.seed", str(i), *changes) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The folder of two members trained together, their results, and the bytes that this took."""
+    folder, needed = tmp_path_factory.mktemp("pair"), []
+    write_config(folder)
+    count = population.memory_needed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "memory_needed", lambda of: needed.append(count(of)) or count(of))
+        results = train_members(seeds(folder, 2), folder)
+    return folder, results, max(needed)
 
 
 class TestResults:
     """What is finished is kept, and is what was asked for."""
 
-    def seeds(self, folder, count, *changes):
-        fixed = ("--train.steps", "10", *changes)
-        return [member(folder, f"seed{i}", *fixed, "--train.seed", str(i)) for i in range(count)]
-
-    def test_are_kept_when_an_ablation_grows(self, tmp_path):
-        grown, whole = tmp_path / "grown", tmp_path / "whole"
-        for folder in (grown, whole):
-            folder.mkdir()
-            write_config(folder)
-        train_members(self.seeds(grown, 2), grown)
-        files = [path for i in range(2) for path in (grown / f"seed{i}").rglob("*")]
+    def test_are_kept_when_an_ablation_grows(self, pair, tmp_path):
+        write_config(tmp_path)
+        train_members(seeds(tmp_path, 1), tmp_path)
+        files = list((tmp_path / "seed0").rglob("*"))
         before = {path: path.stat().st_mtime_ns for path in files}
         told = []
         found = train_members(
-            self.seeds(grown, 3), grown, report=lambda done, of: told.append((done, of))
+            seeds(tmp_path, 2), tmp_path, report=lambda done, of: told.append((done, of))
         )
         assert before == {path: path.stat().st_mtime_ns for path in files}
         assert told == sorted(told)
-        assert told[-1] == (30, 30)
-        expected = train_members(self.seeds(whole, 3), whole)
-        for ours, theirs in zip(found, expected, strict=True):
+        assert told[-1] == (20, 20)
+        for ours, theirs in zip(found, pair[1], strict=True):
             assert ours.summary["validation_loss"] == pytest.approx(
                 theirs.summary["validation_loss"], abs=1e-4
             )
 
     def test_that_were_half_written_are_written_again(self, tmp_path):
         write_config(tmp_path)
-        configs = self.seeds(tmp_path, 2)
-        first = train_members(configs, tmp_path)
+        (first,) = train_members(seeds(tmp_path, 1), tmp_path)
         # As a kill would leave it: its checkpoint is there, its summary is not.
-        (tmp_path / "seed1" / "summary.json").unlink()
-        again = train_members(configs, tmp_path)
-        assert [r.summary["validation_loss"] for r in again] == pytest.approx(
-            [r.summary["validation_loss"] for r in first], abs=1e-5
+        (tmp_path / "seed0" / "summary.json").unlink()
+        (again,) = train_members(seeds(tmp_path, 1), tmp_path)
+        assert again.summary["validation_loss"] == pytest.approx(
+            first.summary["validation_loss"], abs=1e-5
         )
-        assert load_model(tmp_path / "seed1").step == 10
+        assert load_model(tmp_path / "seed0").step == 10
 
-    def test_of_another_config_or_text_are_refused(self, tmp_path):
-        write_config(tmp_path)
-        train_members(self.seeds(tmp_path, 1), tmp_path)
-        changed = self.seeds(tmp_path, 1, "--optimizer.weight-decay", "0.3")
+    def test_of_another_config_or_text_are_refused(self, pair, tmp_path):
+        shutil.copytree(pair[0], tmp_path, dirs_exist_ok=True)
+        changed = seeds(tmp_path, 1, "--optimizer.weight-decay", "0.3")
         with pytest.raises(UserError, match=r"optimizer\.weight_decay: .* there, 0\.3 here"):
             train_members(changed, tmp_path)
         write_config(tmp_path, text="something else entirely " * 400)
         with pytest.raises(UserError, match="the corpus or the tokenizer is not the one"):
-            train_members(self.seeds(tmp_path, 1), tmp_path)
+            train_members(seeds(tmp_path, 1), tmp_path)
 
 
 def test_a_member_that_starts_from_a_run_equals_its_solo_run(together, tmp_path):
     folder, configs, _ = together
     write_config(tmp_path)
-    start = ("--train.init-from", str(folder / "plain"), "--train.steps", "10")
+    start = ("--train.init-from", str(folder / "plain"))
     common = (*start, "--data.cache", configs[0].data.cache)
     solo = train(member(tmp_path, "solo", *common))
     other = member(tmp_path, "other", *common, "--train.seed", "5")
@@ -207,33 +208,14 @@ class TestMemory:
         with pytest.raises(UserError, match=r"one member needs .* GB and 0\.00 GB are available"):
             train_members([member(tmp_path, "a")], tmp_path, available=100_000)
 
-    def test_is_what_the_compiler_counts(self, tmp_path, monkeypatch):
-        """With room for two of three members, two train and then one, with the same results."""
+    def test_is_what_the_compiler_counts(self, pair, tmp_path):
+        """With room for one of two members they train one after another, with the same results."""
+        folder, _, needed = pair
         write_config(tmp_path)
-        needed = {}
-        count = population.memory_needed
-
-        def spy(compiled):
-            needed[len(needed)] = count(compiled)
-            return count(compiled)
-
-        monkeypatch.setattr("jaxdecoder.ablation.training.memory_needed", spy)
-        folders = [tmp_path / "all", tmp_path / "two"]
-        for folder in folders:
-            folder.mkdir()
-            write_config(folder)
-
-        def seeds(folder):
-            # The last call is a shorter one.
-            changes = ("--train.steps", "8", "--train.seed")
-            return [member(folder, f"seed{i}", *changes, str(i)) for i in range(3)]
-
-        train_members(seeds(folders[0]), folders[0])
-        train_members(seeds(folders[1]), folders[1], available=needed[0] - 1)
-        assert [len(list(f.glob("programs/*/*"))) for f in folders] == [1, 2]
-        for config in seeds(folders[0]):
-            name = Path(config.train.out).name
-            assert losses(folders[0] / name) == losses(folders[1] / name)
+        train_members(seeds(tmp_path, 2), tmp_path, available=needed - 1)
+        assert [len(list(f.glob("programs/*/*"))) for f in (folder, tmp_path)] == [1, 2]
+        for name in ("seed0", "seed1"):
+            assert losses(folder / name) == losses(tmp_path / name)
 
 
 ABLATION = """
@@ -250,6 +232,7 @@ model.norm = ["layernorm", "none"]
 """
 
 
+@pytest.mark.slow
 def test_an_ablation_killed_at_any_moment_ends_as_the_undisturbed_one(tmp_path):
     write_config(tmp_path)
     (tmp_path / "x.toml").write_text(ABLATION)
@@ -287,17 +270,44 @@ def verdict_lines(out: Path) -> list[str]:
     return found
 
 
-def test_the_report_needs_nothing_beside_it(tmp_path):
-    write_config(tmp_path)
-    (tmp_path / "x.toml").write_text(ABLATION.replace("= 120", "= 20"))
-    process = script("ablate.py", tmp_path / "x.toml", "--out", tmp_path / "out")
-    assert process.returncode == 0, process.output
-    page = (tmp_path / "out" / "report.html").read_text()
+def assert_report_is_whole(out):
+    page = (out / "report.html").read_text()
     assert "http" not in page
     assert page.count("data:image/png;base64,") == 2
     for expected in ("norm=layernorm beats norm=none", "Holm", "t interval", "80% of the time"):
         assert expected in page
     assert "python ablate.py" in page
-    table = (tmp_path / "out" / "results.csv").read_text().splitlines()
+    table = (out / "results.csv").read_text().splitlines()
     assert len(table) == 1 + 2 * 2 * 2
     assert table[0].startswith("model.norm,learning_rate,seed,validation_loss")
+
+
+def test_the_report_needs_nothing_beside_it(pair, tmp_path, monkeypatch):
+    """Of members that stand in for trained ones: their losses are made up."""
+    write_config(tmp_path)
+    (tmp_path / "x.toml").write_text(ABLATION)
+    summary = pair[1][0].summary
+
+    def trained(configs, out, cores, report):
+        for config in configs:
+            shutil.copytree(pair[0] / "seed0", config.train.out)
+        losses = [5 + i / 10 for i in range(len(configs))]
+        given = [summary | {"validation_loss": loss, "train_loss": loss - 0.1} for loss in losses]
+        model = replace(configs[0].model, vocab_size=257)
+        return [
+            Result(replace(c, model=model), told) for c, told in zip(configs, given, strict=True)
+        ]
+
+    monkeypatch.setattr(ablation, "train_on_cores", trained)
+    asked = read(tmp_path / "x.toml", out=tmp_path / "out")
+    ablation.run(asked, tmp_path / "out", command="python ablate.py x.toml")
+    assert_report_is_whole(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_report(tmp_path):
+    write_config(tmp_path)
+    (tmp_path / "x.toml").write_text(ABLATION.replace("= 120", "= 20"))
+    process = script("ablate.py", tmp_path / "x.toml", "--out", tmp_path / "out")
+    assert process.returncode == 0, process.output
+    assert_report_is_whole(tmp_path / "out")

@@ -28,7 +28,7 @@ from jaxdecoder.compression.pruning import (
 )
 from jaxdecoder.compression.sensitivity import sensitivity
 from jaxdecoder.compression.sparsity import CRITERIA
-from jaxdecoder.config import CompressionConfig, load, to_toml
+from jaxdecoder.config import CompressionConfig, to_toml
 from jaxdecoder.data import batches
 from jaxdecoder.errors import UserError
 from jaxdecoder.training.evaluation import make_evaluator
@@ -36,26 +36,17 @@ from jaxdecoder.training.loop import train
 from jaxdecoder.training.runs import load_model, read_config
 from jaxdecoder.training.sparsity import SCOPES, body_matrices, count_of
 from jaxdecoder.training.step import init_state
-from tests.runs import losses, script, write_config
+from tests.runs import here, losses
 from tests.test_resume import assert_same_bits, final_state
 
 COMMAND = "python compress.py prune RUN NEW"
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A trained run, with checkpoints from step 4 on."""
-    folder = tmp_path_factory.mktemp("source")
-    keep = ["--train.keep", "6", "--train.checkpoint-every", "4", "--train.evaluate-every", "24"]
-    train(load(write_config(folder), keep))
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def given(source):
-    """That run's model, and its corpus."""
-    model = load_model(source)
-    config, corpus = corpus_of(model, source)
+def given(tiny_run):
+    """A trained run's model, and its corpus."""
+    model = load_model(tiny_run)
+    config, corpus = corpus_of(model, tiny_run)
     return model._replace(config=config), corpus
 
 
@@ -83,8 +74,8 @@ def test_the_options_name_what_the_dicts_hold():
     assert {name for method in METHODS.values() for name in method.takes} | {*COMMON} == known
 
 
-def test_wanda_zeroes_half_of_each_unit_and_trains_from_there(source, given):
-    options = Prune(str(source), "new", sparsity=0.5, recover_steps=40, calibration_tokens=256)
+def test_wanda_zeroes_half_of_each_unit_and_trains_from_there(tiny_run, given):
+    options = Prune(str(tiny_run), "new", sparsity=0.5, recover_steps=40, calibration_tokens=256)
     config, params, notes = made(options, *given)
     told = notes["pruning"]
     assert told["scope"] == "output"
@@ -101,21 +92,21 @@ def test_wanda_zeroes_half_of_each_unit_and_trains_from_there(source, given):
     assert slower.learning_rate == rate / 4
 
 
-def test_pruning_twice_equals_pruning_once_to_the_product(source, given):
+def test_pruning_twice_equals_pruning_once_to_the_product(tiny_run, given):
     def cut(model, sparsity):
-        options = Prune(str(source), "new", method="magnitude", sparsity=sparsity)
+        options = Prune(str(tiny_run), "new", method="magnitude", sparsity=sparsity)
         return after(model, made(options, model, given[1]))
 
     twice, once = cut(cut(given[0], 0.5), 0.5), cut(given[0], 0.75)
     jax.tree.map(np.testing.assert_array_equal, twice.params, once.params)
 
 
-def test_parts_go_one_after_another_and_the_config_says_so(source, given):
+def test_parts_go_one_after_another_and_the_config_says_so(tiny_run, given):
     model, corpus = given
     before = model.config.model
     fields = {"layers": "n_layers", "heads": "n_heads", "width": "d_model"}
     for method, field in fields.items():
-        options = Prune(str(source), "new", method=method, sparsity=0.5, calibration_tokens=256)
+        options = Prune(str(tiny_run), "new", method=method, sparsity=0.5, calibration_tokens=256)
         result = made(options, model, corpus)
         assert getattr(result.config.model, field) * 2 == getattr(before, field)
         told = result.notes["pruning"]
@@ -128,16 +119,15 @@ def test_parts_go_one_after_another_and_the_config_says_so(source, given):
     assert shapes == jax.tree.map(lambda x: x.shape, fresh)
 
 
-def test_a_gradual_run_that_is_stopped_ends_with_the_same_bits(source, given, tmp_path):
+def test_a_gradual_run_that_is_stopped_ends_with_the_same_bits(tiny_run, given, tmp_path):
     """Zeros grow by the schedule, in the average of the weights too, and the dense start, though
     its loss is lower, is not what the run is loaded as."""
     out = tmp_path / "gradual"
-    process = script(
-        "compress.py",
-        *("prune", source, out, "--method", "magnitude", "--sparsity", "0.9"),
+    said = here(
+        *("compress.py", "prune", tiny_run, out, "--method", "magnitude", "--sparsity", "0.9"),
         *("--recover-steps", "20", "--gradual", "--gradual-every", "3"),
     )
-    assert process.returncode == 0, process.output
+    assert said.returncode == 0, said.output
     config = read_config(out)
     assert (config.compression.sparsity, config.compression.sparsity_end) == (0.9, 12)
     sparse = load_model(out)
@@ -150,11 +140,11 @@ def test_a_gradual_run_that_is_stopped_ends_with_the_same_bits(source, given, tm
     assert told["pruning"]["zeros"] == 0
     assert told["after"]["zeros"] == sum(np.sum(weights == 0) for weights in ours.values())
 
-    end, said = final_state(out), losses(out)
+    end, known = final_state(out), losses(out)
     for step in ("12", "16", "20"):
         shutil.rmtree(out / "checkpoints" / step)
     train(config)
-    assert losses(out) == said
+    assert losses(out) == known
     assert_same_bits(final_state(out), end)
 
     # The next pass counts from what is zero.
@@ -165,14 +155,14 @@ def test_a_gradual_run_that_is_stopped_ends_with_the_same_bits(source, given, tm
 
 
 def test_a_lottery_ticket_is_the_mask_of_the_end_and_the_weights_of_the_beginning(
-    source, given, tmp_path
+    tiny_run, given, tmp_path
 ):
     model, corpus = given
     trained = matrices_of(model.params)
     first = jax.jit(lambda: init_state(model.config).params)()
-    fourth = load_model(source, 4).params
-    for step, then in {0: first, 4: fourth}.items():
-        options = Prune(str(source), "new", method="magnitude", sparsity=0.5, rewind=step)
+    middle = load_model(tiny_run, 16).params
+    for step, then in {0: first, 16: middle}.items():
+        options = Prune(str(tiny_run), "new", method="magnitude", sparsity=0.5, rewind=step)
         result = made(options, model, corpus)
         for path, weights in matrices_of(result.params).items():
             for place in np.ndindex(weights.shape[:-2]):
@@ -186,10 +176,10 @@ def test_a_lottery_ticket_is_the_mask_of_the_end_and_the_weights_of_the_beginnin
         assert result.config.train.steps == 24 - step
 
 
-def test_a_step_that_there_is_no_going_back_to_is_refused(source, given, tmp_path):
-    options = Prune(str(source), "new", method="magnitude", sparsity=0.5, rewind=5)
-    config = read_config(source)
-    with pytest.raises(UserError, match="checkpoints of these steps: 4, 8, 12, 16, 20, 24; 0, its"):
+def test_a_step_that_there_is_no_going_back_to_is_refused(tiny_run, given, tmp_path):
+    options = Prune(str(tiny_run), "new", method="magnitude", sparsity=0.5, rewind=5)
+    config = read_config(tiny_run)
+    with pytest.raises(UserError, match="checkpoints of these steps: 12, 16, 20, 24; 0, its"):
         check_rewind(options, config)
     # A run that began from another one: its own step 0 is nowhere.
     begun = tmp_path / "begun"
@@ -199,10 +189,10 @@ def test_a_step_that_there_is_no_going_back_to_is_refused(source, given, tmp_pat
     options = dataclasses.replace(options, run=str(begun), rewind=0)
     with pytest.raises(UserError, match="came from another run, so they cannot be drawn again"):
         check_rewind(options, config)
-    check_rewind(dataclasses.replace(options, rewind_run=str(source)), config)
+    check_rewind(dataclasses.replace(options, rewind_run=str(tiny_run)), config)
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=32))
     with pytest.raises(UserError, match=r"another model:\n  model\.d_ff"):
-        check_rewind(dataclasses.replace(options, rewind_run=str(source)), wider)
+        check_rewind(dataclasses.replace(options, rewind_run=str(tiny_run)), wider)
 
 
 @pytest.mark.parametrize(
@@ -228,23 +218,23 @@ def test_options_that_cannot_be_are_refused(options, message):
         check(Prune("run", "out", **options))
 
 
-def test_what_a_run_cannot_lose_is_refused_before_anything_is_computed(source, tmp_path):
-    refused = Prune(str(source), str(tmp_path / "new"), method="heads", sparsity=0.1)
+def test_what_a_run_cannot_lose_is_refused_before_anything_is_computed(tiny_run, tmp_path):
+    refused = Prune(str(tiny_run), str(tmp_path / "new"), method="heads", sparsity=0.1)
     with pytest.raises(UserError, match=r"of 2, none would go; 0\.5 to 0\.5 would do"):
         prune(refused, COMMAND)
     assert not (tmp_path / "new").exists()
 
 
-def test_groups_that_do_not_divide_are_refused(source, given):
-    options = Prune(str(source), "new", method="n-m", m=3, calibration_tokens=256)
+def test_groups_that_do_not_divide_are_refused(tiny_run, given):
+    options = Prune(str(tiny_run), "new", method="n-m", m=3, calibration_tokens=256)
     with pytest.raises(UserError, match=r"--m 3: .* has 16 inputs"):
         made(options, *given)
 
 
-def test_the_scan_tells_what_each_matrix_and_each_part_costs_alone(source, given, tmp_path):
+def test_the_scan_tells_what_each_matrix_and_each_part_costs_alone(tiny_run, given, tmp_path):
     out = tmp_path / "scan.png"
     options = Sensitivity(
-        str(source),
+        str(tiny_run),
         str(out),
         sparsities=(0.5,),
         batches=2,

@@ -33,20 +33,10 @@ from jaxdecoder.decoder import empty_cache, unroll_params
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import packing
 from jaxdecoder.layers.linear import scheme_of
-from jaxdecoder.training.loop import train
 from jaxdecoder.training.runs import load_model, read_config
-from tests.runs import script, write_config
+from tests.runs import here
 
 FLOATS = ("kernel", "embedding")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A trained run."""
-    folder = tmp_path_factory.mktemp("source")
-    config = write_config(folder)
-    train(load(config, ["--train.steps", "60", "--model.n-layers", "1"]))
-    return folder / "run"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,10 +48,13 @@ def _without_samples():
 
 
 @pytest.fixture(scope="module")
-def int8(source):
-    """That run with its weights in int8, the head's too."""
-    out = source.parent / "int8"
-    return out, quantize(options(source, out, include_head=True), "first")
+def int8(tiny_run, tmp_path_factory):
+    """A run with its weights in int8, the head's too."""
+    out = tmp_path_factory.mktemp("codes") / "int8"
+    said = here("compress.py", "quantize", tiny_run, out, "--include-head")
+    assert said.returncode == 0, said.output
+    assert "validation loss:" in said.output
+    return out, json.loads((out / "summary.json").read_text())
 
 
 def options(source, out, **changes):
@@ -93,7 +86,12 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("config", MODELS, ids=name_of)
+def and_slowly(fast, slow):
+    """Configs for every run of the tests, and others for the long one."""
+    return [*fast, *(pytest.param(config, marks=pytest.mark.slow) for config in slow)]
+
+
+@pytest.mark.parametrize("config", and_slowly(MODELS[4:], MODELS[:4]), ids=name_of)
 def test_a_packed_model_is_the_float_one_of_its_rounded_weights(config):
     config = config.resolve()
     plain = replace(config, weight_format="float32")
@@ -126,7 +124,7 @@ def decoded(decoder, params, tokens):
     return np.concatenate(logits, axis=1)
 
 
-@pytest.mark.parametrize("config", MODELS[:2], ids=name_of)
+@pytest.mark.parametrize("config", and_slowly(MODELS[:1], MODELS[1:2]), ids=name_of)
 def test_a_model_that_rounds_its_weights_is_the_packed_one_and_has_their_gradients(config):
     config = config.resolve()
     rounding = replace(config, weight_packed=False)
@@ -168,11 +166,10 @@ def test_activations_of_8_bits_change_the_model_a_little():
     np.testing.assert_allclose(decoded(dynamic, params, tokens), rounded, atol=0.05)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [*MODELS, *(dataclasses.replace(c, **ASYMMETRIC) for c in covering_configs()[::3])],
-    ids=name_of,
-)
+COVERING = [dataclasses.replace(c, **ASYMMETRIC) for c in covering_configs()[::3]]
+
+
+@pytest.mark.parametrize("config", and_slowly(MODELS, COVERING), ids=name_of)
 def test_the_bytes_are_those_counted_in_closed_form(config):
     size = packing.size(shapes_of(config), nonzero=False)
     assert analysis.weight_bytes(config) == size.bytes
@@ -189,8 +186,8 @@ def test_packed_models_hold_no_float_kernel():
 # --- Runs -----------------------------------------------------------------------------------------
 
 
-def test_int8_is_a_quarter_of_the_bytes_and_nearly_as_good(source, int8):
-    before = json.loads((source / "summary.json").read_text())
+def test_int8_is_a_quarter_of_the_bytes_and_nearly_as_good(tiny_run, int8):
+    before = json.loads((tiny_run / "summary.json").read_text())
     out, summary = int8
     assert abs(summary["validation_loss"] - before["validation_loss"]) < 0.01
     told = summary["compression"]
@@ -212,14 +209,14 @@ def test_int8_is_a_quarter_of_the_bytes_and_nearly_as_good(source, int8):
     assert codes.dtype == jnp.int8
 
 
-def test_gptq_keeps_the_logits_closer_than_rounding_does(source, tmp_path):
+def test_gptq_keeps_the_logits_closer_than_rounding_does(tiny_run, tmp_path):
     kind = {"bits": 4, "granularity": "tensor", "method": "gptq", "calibration_tokens": 2000}
     out = tmp_path / "gptq"
-    told = quantize(options(source, out, **kind), "python compress.py")["compression"]
+    told = quantize(options(tiny_run, out, **kind), "python compress.py")["compression"]
     assert told["output_error"] < 0.9 * told["output_error_nearest"]
     assert told["calibration_tokens"] > 64
-    plain, made = load_model(source), load_model(out)
-    _, corpus = corpus_of(plain, source)
+    plain, made = load_model(tiny_run), load_model(out)
+    _, corpus = corpus_of(plain, tiny_run)
     tokens = np.asarray(corpus.validation.tokens[:400], np.int32).reshape(25, 16)
     rounded = pack(plain.params, made.config, nearest(scheme_of(made.config.model)))
     expected = logits_of(plain.decoder, plain.params, tokens)
@@ -231,11 +228,11 @@ def test_gptq_keeps_the_logits_closer_than_rounding_does(source, tmp_path):
 
 
 def test_fine_tuning_goes_through_the_rounding_and_is_packed_as_it_was_trained(
-    source, tmp_path, monkeypatch
+    tiny_run, tmp_path, monkeypatch
 ):
     out = tmp_path / "tuned"
     kind = {"bits": 4, "granularity": "tensor", "fine_tune_steps": 16}
-    asked = options(source, out, learning_rate=3e-3, **kind)
+    asked = options(tiny_run, out, learning_rate=3e-3, **kind)
     pack_it = quantization._packed
 
     def stops(*_):
@@ -261,28 +258,28 @@ def test_fine_tuning_goes_through_the_rounding_and_is_packed_as_it_was_trained(
     assert read_config(out).compression.recipe[-1] == "python compress.py"
 
 
-def test_floats_made_of_a_quantized_run_are_the_same_model_and_may_train(source, int8, tmp_path):
+def test_floats_made_of_a_quantized_run_are_the_same_model_and_may_train(tiny_run, int8, tmp_path):
     codes, quantized = int8
     floats = tmp_path / "floats"
     summary = dequantize(Dequantize(str(codes), str(floats)), "second")
     assert summary["validation_loss"] == pytest.approx(quantized["validation_loss"], abs=1e-5)
     config = read_config(floats)
-    assert config.model == read_config(source).model
-    assert config.compression.recipe == ("first", "second")
+    assert config.model == read_config(tiny_run).model
+    assert config.compression.recipe == (*read_config(codes).compression.recipe, "second")
     assert load(floats / "config.toml", ["--train.steps", "5"]).train.steps == 5
 
 
 # --- Refused --------------------------------------------------------------------------------------
 
 
-def test_what_is_packed_is_not_quantized_again_and_does_not_train(source, int8, tmp_path):
+def test_what_is_packed_is_not_quantized_again_and_does_not_train(tiny_run, int8, tmp_path):
     once, _ = int8
     with pytest.raises(UserError, match=r"quantized already, to int8.*dequantize"):
         quantize(options(once, tmp_path / "twice"), "second")
     with pytest.raises(UserError, match=r"train\.steps = 5: the codes .* do not train"):
         load(once / "config.toml", ["--train.steps", "5"])
     with pytest.raises(UserError, match="floats already"):
-        dequantize(Dequantize(str(source), str(tmp_path / "floats")), "second")
+        dequantize(Dequantize(str(tiny_run), str(tmp_path / "floats")), "second")
     assert not (tmp_path / "twice").exists()
 
 
@@ -301,9 +298,9 @@ def test_what_is_packed_is_not_quantized_again_and_does_not_train(source, int8, 
         ({"learning_rate": 0.0}, "above 0"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(source, tmp_path, changes, told):
+def test_what_cannot_be_is_refused_by_name(tiny_run, tmp_path, changes, told):
     with pytest.raises(UserError, match=told):
-        quantize(options(source, tmp_path / "new", **changes), "python compress.py")
+        quantize(options(tiny_run, tmp_path / "new", **changes), "python compress.py")
     assert not (tmp_path / "new").exists()
 
 
@@ -315,13 +312,8 @@ def test_odd_widths_have_no_pairs():
 # --- Scripts --------------------------------------------------------------------------------------
 
 
-def test_the_command_makes_a_run_that_talks_in_half_precision_too(source, tmp_path):
-    out = tmp_path / "new"
-    made = script("compress.py", "quantize", source, out, "--format", "float8_e4m3fn")
-    assert made.returncode == 0, made.output
-    assert "validation loss:" in made.output
-    said = script(
-        "sample.py", out, "--prompt", "one", "--max-new-tokens", "8", "--dtype", "bfloat16"
-    )
+def test_the_run_talks_in_half_precision_too(int8):
+    arguments = ("--prompt", "one", "--max-new-tokens", "8", "--dtype", "bfloat16")
+    said = here("sample.py", int8[0], *arguments)
     assert said.returncode == 0, said.output
     assert said.output.startswith("one")

@@ -38,19 +38,11 @@ def assert_same_bits(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A config and the run that nothing happened to."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    config = write_config(folder)
-    process = script("train.py", config)
-    assert process.returncode == 0, process.output
-    return config, folder / "run"
-
-
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
     config = write_config(tmp_path)
     long = ("--train.steps", "400", "--train.checkpoint-every", "20", "--train.keep", "20")
+    long += ("--model.dropout", "0.1")
     reference, run = tmp_path / "reference", tmp_path / "killed"
     process = script("train.py", config, *long, "--train.out", reference)
     assert process.returncode == 0, process.output
@@ -86,22 +78,20 @@ def steps_logged(run: Path) -> int:
     return int(lines[-1].split(",")[0].split(":")[1]) if lines and "," in lines[-1] else 0
 
 
-def test_a_truncated_checkpoint_is_set_aside_and_the_one_before_is_used(undisturbed, tmp_path):
-    config, reference = undisturbed
+def test_a_truncated_checkpoint_is_set_aside_and_the_one_before_is_used(tiny_run, tmp_path, capsys):
     run = tmp_path / "run"
-    shutil.copytree(reference, run)
+    shutil.copytree(tiny_run, run)
     last = run / "checkpoints" / "24"
     files = sorted((p for p in last.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     for file in files[-3:]:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    process = script("train.py", config, "--train.out", run)
-    assert process.returncode == 0, process.output
-    said = " ".join(process.output.split())
+    train(load(tiny_run / "config.toml", ["--train.out", str(run)]))
+    said = " ".join(capsys.readouterr().out.split())
     assert "checkpoint 24 cannot be read" in said
     assert "going on at step 20" in said
     assert (run / "damaged" / "24").is_dir()
-    assert losses(run) == losses(reference)
-    assert_same_bits(final_state(run), final_state(reference))
+    assert losses(run) == losses(tiny_run)
+    assert_same_bits(final_state(run), final_state(tiny_run))
 
 
 def test_calls_end_where_the_step_alone_says(tmp_path):
@@ -134,9 +124,9 @@ def test_calls_are_equally_long_where_they_can_be(tmp_path, steps, every, most, 
     assert steps_a_call(config, most) == chosen
 
 
-def test_a_finished_run_trains_no_further_and_repeats_its_summary(undisturbed):
-    config, run = undisturbed
-    before = losses(run)
-    summary = train(load(config))
-    assert losses(run) == before
+def test_a_finished_run_trains_no_further_and_repeats_its_summary(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    summary = train(load(tiny_run / "config.toml", ["--train.out", str(run)]))
+    assert losses(run) == losses(tiny_run)
     assert summary["steps"] == 24

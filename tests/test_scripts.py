@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 
 import pytest
 
 from jaxdecoder.config import load
 from jaxdecoder.data import tokenizers
 from jaxdecoder.training.runs import load_model, read_config
-from tests.runs import ROOT, losses, script, write_config
+from tests.runs import here, losses, script
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The folder of a tiny run with all there is to write down."""
-    folder = tmp_path_factory.mktemp("scripts")
-    process = script(
-        *("train.py", write_config(folder), "--train.tensorboard"),
-        *("--train.sample-every", "12", "--train.sample-prompt", "one "),
-    )
-    assert process.returncode == 0, process.output
-    assert "--- a sample at step 12 ---" in process.output
-    return folder / "run"
+def run(tiny_run):
+    return tiny_run
 
 
 def test_a_run_is_a_folder_with_all_that_is_needed(run):
+    assert "--- a sample at step 12 ---" in (run.parent / "said.txt").read_text()
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 24
     assert summary["tokens"] == 24 * 8 * 16
@@ -67,29 +59,24 @@ def test_the_last_few_checkpoints_and_the_best_are_kept(run):
         (step for step, name in found if name == "validation_loss"),
         key=lambda step: found[step, "validation_loss"],
     )
-    assert steps == {16, 20, 24, best}
+    assert steps == {12, 16, 20, 24, best}
     assert load_model(run, "last").step == 24
     assert load_model(run, "best").step == best
 
 
-def test_the_config_that_a_run_wrote_describes_the_same_run(run):
-    # Training again with it is a run that is finished already.
+def test_the_config_that_a_run_wrote_describes_the_same_run(run, tmp_path):
     assert load(run / "config.toml").train.out == str(run)
-    process = script("train.py", run / "config.toml")
-    assert process.returncode == 0, process.output
-    assert "going on at step 24" in " ".join(process.output.split())
+    # Training again with it is a run that is finished already.
+    shutil.copytree(run, tmp_path / "run")
+    said = here("train.py", run / "config.toml", "--train.out", tmp_path / "run")
+    assert said.returncode == 0, said.output
+    assert "going on at step 24" in " ".join(said.output.split())
 
 
-def sample(run, *arguments, stdin=None) -> str:
-    process = subprocess.run(
-        [sys.executable, "sample.py", str(run), "--max-new-tokens", "20", *arguments],
-        cwd=ROOT,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return process.stdout
+def sample(run, *arguments, stdin="") -> str:
+    said = here("sample.py", run, "--max-new-tokens", "20", *arguments, stdin=stdin)
+    assert said.returncode == 0, said.output
+    return said.output
 
 
 def test_the_same_seed_says_the_same_again(run):
@@ -108,7 +95,7 @@ def test_a_prompt_can_come_from_a_file_or_the_standard_input(run, tmp_path):
     (tmp_path / "prompt.txt").write_text("five six ")
     greedy = ("--temperature", "0")
     said = sample(run, "--prompt", "five six ", *greedy)
-    assert sample(run, "--prompt-file", str(tmp_path / "prompt.txt"), *greedy) == said
+    assert sample(run, "--prompt-file", tmp_path / "prompt.txt", *greedy) == said
     assert sample(run, "--prompt-file", "-", *greedy, stdin="five six ") == said
 
 
@@ -119,6 +106,6 @@ def test_filters_are_refused_outside_their_range(run):
 
 
 def test_an_exit_threshold_is_for_models_with_exits(run):
-    process = script("sample.py", run, "--exit-threshold", "0.5")
-    assert process.returncode != 0
-    assert 'model.depth = "fixed"' in process.output
+    said = here("sample.py", run, "--exit-threshold", "0.5")
+    assert said.returncode != 0
+    assert 'model.depth = "fixed"' in said.output

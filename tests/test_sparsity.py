@@ -15,17 +15,15 @@ from hypothesis import strategies as st
 
 from jaxdecoder import Decoder
 from jaxdecoder.compression.calibration import calibration_batches, input_squares, sums
+from jaxdecoder.compression.passes import corpus_of
 from jaxdecoder.compression.sparsity import CRITERIA, apply, mask, n_of_m, zeros
 from jaxdecoder.config import CompressionConfig, ConfigError, load
 from jaxdecoder.data.batches import Batch
-from jaxdecoder.data.tokens import prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.layers.feed_forward import FeedForward
-from jaxdecoder.training.loop import complete
 from jaxdecoder.training.optimizers import keep_zeros
-from jaxdecoder.training.runs import Model
+from jaxdecoder.training.runs import load_model
 from jaxdecoder.training.sparsity import SCOPES, body_matrices, gradual, rounds
-from jaxdecoder.training.step import init_state, make_decoder
 from tests.models import random_params, random_tokens, small
 from tests.runs import write_config
 
@@ -135,9 +133,12 @@ def test_n_of_every_m_that_follow_one_another_stay_the_highest(n, m):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"n_kv_heads": 2, "activation": "swiglu", "norm_placement": "parallel", "remat": True},
+        pytest.param(
+            {"n_kv_heads": 2, "activation": "swiglu", "norm_placement": "parallel", "remat": True},
+            marks=pytest.mark.slow,
+        ),
         {"depth": "mixture_of_depths"},
-        {"layout": "parallel_stacks", "n_layers": 4},
+        pytest.param({"layout": "parallel_stacks", "n_layers": 4}, marks=pytest.mark.slow),
     ],
     ids=["serial", "routed", "stacks"],
 )
@@ -192,12 +193,9 @@ def test_the_sums_are_those_of_the_inputs_that_products_meet(changes):
     )
 
 
-def test_too_little_calibration_data_is_refused(tmp_path):
-    config = load(write_config(tmp_path))
-    corpus = prepare(config.data)
-    config = complete(config, corpus)
-    params = jax.jit(lambda: init_state(config).params)()
-    model = Model(config, make_decoder(config), params, corpus.tokenizer, 0)
+def test_too_little_calibration_data_is_refused(tiny_run):
+    model = load_model(tiny_run)
+    config, corpus = corpus_of(model, tiny_run)
     have = len(corpus.train.tokens) - 1
     with pytest.raises(UserError, match=f"between 1 and the {have:,} tokens"):
         input_squares(model, corpus, have + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -25,7 +26,9 @@ from jaxdecoder.training.step import (
 )
 
 CONFIG = Config(
-    model=ModelConfig(vocab_size=11, context_length=8, d_model=16, n_layers=2, n_heads=2),
+    model=ModelConfig(
+        vocab_size=11, context_length=8, d_model=16, n_layers=2, n_heads=2, norm="none", bias=False
+    ),
     optimizer=OptimizerConfig(learning_rate=0.01, schedule="constant"),
     train=TrainConfig(batch_size=4),
 )
@@ -42,15 +45,26 @@ def with_train(**changes) -> Config:
     return dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **changes))
 
 
+@functools.cache
+def step_of(config: Config):
+    """Its compiled step, one for all tests."""
+    return jax.jit(make_step(config))
+
+
+@functools.cache
+def first_state(config: Config):
+    return jax.jit(functools.partial(init_state, config))()
+
+
 def test_the_loss_is_the_mean_over_real_targets_in_nats():
-    state, batch = init_state(CONFIG), a_batch(0)
+    state, batch = first_state(CONFIG), a_batch(0)
     logits = logits_of(make_decoder(CONFIG), state.params, batch.inputs)
     logits = np.asarray(logits, np.float64)
     log_z = np.log(np.exp(logits).sum(-1))
     chosen = np.take_along_axis(logits, np.asarray(batch.targets)[..., None], axis=-1)[..., 0]
     weights = np.asarray(batch.weights, np.float64)
     expected = ((log_z - chosen) * weights).sum() / weights.sum()
-    _, metrics = jax.jit(make_step(CONFIG))(state, batch)
+    _, metrics = step_of(CONFIG)(state, batch)
     assert float(metrics.train_loss) == pytest.approx(expected, rel=1e-5)
     assert make_evaluator(make_decoder(CONFIG))(state.params, [batch]) == pytest.approx(
         expected, rel=1e-5
@@ -60,50 +74,51 @@ def test_the_loss_is_the_mean_over_real_targets_in_nats():
 def test_what_is_padding_changes_nothing():
     batch = a_batch(1)
     other = batch._replace(targets=jnp.where(batch.weights > 0, batch.targets, 0))
-    step = jax.jit(make_step(CONFIG))
-    chex.assert_trees_all_equal(step(init_state(CONFIG), batch), step(init_state(CONFIG), other))
+    step, state = step_of(CONFIG), first_state(CONFIG)
+    chex.assert_trees_all_equal(step(state, batch), step(state, other))
 
 
 def test_accumulated_parts_equal_the_whole():
-    state, batch = init_state(CONFIG), a_batch(2)
-    whole, whole_metrics = jax.jit(make_step(CONFIG))(state, batch)
-    parts, parts_metrics = jax.jit(make_step(with_train(gradient_accumulation=4)))(state, batch)
+    state, batch = first_state(CONFIG), a_batch(2)
+    whole, whole_metrics = step_of(CONFIG)(state, batch)
+    parts, parts_metrics = step_of(with_train(gradient_accumulation=4))(state, batch)
     chex.assert_trees_all_close(whole_metrics, parts_metrics, rtol=1e-5)
     chex.assert_trees_all_close(whole.optimizer, parts.optimizer, atol=1e-6)
 
 
 def test_fused_steps_equal_single_ones():
-    step = make_step(CONFIG)
     batches = [a_batch(seed) for seed in range(3)]
-    state = init_state(CONFIG)
+    state = first_state(CONFIG)
     singles = []
     for batch in batches:
-        state, metrics = jax.jit(step)(state, batch)
+        state, metrics = step_of(CONFIG)(state, batch)
         singles.append(metrics)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
-    fused, metrics = jax.jit(fuse(step))(init_state(CONFIG), stacked)
+    fused, metrics = jax.jit(fuse(make_step(CONFIG)))(first_state(CONFIG), stacked)
     chex.assert_trees_all_close(fused, state, atol=1e-6)
     chex.assert_trees_all_close(metrics, jax.tree.map(lambda *x: jnp.stack(x), *singles), rtol=1e-5)
 
 
+NOISY = dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(CONFIG.model, dropout=0.5),
+    optimizer=dataclasses.replace(CONFIG.optimizer, ema_decay=0.75),
+)
+
+
 def test_the_average_of_the_weights_follows_them():
-    config = dataclasses.replace(
-        CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, ema_decay=0.75)
-    )
-    before = init_state(config)
-    after, _ = jax.jit(make_step(config))(before, a_batch(3))
+    before = first_state(NOISY)
+    after, _ = step_of(NOISY)(before, a_batch(3))
     chex.assert_trees_all_close(
         evaluated_params(after),
         jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, before.params, after.params),
         atol=1e-7,
     )
-    assert evaluated_params(init_state(CONFIG)) is not None
+    assert evaluated_params(first_state(CONFIG)) is not None
 
 
 def test_dropout_differs_by_step_and_repeats_by_seed():
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dropout=0.5))
-    step, batch = jax.jit(make_step(config)), a_batch(4)
-    state = init_state(config)
+    step, batch, state = step_of(NOISY), a_batch(4), first_state(NOISY)
     first = step(state, batch)[1].train_loss
     again = step(state, batch)[1].train_loss
     later = step(state._replace(step=state.step + 1), batch)[1].train_loss
@@ -112,17 +127,17 @@ def test_dropout_differs_by_step_and_repeats_by_seed():
 
 
 def test_weights_depend_on_the_seed_alone():
-    a, b = init_state(with_train(seed=1)), init_state(with_train(seed=1, batch_size=8))
+    a, b = first_state(CONFIG), first_state(with_train(batch_size=8))
     chex.assert_trees_all_equal(a.params, b.params)
-    c = init_state(with_train(seed=2))
+    c = first_state(with_train(seed=2))
     assert not np.array_equal(a.params["embedding"], c.params["embedding"])
 
 
 def test_bfloat16_compute_stays_near_float32():
     batch = a_batch(5, weights=False)
-    state = init_state(CONFIG)
-    _, full = jax.jit(make_step(CONFIG))(state, batch)
-    after, half = jax.jit(make_step(with_train(compute_dtype="bfloat16")))(state, batch)
+    state = first_state(CONFIG)
+    _, full = step_of(CONFIG)(state, batch)
+    after, half = step_of(with_train(compute_dtype="bfloat16"))(state, batch)
     assert float(half.train_loss) == pytest.approx(float(full.train_loss), rel=1e-2)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.params))
 

@@ -188,6 +188,7 @@ class TestBpe:
         tokenizers.build(DataConfig(tokenizer="bpe"), texts)
         assert len(read) < 5
 
+    @pytest.mark.slow
     def test_110_000_entries(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(0)
         letters = rng.choice(list("etaoinshrdlucmfwypvbgkjqxz"), (40_000, 8))

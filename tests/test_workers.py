@@ -11,25 +11,14 @@ from hypothesis import strategies as st
 
 from jaxdecoder.ablation import workers
 from jaxdecoder.ablation.population import program_key
-from jaxdecoder.ablation.training import train_members
 from jaxdecoder.ablation.workers import shares, train_on_cores
 from jaxdecoder.config import Config, ModelConfig, TrainConfig
 from jaxdecoder.errors import UserError
 from jaxdecoder.training.devices import cores
-from tests.runs import losses, write_config
-from tests.test_population import member
+from tests.runs import write_config
+from tests.test_population import assert_near, member, pair, seeds  # noqa: F401
 
 CORES = (cores() * 2)[:2]
-
-
-def members(folder, cache=None):
-    """Two of one program, one of another."""
-    cache = ("--data.cache", cache) if cache else ()
-    return [
-        member(folder, "a", *cache),
-        member(folder, "b", "--train.seed", "3", *cache),
-        member(folder, "c", "--model.norm", "none", *cache),
-    ]
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=40), st.integers(1, 9))
@@ -50,53 +39,44 @@ def test_every_member_goes_to_one_worker_and_none_is_idle(depths, count):
     assert len(parts) < len(set(depths)) + count
 
 
-def test_workers_leave_what_one_process_leaves(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-        write_config(folder)
-    here = members(one)
-    expected = train_members(here, one)
+def test_workers_leave_what_one_process_leaves(pair, tmp_path):  # noqa: F811
+    one, expected, _ = pair
+    write_config(tmp_path)
+    asked = seeds(tmp_path, 2, "--data.cache", expected[0].config.data.cache)
     told = []
-    found = train_on_cores(
-        members(two, here[0].data.cache),
-        two,
-        CORES,
-        report=lambda done, of: told.append((done, of)),
-    )
+    found = train_on_cores(asked, tmp_path, CORES, report=lambda done, of: told.append((done, of)))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.config.model == theirs.config.model
         assert ours.config.train.seed == theirs.config.train.seed
         for key in ("validation_loss", "train_loss", "steps", "parameters"):
             assert ours.summary[key] == pytest.approx(theirs.summary[key], abs=1e-4)
-    for name in "abc":
-        here, there = losses(one / name), losses(two / name)
-        assert here.keys() == there.keys()
-        assert all(here[key] == pytest.approx(there[key], abs=1e-4) for key in here)
+    for name in ("seed0", "seed1"):
+        assert_near(tmp_path / name, one / name)
     assert told == sorted(told)
-    assert told[-1] == (150, 150)
+    assert told[-1] == (20, 20)
 
 
 def test_what_a_worker_refuses_is_refused(tmp_path, monkeypatch):
     write_config(tmp_path)
     monkeypatch.setattr(workers, "memory_available", lambda devices: 2000)
     with pytest.raises(UserError, match=r"one member needs .* available"):
-        train_on_cores(members(tmp_path), tmp_path, CORES)
+        train_on_cores(seeds(tmp_path, 1), tmp_path, CORES[:1])
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_killed_is_not_waited_for(tmp_path):
     write_config(tmp_path)
+    # Two of one program, one of another.
+    asked = seeds(tmp_path, 2, "--train.steps", "50")
+    asked.append(member(tmp_path, "other", "--train.steps", "50", "--model.norm", "none"))
 
     def kill(done, of):
         for child in multiprocessing.active_children():
             os.kill(child.pid, 9)
 
     with pytest.raises(UserError, match="status -9"):
-        train_on_cores(members(tmp_path), tmp_path, CORES, report=kill)
+        train_on_cores(asked, tmp_path, CORES, report=kill)
     assert not multiprocessing.active_children()
     # What is there is gone on from.
-    assert all(
-        result.summary["steps"] == 50
-        for result in train_on_cores(members(tmp_path), tmp_path, CORES)
-    )
+    assert all(result.summary["steps"] == 50 for result in train_on_cores(asked, tmp_path, CORES))

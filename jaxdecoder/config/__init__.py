@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import tomllib
 from collections.abc import Sequence
@@ -140,14 +141,20 @@ def differences(a: Config, b: Config) -> list[str]:
 
 def choices(cls: type, name: str) -> tuple[str, ...]:
     """The values a field with fixed choices can take, for example `(ModelConfig, "norm")`."""
-    return tuple(get_args(get_type_hints(cls)[name]))
+    return tuple(get_args(_types(cls)[name]))
+
+
+@functools.cache
+def _types(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields; an ablation asks thousands of times."""
+    return get_type_hints(cls)
 
 
 _ADAPTER = pydantic.TypeAdapter(Config)
 
 
 def _refuse_unknown_keys(tables: dict[str, Any], cls: type, where: str, prefix: str = "") -> None:
-    known = get_type_hints(cls)
+    known = _types(cls)
     for key, value in tables.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)

@@ -65,12 +65,12 @@ def state_sharding(state: Any, mesh: Mesh | AbstractMesh, *, fsdp: bool) -> Any:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh, leading: int = 0) -> NamedSharding:
     """Splits the batch axis, which follows `leading` others, over the devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, "data"))
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def everywhere(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Every device has the whole."""
     return NamedSharding(mesh, PartitionSpec())
 
