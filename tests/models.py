@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from jaxdecoder import Decoder
@@ -36,6 +37,14 @@ SMALL = ModelConfig(
     exit_threshold=1.0,
     mod_capacity=0.4,
 )
+
+
+def slow(*cases):
+    """These cases of a parametrised test, for the long run of tests only."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def small(**changes):
