@@ -42,7 +42,7 @@ SMALL = ModelConfig(
 def slow(*cases):
     """These cases of a parametrised test, for the long run of tests only."""
     return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+        pytest.param(*(case if type(case) is tuple else (case,)), marks=pytest.mark.slow)
         for case in cases
     ]
 
@@ -123,6 +123,23 @@ def covering_configs():
         )
         for (norm, placement), (position, attention), (activation, layout) in rows
     ]
+
+
+def telling(configs):
+    """A few small ones of these, in which occurs every entry and every switch that occurs."""
+    found, left = [], set().union(*map(entries, configs))
+    while left:
+        found.append(max(configs, key=lambda c: len(entries(c) & left) / (c.n_layers + 2)))
+        left -= entries(found[-1])
+    return found
+
+
+def entries(config):
+    """The components of a config, and what it switches on and off."""
+    names = ("norm", "norm_placement", "position", "activation", "layout", "depth", "residual")
+    held = {(name, getattr(config, name)) for name in (*names, *SWITCHES, "attention_projection")}
+    held |= {(name,) for name in ("n_kv_heads", "logit_softcap") if getattr(config, name)}
+    return held | {("attention", name) for name in config.attention_pattern}
 
 
 SWITCHES = (

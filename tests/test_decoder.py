@@ -19,7 +19,9 @@ from models import (
     random_params,
     seeing,
     shapes,
+    slow,
     small,
+    telling,
 )
 
 from jaxdecoder import Decoder
@@ -124,6 +126,7 @@ STACKED = [
     ),
 ]
 CONFIGS = [*covering_configs(), *SWITCHED, *STACKED]
+FEW = telling(CONFIGS)
 TIME = SMALL.context_length
 PREFILLED = TIME - 2
 
@@ -176,7 +179,9 @@ def two_rows(config):
     return np.stack([order[:TIME], order[-TIME:]]).astype(np.int32)
 
 
-@pytest.fixture(scope="module", params=CONFIGS, ids=name_of)
+@pytest.fixture(
+    scope="module", params=[*FEW, *slow(*(c for c in CONFIGS if c not in FEW))], ids=name_of
+)
 def config(request):
     return request.param
 
