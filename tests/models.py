@@ -102,13 +102,16 @@ def covering_configs():
     sights = itertools.product(POSITIONS, zip_cycled(*halves(list(ATTENTIONS))))
     shapes = itertools.product(ACTIVATIONS, LAYOUTS)
     rows = zip_cycled(list(wirings), list(sights), list(shapes))
-    depths = itertools.cycle(DEPTHS)
+    depths = {layout: itertools.cycle(DEPTHS) for layout in LAYOUTS}
 
     def depth_for(layout, attention):
         """The next one that is not refused for these."""
         others = (layout, *attention)
-        fits = (d for d in depths if not any((d, other) in REFUSED_DEPTHS for other in others))
-        return next(fits)
+        return next(
+            depth
+            for depth in depths[layout]
+            if not any((depth, other) in REFUSED_DEPTHS for other in others)
+        )
 
     return [
         small(
@@ -126,19 +129,18 @@ def covering_configs():
 
 
 def telling(configs):
-    """A few small ones of these, in which occurs every entry and every switch that occurs."""
+    """A few small ones of these, in which occurs every entry of a component that does in all."""
     found, left = [], set().union(*map(entries, configs))
     while left:
-        found.append(max(configs, key=lambda c: len(entries(c) & left) / (c.n_layers + 2)))
+        found.append(max(configs, key=lambda c: len(entries(c) & left) / c.n_layers))
         left -= entries(found[-1])
     return found
 
 
 def entries(config):
-    """The components of a config, and what it switches on and off."""
-    names = ("norm", "norm_placement", "position", "activation", "layout", "depth", "residual")
-    held = {(name, getattr(config, name)) for name in (*names, *SWITCHES, "attention_projection")}
-    held |= {(name,) for name in ("n_kv_heads", "logit_softcap") if getattr(config, name)}
+    """The components of a config, each with its family."""
+    families = ("norm", "norm_placement", "position", "activation", "layout", "depth")
+    held = {(family, getattr(config, family)) for family in families}
     return held | {("attention", name) for name in config.attention_pattern}
 
 
