@@ -43,7 +43,7 @@ def kept_programs() -> str:
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Workers and the scripts that tests start inherit it: what one compiled, no other compiles.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = kept_programs()
-# The smallest too: to read one back takes a tenth of what compiling it takes.
+# The smallest too: reading one back is quicker than compiling it.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # Most of the time goes into compiling programs that then run for milliseconds: LLVM is to be quick,

@@ -92,9 +92,7 @@ def close(actual, expected):
 
 
 class TestStoppingEarly:
-    @pytest.mark.parametrize(
-        "config", [EARLY_CONFIGS[0], EARLY_CONFIGS[3], *slow(*EARLY_CONFIGS[1:3])], ids=name_of
-    )
+    @pytest.mark.parametrize("config", [EARLY, *slow(*EARLY_CONFIGS[1:])], ids=name_of)
     def test_is_what_the_naive_decoder_does_row_by_row(self, config):
         """Logits and depths, of rows that stop at different depths in one batch, past the context
         too: what a token finds of those that stopped before is what they stopped with."""

@@ -379,6 +379,9 @@ def check_shards():
             )
             close(gradient(sharded), wanted, 1e-5)
     check_stays_sharded("chunked", SURROUNDED, NamedSharding(mesh, P("x")))
+    by_head = NamedSharding(mesh, by_head[0])
+    one_key_head = SURROUNDED._replace(kv_heads=1)
+    check_stays_sharded("portable", one_key_head, by_head, of_keys=NamedSharding(mesh, P()))
 
 
 def check_jit():
@@ -387,8 +390,6 @@ def check_jit():
     by_batch, by_head = NamedSharding(mesh, P("x")), NamedSharding(mesh, P(None, None, "x"))
     check_stays_sharded("portable", SURROUNDED, by_batch)
     check_stays_sharded("portable", SURROUNDED, by_head)
-    one_key_head = SURROUNDED._replace(kv_heads=1)
-    check_stays_sharded("portable", one_key_head, by_head, of_keys=NamedSharding(mesh, P()))
 
 
 def check_stays_sharded(implementation, case, sharding, of_keys=None):

@@ -153,7 +153,7 @@ class TestModels:
 @pytest.mark.parametrize("name", ["llama", *slow("gpt2")])
 def test_gradients_of_a_models_loss_are_those_of_the_oracle(name):
     file, decoder = golden(name), Decoder(config_of(name))
-    tokens = file["tokens"]
+    tokens = jnp.asarray(file["tokens"])
 
     @jax.jit
     def gradient(params):
@@ -172,14 +172,14 @@ class TestFunctions:
     @pytest.mark.parametrize("name", [name for name, f in ACTIVATIONS.items() if not f.gated])
     def test_activations(self, name):
         file = golden("activations")
-        assert_close(ACTIVATIONS[name].function(file["x"]), file[name])
+        assert_close(ACTIVATIONS[name].function(jnp.asarray(file["x"])), file[name])
 
     def test_gated_units_gate_by_the_activation_they_are_named_after(self):
         by = {"swiglu": "swish", "geglu": "gelu", "reglu": "relu"}
         assert list(by) == [name for name, f in ACTIVATIONS.items() if f.gated]
         file = golden("activations")
         for name, plain in by.items():
-            assert_close(ACTIVATIONS[name].function(file["x"]), file[plain])
+            assert_close(ACTIVATIONS[name].function(jnp.asarray(file["x"])), file[plain])
 
     def test_soft_cap(self):
         file = golden("activations")
@@ -221,14 +221,16 @@ class TestFunctions:
             position="none",
             norm="none",
         )
-        params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes(config))
-        params |= {"head": {"kernel": np.eye(vocab_size, dtype=np.float32)}}
-        tokens = np.arange(vocab_size).reshape(batch, time)
+        params = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes(config))
+        params |= {"head": {"kernel": jnp.eye(vocab_size)}}
+        tokens = jnp.arange(vocab_size).reshape(batch, time)
+
+        targets = jnp.asarray(file["targets"])
 
         def weighed(logits):
             variables = {"params": {**params, "embedding": logits.reshape(vocab_size, -1)}}
             decoder = Decoder(config)
-            losses = decoder.apply(variables, tokens, file["targets"], method="losses")
+            losses = decoder.apply(variables, tokens, targets, method="losses")
             return jnp.sum(losses * file["weights"]), losses
 
         gradient, losses = jax.jit(jax.grad(weighed, has_aux=True))(file["logits"])
