@@ -1,21 +1,50 @@
 """Settings of the whole test run: annotations are checked, plots need no screen."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 os.environ["MPLBACKEND"] = "Agg"
 
+LARGEST = 2**30  # bytes of compiled programs that are kept between runs
+
+
+def kept_programs() -> str:
+    """The folder of compiled programs, of which the oldest go when there are too many.
+
+    JAX keeps apart what another version, flag or processor would compile otherwise.
+    """
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        root = caches / "jaxdecoder" / "test-programs"
+        folder = root / importlib.metadata.version("jax")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # it can be written to
+            pass
+        size = 0
+        programs = [(file, file.stat()) for file in root.rglob("*-cache")]
+        for file, stat in sorted(programs, key=lambda held: -held[1].st_mtime):
+            size += stat.st_size
+            if size > LARGEST:
+                file.unlink(missing_ok=True)
+    except (OSError, RuntimeError):  # no home, or none of our own
+        temporary = tempfile.mkdtemp(prefix="jaxdecoder-tests-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return temporary
+    return str(folder)
+
+
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Workers and the scripts that tests start inherit it: what one compiled, no other compiles.
-    folder = tempfile.mkdtemp(prefix="jaxdecoder-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = kept_programs()
+# The smallest too: reading one back is quicker than compiling it.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # Most of the time goes into compiling programs that then run for milliseconds: LLVM is to be quick,
 # and XLA is to fuse operations without MLIR's detour, where it can (jax 0.10; later it cannot).

@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from jaxdecoder import Decoder
@@ -36,6 +37,14 @@ SMALL = ModelConfig(
     exit_threshold=1.0,
     mod_capacity=0.4,
 )
+
+
+def slow(*cases):
+    """These cases of a parametrised test, for the long run of tests only."""
+    return [
+        pytest.param(*(case if type(case) is tuple else (case,)), marks=pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def small(**changes):
@@ -93,13 +102,16 @@ def covering_configs():
     sights = itertools.product(POSITIONS, zip_cycled(*halves(list(ATTENTIONS))))
     shapes = itertools.product(ACTIVATIONS, LAYOUTS)
     rows = zip_cycled(list(wirings), list(sights), list(shapes))
-    depths = itertools.cycle(DEPTHS)
+    depths = {layout: itertools.cycle(DEPTHS) for layout in LAYOUTS}
 
     def depth_for(layout, attention):
         """The next one that is not refused for these."""
         others = (layout, *attention)
-        fits = (d for d in depths if not any((d, other) in REFUSED_DEPTHS for other in others))
-        return next(fits)
+        return next(
+            depth
+            for depth in depths[layout]
+            if not any((depth, other) in REFUSED_DEPTHS for other in others)
+        )
 
     return [
         small(
@@ -114,6 +126,22 @@ def covering_configs():
         )
         for (norm, placement), (position, attention), (activation, layout) in rows
     ]
+
+
+def telling(configs):
+    """A few small ones of these, in which occurs every entry of a component that does in all."""
+    found, left = [], set().union(*map(entries, configs))
+    while left:
+        found.append(max(configs, key=lambda c: len(entries(c) & left) / c.n_layers))
+        left -= entries(found[-1])
+    return found
+
+
+def entries(config):
+    """The components of a config, each with its family."""
+    families = ("norm", "norm_placement", "position", "activation", "layout", "depth")
+    held = {(family, getattr(config, family)) for family in families}
+    return held | {("attention", name) for name in config.attention_pattern}
 
 
 SWITCHES = (

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import REFUSED, REFUSED_DEPTHS, any_config, seeing, shapes, small
+from models import REFUSED, REFUSED_DEPTHS, any_config, seeing, shapes, slow, small, zip_cycled
 
 from jaxdecoder import Decoder, analysis
 from jaxdecoder.analysis import components
@@ -65,6 +65,12 @@ def inner_jaxprs(equation):
 
 def is_jaxpr(value):
     return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+
+
+# Every entry of a component with some of another's, or all combinations.
+every_or_all = pytest.mark.parametrize(
+    "combined", [zip_cycled, *slow(itertools.product)], ids=["every entry", "all pairs"]
+)
 
 
 class TestTables:
@@ -146,22 +152,23 @@ class TestParameters:
         # The published code drops the input norm of stack two, which its figure shows.
         assert sum(dead) + norm(d) == 35_671_552
 
-    def test_are_those_of_the_arrays_for_every_norm_and_placement(self):
-        for norm, placement in itertools.product(NORMS, PLACEMENTS):
-            for layout in LAYOUTS:
-                config = small(norm=norm, norm_placement=placement, layout=layout)
-                assert analysis.parameters(config)["total"] == held(config), config
+    @every_or_all
+    def test_are_those_of_the_arrays_for_norms_and_placements(self, combined):
+        for norm, placement, layout in combined(list(NORMS), list(PLACEMENTS), list(LAYOUTS)):
+            config = small(norm=norm, norm_placement=placement, layout=layout)
+            assert analysis.parameters(config)["total"] == held(config), config
 
-    def test_are_those_of_the_arrays_for_every_position_and_attention(self):
-        pairs = itertools.product(POSITIONS, ATTENTIONS)
+    @every_or_all
+    def test_are_those_of_the_arrays_for_positions_and_attentions(self, combined):
+        pairs = combined(list(POSITIONS), list(ATTENTIONS))
         for position, attention in (pair for pair in pairs if pair not in REFUSED):
             config = small(position=position, **seeing(attention))
             assert analysis.parameters(config)["total"] == held(config), config
 
-    def test_are_those_of_the_arrays_for_every_activation(self):
-        for activation, bias, projects in itertools.product(
-            ACTIVATIONS, (False, True), (False, True)
-        ):
+    @every_or_all
+    def test_are_those_of_the_arrays_for_activations(self, combined):
+        switches = list(itertools.product((False, True), (False, True)))
+        for activation, (bias, projects) in combined(list(ACTIVATIONS), switches):
             config = small(
                 activation=activation, bias=bias, feed_forward_projection=projects, d_ff=None
             )
@@ -172,9 +179,18 @@ class TestParameters:
         assert analysis.parameters(config)["positions"] == 3 * 4 * 20
         assert analysis.parameters(small(position="alibi"))["positions"] == 0
 
-    @settings(max_examples=40)
+    @settings(max_examples=8)
     @given(st.data())
     def test_are_those_of_the_arrays_for_any_config(self, data):
+        self.check(data)
+
+    @pytest.mark.slow
+    @settings(max_examples=40)
+    @given(st.data())
+    def test_are_those_of_the_arrays_for_many_configs(self, data):
+        self.check(data)
+
+    def check(self, data):
         config = any_config(data.draw)
         counts = analysis.parameters(config)
         arrays = shapes(config)
@@ -188,7 +204,7 @@ class TestParameters:
 
 
 class TestFlops:
-    CASES = (
+    FEW = (
         small(attention_implementation="reference"),
         small(
             attention_implementation="reference",
@@ -204,6 +220,23 @@ class TestFlops:
         ),
         small(
             attention_implementation="reference",
+            n_kv_heads=2,
+            d_head=6,
+            **seeing("linformer", "fixed_sparse"),
+        ),
+        small(n_kv_heads=2, d_head=6, attention="linear"),  # chunks of 3, the last one padded
+        small(
+            attention_implementation="reference",
+            layout="parallel_stacks",
+            layers_per_stack=4,
+            n_layers=8,
+            attention=("sliding_window", "full"),
+            activation="geglu",
+        ),
+    )
+    MORE = (
+        small(
+            attention_implementation="reference",
             attention_projection=False,
             feed_forward=False,
             norm="rmsnorm",
@@ -216,22 +249,7 @@ class TestFlops:
             activation="geglu",
             norm_placement="parallel",
         ),
-        small(
-            attention_implementation="reference",
-            n_kv_heads=2,
-            d_head=6,
-            **seeing("linformer", "fixed_sparse"),
-        ),
-        small(n_kv_heads=2, d_head=6, attention="linear"),  # chunks of 3, the last one padded
         small(n_kv_heads=2, d_head=6, attention="linear", attention_block=32),
-        small(
-            attention_implementation="reference",
-            layout="parallel_stacks",
-            layers_per_stack=4,
-            n_layers=8,
-            attention=("sliding_window", "full"),
-            activation="geglu",
-        ),
         small(
             attention_implementation="reference",
             layout="parallel_stacks",
@@ -240,15 +258,12 @@ class TestFlops:
             residual=False,
         ),
     )
-
-    @pytest.mark.parametrize(
-        "config",
-        CASES,
-        ids=[
-            *("plain", "modern", "bare", "unprojected", "linformer", "linear", "one chunk"),
-            *("stacks", "three stacks"),
-        ],
+    NAMES = (
+        *("plain", "modern", "linformer", "linear", "stacks"),
+        *("bare", "unprojected", "one chunk", "three stacks"),
     )
+
+    @pytest.mark.parametrize("config", [*FEW, *slow(*MORE)], ids=NAMES)
     def test_are_those_of_the_traced_programs(self, config):
         decoder, batch, length = Decoder(config), 3, config.context_length
         params = shapes(config)
@@ -269,9 +284,9 @@ class TestFlops:
     @pytest.mark.parametrize(
         "config",
         [
-            *CASES,
+            *FEW,
             small(attention=("sliding_window", "longformer"), attention_dilation=2),
-            small(attention=("strided_sparse", "fixed_sparse")),
+            *slow(*MORE, small(attention=("strided_sparse", "fixed_sparse"))),
         ],
     )
     def test_of_decoding_are_those_of_the_traced_step(self, config):

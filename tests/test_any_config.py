@@ -4,6 +4,7 @@ is counted."""
 import dataclasses
 import functools
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +26,14 @@ BATCH = 2
 PHASES = (Phase.explicit, Phase.generate)
 
 
-@settings(max_examples=6, phases=PHASES)
+@settings(max_examples=2, phases=PHASES)
 @given(st.data())
 def test_any_config_does_what_every_config_should(data):
     check(any_config(data.draw, turns=1))
 
 
 @pytest.mark.slow
-@settings(max_examples=100, phases=PHASES)
+@settings(max_examples=int(os.environ.get("JAXDECODER_EXAMPLES", "12")), phases=PHASES)
 @given(st.data())
 def test_very_many_configs_do(data):
     check(any_config(data.draw))

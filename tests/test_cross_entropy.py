@@ -66,16 +66,30 @@ def assert_close(actual, expected, tolerance=1e-5):
         np.testing.assert_allclose(np.asarray(a, np.float64) / size, b / size, atol=tolerance)
 
 
-@settings(max_examples=12)
-@given(
-    shape=st.tuples(*(st.integers(1, n) for n in (3, 5, 9, 40))),
-    chunk=st.integers(1, 41),
-    bias=st.booleans(),
-    softcap=st.sampled_from([None, 2.0]),
-)
+shapes = st.tuples(*(st.integers(1, n) for n in (3, 5, 9, 40)))
+softcaps = st.sampled_from([None, 2.0])
+
+
+# Each case compiles anew.
+@settings(max_examples=3)
+@given(shapes, st.integers(1, 41), st.booleans(), softcaps)
 def test_is_the_textbooks_for_any_shape_and_chunk(shape, chunk, bias, softcap):
     arrays = inputs(*shape, bias=bias, seed=chunk)
     assert_close(ours(*arrays, softcap, chunk), reference(*arrays, softcap))
+
+
+@pytest.mark.slow
+@settings(max_examples=12)
+@given(shapes, st.integers(1, 41), st.booleans(), softcaps)
+def test_is_the_textbooks_for_many_shapes_and_chunks(shape, chunk, bias, softcap):
+    arrays = inputs(*shape, bias=bias, seed=chunk)
+    assert_close(ours(*arrays, softcap, chunk), reference(*arrays, softcap))
+
+
+@pytest.mark.parametrize(("bias", "softcap"), [(True, 2.0), (False, None)])
+def test_is_the_textbooks_in_chunks_the_last_of_which_is_short(bias, softcap):
+    arrays = inputs(2, 5, 7, 38, bias=bias)
+    assert_close(ours(*arrays, softcap, 11), reference(*arrays, softcap))
 
 
 def test_is_right_where_the_exponentials_would_overflow():

@@ -19,7 +19,9 @@ from models import (
     random_params,
     seeing,
     shapes,
+    slow,
     small,
+    telling,
 )
 
 from jaxdecoder import Decoder
@@ -27,6 +29,7 @@ from jaxdecoder.config import ConfigError
 from jaxdecoder.decoder import LAYOUTS, empty_cache
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.cache import Cursor
+from jaxdecoder.layers.depth import DEPTHS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.positions import POSITIONS
 
@@ -124,6 +127,7 @@ STACKED = [
     ),
 ]
 CONFIGS = [*covering_configs(), *SWITCHED, *STACKED]
+FEW = telling(CONFIGS)
 TIME = SMALL.context_length
 PREFILLED = TIME - 2
 
@@ -166,8 +170,10 @@ def decode(decoder, params, tokens, start, chunks):
         logits, cache = extend(token[:, None], cache)
         return cache, logits[:, 0]
 
-    cache, rest = jax.lax.scan(step, cache, tokens[:, at:].T)
-    return jnp.concatenate([*parts, rest.swapaxes(0, 1)], axis=1)
+    if at < tokens.shape[1]:
+        cache, rest = jax.lax.scan(step, cache, tokens[:, at:].T)
+        parts.append(rest.swapaxes(0, 1))
+    return jnp.concatenate(parts, axis=1)
 
 
 def two_rows(config):
@@ -176,7 +182,9 @@ def two_rows(config):
     return np.stack([order[:TIME], order[-TIME:]]).astype(np.int32)
 
 
-@pytest.fixture(scope="module", params=CONFIGS, ids=name_of)
+@pytest.fixture(
+    scope="module", params=[*FEW, *slow(*(c for c in CONFIGS if c not in FEW))], ids=name_of
+)
 def config(request):
     return request.param
 
@@ -195,6 +203,7 @@ def test_every_entry_and_pair_is_among_the_configs():
         (position, attention) for position in POSITIONS for attention in ATTENTIONS
     } - REFUSED.keys()
     assert {(c.activation, c.layout) for c in configs} >= set(product(ACTIVATIONS, LAYOUTS))
+    assert {c.depth for c in configs} == DEPTHS.keys()
 
 
 class TestEveryDecoder:
@@ -267,6 +276,16 @@ class TestEveryDecoder:
             assert_close(logits[row], naive.decode(config, params, tokens[row]))
 
 
+@pytest.mark.parametrize("config", SWITCHED[:6], ids=name_of)
+def test_switches_do_what_they_do_in_the_naive_decoder(config):
+    """Without the gradients and the cache of every decoder above, whose programs take longer."""
+    _, params = model(config)
+    tokens = two_rows(config)
+    logits = logits_of(Decoder(config), params, tokens)
+    for row in range(2):
+        assert_close(logits[row], naive.decode(config, params, tokens[row]))
+
+
 def assert_close(actual, expected):
     """Equal within 1e-4 of the logits' size, which without norms may be thousands."""
     size = max(1.0, float(np.sqrt(np.mean(np.square(expected)))))
@@ -296,7 +315,7 @@ class TestCache:
         norm="rmsnorm",
     )
 
-    @pytest.mark.parametrize("chunks", [(3, 1, 7, 5), (2, 16)], ids=str)
+    @pytest.mark.parametrize("chunks", [(4, 16), *slow(((3, 1, 7, 5),), ((2, 16),))], ids=str)
     def test_takes_chunks_of_any_length_wherever_it_stands(self, chunks):
         """Chunks longer than the rings, than blocks and than the context, in rows that differ."""
         decoder, params = model(self.CONFIG)
@@ -370,7 +389,7 @@ class TestGradients:
             assert (size["key"] < 1e-4 * size["query"]) == cancels
             assert size["query"] > 0.01
 
-    @pytest.mark.parametrize("implementation", ["reference", "chunked"])
+    @pytest.mark.parametrize("implementation", ["reference", *slow("chunked")])
     def test_of_relative_biases_are_the_slopes_of_the_naive_decoder(self, implementation):
         config = small(position="t5", attention_implementation=implementation)
         decoder, params = model(config)
@@ -399,7 +418,7 @@ class TestGradients:
 
 
 class TestPrecision:
-    @pytest.mark.parametrize("position", ["rope", "alibi", "t5"])
+    @pytest.mark.parametrize("position", ["rope", *slow("alibi", "t5")])
     def test_of_bfloat16_compute_is_close_to_float32(self, position):
         config = small(position=position, norm="rmsnorm", activation="swiglu", n_kv_heads=2)
         params = random_params(config)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import naive
 import numpy as np
 import pytest
-from models import random_params, random_tokens, small
+from models import random_params, random_tokens, slow, small
 
 from jaxdecoder import Decoder
 from jaxdecoder.config import ConfigError
@@ -92,7 +92,7 @@ def close(actual, expected):
 
 
 class TestStoppingEarly:
-    @pytest.mark.parametrize("config", EARLY_CONFIGS, ids=name_of)
+    @pytest.mark.parametrize("config", [EARLY, *slow(*EARLY_CONFIGS[1:])], ids=name_of)
     def test_is_what_the_naive_decoder_does_row_by_row(self, config):
         """Logits and depths, of rows that stop at different depths in one batch, past the context
         too: what a token finds of those that stopped before is what they stopped with."""
@@ -107,9 +107,9 @@ class TestStoppingEarly:
         assert (depths.min(axis=0) < depths.max(axis=0)).any()
 
     def test_differs_from_stopping_nowhere(self):
-        tokens = random_tokens(EARLY, 1, TIME)
-        early, _ = decode(EARLY, tokens)
-        full, depths = decode(dataclasses.replace(EARLY, exit_threshold=1.0), tokens)
+        tokens = random_tokens(EARLY, 3, TIME)
+        early, _ = decode(EARLY, tokens, at_once=1)
+        full, depths = decode(dataclasses.replace(EARLY, exit_threshold=1.0), tokens, at_once=1)
         assert (depths == 4).all()
         assert np.abs(early - full).max() > 0.01
 
@@ -128,9 +128,9 @@ class TestStoppingEarly:
     def test_of_one_row_waits_for_no_other(self):
         """A batch's rows are those of batches of one."""
         tokens = random_tokens(EARLY, 3, TIME, seed=1)
-        logits, depths = decode(EARLY, tokens)
+        logits, depths = decode(EARLY, tokens, at_once=1)
         for row in range(3):
-            alone, depth = decode(EARLY, tokens[row : row + 1])
+            alone, depth = decode(EARLY, tokens[row : row + 1], at_once=1)
             assert depth[0].tolist() == depths[row].tolist()
             close(alone[0], logits[row])
 
@@ -180,7 +180,11 @@ class TestConfidence:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("config", [*EARLY_CONFIGS[:2], *MIXED_CONFIGS], ids=name_of)
+    @pytest.mark.parametrize(
+        "config",
+        [EARLY_CONFIGS[1], MIXED_CONFIGS[2], *slow(EARLY_CONFIGS[0], *MIXED_CONFIGS[:2])],
+        ids=name_of,
+    )
     def test_minimises_what_the_naive_decoder_says(self, config):
         params, tokens = random_params(config), random_tokens(config, 2, TIME + 1, seed=3)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -197,16 +201,20 @@ class TestTraining:
         flat = dataclasses.replace(config, exit_loss_power=0.0)
         assert exits_of(flat) == pytest.approx({2: 1 / 4, 4: 1 / 4, 6: 1 / 4, 7: 1 / 4})
 
-    @pytest.mark.parametrize("config", [EARLY, MIXED], ids=name_of)
+    ROUTED = small(depth="mixture_of_depths", mod_loss_weight=1.0, mod_capacity=0.25)
+
+    @pytest.mark.parametrize(
+        "config", [small(depth="early_exit"), ROUTED, *slow(EARLY, MIXED)], ids=lambda c: c.depth
+    )
     def test_gives_every_parameter_a_gradient(self, config):
-        tokens = random_tokens(config, 2, TIME + 1)
+        tokens = random_tokens(config, 4, TIME + 1)
         gradients = training_gradients(Decoder(config), random_params(config), tokens)
         for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
             assert np.isfinite(gradient).all(), path
             assert (np.asarray(gradient) != 0).mean() > 0.4, path
 
     def test_teaches_routers_to_choose_as_many_tokens_by_themselves(self):
-        config = small(depth="mixture_of_depths", mod_loss_weight=1.0, mod_capacity=0.25)
+        config = self.ROUTED
         params, tokens = random_params(config), random_tokens(config, 4, TIME + 1)
         decoder = Decoder(config)
         for _ in range(40):

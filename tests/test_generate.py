@@ -93,14 +93,15 @@ class TestGreedyText:
 class TestPadding:
     def test_does_not_change_a_row(self, monkeypatch):
         monkeypatch.setattr(generation, "BUCKETS", 2)
-        rows, _ = texts(SLIDES, PROMPTS[:2])
-        assert rows == [expected(SLIDES, tuple(prompt)) for prompt in PROMPTS[:2]]
+        prompts = PROMPTS[:2] * 2
+        rows, _ = texts(SLIDES, prompts)
+        assert rows == [expected(SLIDES, tuple(prompt)) for prompt in prompts]
 
     def test_of_a_longer_neighbour_does_not_change_what_is_drawn(self, monkeypatch):
         monkeypatch.setattr(generation, "BUCKETS", 2)
         drawn = filters.temperature(1.0)
-        beside_short, _ = texts(SLIDES, PROMPTS[:2], choose=drawn)
-        beside_long, _ = texts(SLIDES, [PROMPTS[0], PROMPTS[2]], choose=drawn)
+        beside_short, _ = texts(SLIDES, PROMPTS[:2] * 2, choose=drawn)
+        beside_long, _ = texts(SLIDES, PROMPTS, choose=drawn)
         assert beside_short[0] == beside_long[0]
 
 
@@ -120,8 +121,8 @@ class TestEndToken:
 
     def test_of_every_row_ends_the_decoding(self, monkeypatch):
         monkeypatch.setattr(generation, "CHUNK", 2)
-        prompts = [PROMPTS[0]] * 4
-        whole = expected(SLIDES, tuple(PROMPTS[0]))
+        prompts = [PROMPTS[2]] * 4
+        whole = expected(SLIDES, tuple(PROMPTS[2]))
         end = whole[3]
         rows, chunks = texts(SLIDES, prompts, end_token=end)
         assert rows == [whole[: whole.index(end)]] * 4

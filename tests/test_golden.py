@@ -51,7 +51,7 @@ import jax.numpy as jnp
 import naive
 import numpy as np
 import pytest
-from models import logits_of, seeing, shapes, small
+from models import logits_of, seeing, shapes, slow, small
 
 from jaxdecoder import Decoder
 from jaxdecoder.config import ModelConfig
@@ -81,7 +81,7 @@ def golden(name):
     """The arrays of a golden file, in the types that we compute with."""
     types = {"f": np.float32, "i": np.int32, "u": np.int32}
     return {
-        key: jnp.asarray(value, types[value.dtype.kind]) if value.dtype.kind in types else value
+        key: np.asarray(value, types[value.dtype.kind]) if value.dtype.kind in types else value
         for key, value in np.load(FOLDER / f"{name}.npz").items()
     }
 
@@ -150,10 +150,10 @@ class TestModels:
             assert_close(naive.decode(config_of(name), params, tokens), logits)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["llama", *slow("gpt2")])
 def test_gradients_of_a_models_loss_are_those_of_the_oracle(name):
     file, decoder = golden(name), Decoder(config_of(name))
-    tokens = file["tokens"]
+    tokens = jnp.asarray(file["tokens"])
 
     @jax.jit
     def gradient(params):
@@ -164,7 +164,7 @@ def test_gradients_of_a_models_loss_are_those_of_the_oracle(name):
         return jax.grad(loss)(params)
 
     expected = tree_of(name, file["gradients"])
-    assert jnp.std(file["gradients"]) > 0.01
+    assert np.std(file["gradients"]) > 0.01
     jax.tree.map(assert_close, gradient(tree_of(name, file["weights"])), expected)
 
 
@@ -172,14 +172,14 @@ class TestFunctions:
     @pytest.mark.parametrize("name", [name for name, f in ACTIVATIONS.items() if not f.gated])
     def test_activations(self, name):
         file = golden("activations")
-        assert_close(ACTIVATIONS[name].function(file["x"]), file[name])
+        assert_close(ACTIVATIONS[name].function(jnp.asarray(file["x"])), file[name])
 
     def test_gated_units_gate_by_the_activation_they_are_named_after(self):
         by = {"swiglu": "swish", "geglu": "gelu", "reglu": "relu"}
         assert list(by) == [name for name, f in ACTIVATIONS.items() if f.gated]
         file = golden("activations")
         for name, plain in by.items():
-            assert_close(ACTIVATIONS[name].function(file["x"]), file[plain])
+            assert_close(ACTIVATIONS[name].function(jnp.asarray(file["x"])), file[plain])
 
     def test_soft_cap(self):
         file = golden("activations")
@@ -195,9 +195,13 @@ class TestFunctions:
         def norm(params, x):
             return module.apply({"params": params}, x)
 
-        out, backward = jax.vjp(norm, params, file["x"])
+        @jax.jit
+        def both(params, x, upstream):
+            out, backward = jax.vjp(norm, params, x)
+            return out, backward(upstream)
+
+        out, (gradients, by_x) = both(params, file["x"], file["upstream"])
         assert_close(out, file[f"{name}/out"])
-        gradients, by_x = backward(file["upstream"])
         # One row is nearly constant, and its gradients by x are large.
         size = np.abs(file[f"{name}/x"]).max(axis=-1, keepdims=True)
         assert_close(by_x / size, file[f"{name}/x"] / size)
@@ -221,10 +225,12 @@ class TestFunctions:
         params |= {"head": {"kernel": jnp.eye(vocab_size)}}
         tokens = jnp.arange(vocab_size).reshape(batch, time)
 
+        targets = jnp.asarray(file["targets"])
+
         def weighed(logits):
             variables = {"params": {**params, "embedding": logits.reshape(vocab_size, -1)}}
             decoder = Decoder(config)
-            losses = decoder.apply(variables, tokens, file["targets"], method="losses")
+            losses = decoder.apply(variables, tokens, targets, method="losses")
             return jnp.sum(losses * file["weights"]), losses
 
         gradient, losses = jax.jit(jax.grad(weighed, has_aux=True))(file["logits"])
@@ -284,12 +290,13 @@ class TestAttention:
         file = golden("attention")
         mask = MASKS[name](PATTERNS[name])
         q, k, v = (file[operand] for operand in "qkv")
-        out = flash_attention(q, k, v, mask=mask, implementation=implementation)
-        assert_close(out, file[name])
+        attend = functools.partial(flash_attention, mask=mask, implementation=implementation)
+        assert_close(jax.jit(attend)(q, k, v), file[name])
 
     def test_of_longformer_is_its_own_where_it_looks_both_ways(self):
         file = golden("longformer")
         ahead = masks.from_function(lambda q, k: k - q <= 2)
         mask = (masks.sliding_window(3) & ahead) | masks.first(1)
-        out = flash_attention(*(file[operand] for operand in "qkv"), mask=mask)
+        attend = jax.jit(functools.partial(flash_attention, mask=mask))
+        out = attend(*(file[operand] for operand in "qkv"))
         assert_close(out[:, 1:], file["out"])

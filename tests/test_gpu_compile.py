@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpu_compile import compile_for_h200, needs_cuda_packages
+from models import slow
 
 from jaxdecoder.config import Config, ModelConfig, TrainConfig
 from jaxdecoder.data.batches import Batch
@@ -45,9 +46,12 @@ def spilled(record):
 
 DEFAULTS = [(dtype, width) for dtype in ("bfloat16", "float16") for width in portable.HALF]
 DEFAULTS += [("float32", width) for width in portable.SINGLE]
+FEW = [("bfloat16", 64), ("float32", 128)]
 
 
-@pytest.mark.parametrize(("dtype", "width"), DEFAULTS)
+@pytest.mark.parametrize(
+    ("dtype", "width"), [*FEW, *slow(*(case for case in DEFAULTS if case not in FEW))]
+)
 def test_default_sizes_fit_without_spilling(dtype, width):
     q, k = heads(1, 1024, 8, width, dtype), heads(1, 1024, 2, width, dtype)
     record = compile_for_h200(
@@ -59,7 +63,7 @@ def test_default_sizes_fit_without_spilling(dtype, width):
     assert spilled(record) == dict.fromkeys(KERNELS, 0)
 
 
-@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 80), ("float32", 64)])
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 80), *slow(("float32", 64))])
 def test_everything_at_once(dtype, width):
     ids = np.repeat(np.arange(5), 200)
 
@@ -84,6 +88,7 @@ def test_everything_at_once(dtype, width):
     assert spilled(record).keys() == set(KERNELS)
 
 
+@pytest.mark.slow
 def test_tuned_sizes_compile():
     for key, chosen in tuning.table().items():
         if key.implementation == "portable":
@@ -96,7 +101,10 @@ def test_tuned_sizes_compile():
 
 @pytest.mark.parametrize(
     "mask",
-    [masks.everything(), masks.causal(), masks.causal() & masks.sliding_window(64)],
+    [
+        masks.causal(),
+        *slow(masks.everything(), masks.causal() & masks.sliding_window(64)),
+    ],
     ids=repr,
 )
 def test_cudnn_takes_its_masks(mask):
@@ -108,7 +116,7 @@ def test_cudnn_takes_its_masks(mask):
     assert "__cudnn$fmhaSoftmaxBackward" in record.hlo
 
 
-@pytest.mark.parametrize("implementation", ["cudnn", "portable"])
+@pytest.mark.parametrize("implementation", ["portable", *slow("cudnn")])
 def test_memory_is_linear_in_the_length(implementation):
     """The forward and backward pass of a causal attention of 8 heads of 64."""
 
@@ -148,7 +156,10 @@ def decode_shapes(dtype, q_time, slots, width):
 
 @pytest.mark.parametrize(
     ("dtype", "q_time", "width"),
-    [("bfloat16", 1, 64), ("float16", 4, 128), ("float32", 1, 128), ("bfloat16", 1, 256)],
+    [
+        ("bfloat16", 1, 64),
+        *slow(("float16", 4, 128), ("float32", 1, 128), ("bfloat16", 1, 256)),
+    ],
 )
 def test_decoding_copies_no_cache(dtype, q_time, width):
     record = compile_for_h200(decoded, *decode_shapes(dtype, q_time, 8192, width))
@@ -170,7 +181,10 @@ GPT2 = ModelConfig(
 
 @pytest.mark.parametrize(
     ("implementation", "names"),
-    [("auto", ("__cudnn$fmhaSoftmax",)), ("portable", KERNELS), ("hopper", ("mosaic_gpu",))],
+    [
+        ("auto", ("__cudnn$fmhaSoftmax",)),
+        *slow(("portable", KERNELS), ("hopper", ("mosaic_gpu",))),
+    ],
 )
 def test_a_training_step_of_gpt2_size_holds_the_kernels(implementation, names):
     """124M parameters, 8 rows of 1,024 tokens, in bfloat16: the kernels, and no T x T array."""

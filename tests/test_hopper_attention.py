@@ -12,6 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec
+from models import slow
 from test_flash_attention import (
     H200 as H200_MESH,
 )
@@ -94,9 +95,9 @@ def check(case):
 # These two run where XLA has threads enough: the interpreter's warpgroups wait for one another.
 
 
-def check_interpreted():
-    for name, case in INTERPRETED.items():
-        problem, operands, out, logsumexp = check(case)
+def check_interpreted(*names):
+    for name in names:
+        problem, operands, out, logsumexp = check(INTERPRETED[name])
         if name == "everything_at_once":
             # As a device of several has it: a part of the batch, which keeps its number.
             part = operands._replace(
@@ -128,14 +129,15 @@ needs_interpreter = pytest.mark.skipif(
 
 
 @needs_interpreter
-def test_is_the_formula_with_its_gradients_interpreted():
-    interpreted("check_interpreted")
+@pytest.mark.parametrize("names", [("everything_at_once",), *slow((("longformer", "no_keys"),))])
+def test_is_the_formula_with_its_gradients_interpreted(names):
+    interpreted(f"check_interpreted(*{names})")
 
 
 @needs_interpreter
 @pytest.mark.slow
 def test_is_the_formula_for_any_problem_interpreted():
-    interpreted("check_drawn")
+    interpreted("check_drawn()")
 
 
 def interpreted(check):
@@ -145,7 +147,7 @@ def interpreted(check):
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([folder, os.path.dirname(folder)]),
     }
-    command = f"import test_hopper_attention as t; t.{check}()"
+    command = f"import test_hopper_attention as t; t.{check}"
     subprocess.run([sys.executable, "-c", command], check=True, env=environment, timeout=1200)
 
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import slow
 
 from jaxdecoder.kernels import flash, masks, scores
 
@@ -34,9 +35,19 @@ CASES = [
     (16, "causal", "none", 0.0, "bfloat16"),
     (80, "documents", "alibi", 0.1, "float16"),
 ]
+FEW = [
+    (128, "causal", "none", 0.0, "bfloat16"),
+    (128, "longformer", "none", 0.0, "bfloat16"),
+    (128, "documents", "alibi", 0.1, "bfloat16"),
+    (64, "documents", "soft_cap", 0.1, "bfloat16"),
+    (80, "documents", "alibi", 0.1, "float16"),
+]
 
 
-@pytest.mark.parametrize(("width", "mask", "score", "rate", "dtype"), CASES)
+@pytest.mark.parametrize(
+    ("width", "mask", "score", "rate", "dtype"),
+    [*FEW, *slow(*(case for case in CASES if case not in FEW))],
+)
 def test_uses_tensor_cores_and_spills_nothing(width, mask, score, rate, dtype):
     q = jax.ShapeDtypeStruct((1, TIME, HEADS, width), dtype)
     k = jax.ShapeDtypeStruct((1, TIME, HEADS // 2, width), dtype)

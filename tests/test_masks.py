@@ -108,29 +108,33 @@ class TestEveryMask:
         assert dense(mask, 19, 23).tolist() == expected
         assert bool(mask(3, 11)) is expected[3][11]
 
-    def test_agrees_on_numpy_and_jax_and_under_jit(self, mask, definition):
-        q, k = jnp.arange(4, 13)[:, None], jnp.arange(17)[None]
-        expected = dense(mask, 9, 17, 4)
-        assert mask(q, k).dtype == bool
-        np.testing.assert_array_equal(mask(q, k), expected)
-        static = jax.jit(lambda m, q, k: m(q, k), static_argnums=0)
-        np.testing.assert_array_equal(static(mask, q, k), expected)
-
-    def test_works_inside_a_kernel(self, mask, definition):
-        if not masks.is_positional(mask):
-            pytest.skip("documents are an operand of a kernel")
-
-        def kernel(out):
-            q, k = (jax.lax.broadcasted_iota(jnp.int32, (16, 16), axis) for axis in (0, 1))
-            out[...] = mask(q, k).astype(jnp.int32)
-
-        out = pl.pallas_call(
-            kernel, out_shape=jax.ShapeDtypeStruct((16, 16), jnp.int32), interpret=True
-        )()
-        np.testing.assert_array_equal(out, dense(mask, 16, 16))
-
     def test_counts_its_allowed_entries(self, mask, definition):
         assert masks.allowed_entries(mask, 19, 23, 5) == dense(mask, 19, 23, 5).sum()
+
+
+def test_all_agree_on_jax_under_jit_and_inside_a_kernel():
+    """In one program for all of them, as each would take a second."""
+    positional = [mask for mask, _ in DEFINITIONS if masks.is_positional(mask)]
+
+    def kernel(*outs):
+        q, k = (jax.lax.broadcasted_iota(jnp.int32, (16, 16), axis) for axis in (0, 1))
+        for mask, out in zip(positional, outs, strict=True):
+            out[...] = mask(q, k).astype(jnp.int32)
+
+    @jax.jit
+    def evaluated(q, k):
+        shapes = [jax.ShapeDtypeStruct((16, 16), jnp.int32)] * len(positional)
+        inside = pl.pallas_call(kernel, out_shape=shapes, interpret=True)()
+        return [mask(q, k) for mask, _ in DEFINITIONS], inside
+
+    under_jit, inside = evaluated(np.arange(4, 13)[:, None], np.arange(17)[None])
+    for (mask, _), found in zip(DEFINITIONS, under_jit, strict=True):
+        assert found.dtype == bool
+        np.testing.assert_array_equal(found, dense(mask, 9, 17, 4), err_msg=str(mask))
+    for mask, found in zip(positional, inside, strict=True):
+        np.testing.assert_array_equal(found, dense(mask, 16, 16), err_msg=str(mask))
+    q, k = jnp.arange(4, 13)[:, None], jnp.arange(17)[None]
+    np.testing.assert_array_equal(DEFINITIONS[-1][0](q, k), dense(DEFINITIONS[-1][0], 9, 17, 4))
 
 
 small = st.integers(1, 9)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,47 +12,56 @@ import pytest
 from jaxdecoder.kernels import packing, quantized
 from jaxdecoder.kernels.packing import FORMATS
 from jaxdecoder.kernels.quantized import FEW_ROWS, packed_product, rounded
-from tests.test_packing import GROUP, SCHEMES, name_of
+from tests.test_packing import GROUP, SCHEMES, every_scheme, few_of, name_of
 
-product = jax.jit(packed_product, static_argnames="activations")
+INTEGER = [scheme for scheme in SCHEMES if FORMATS[scheme.format].integer]
+every_integer_scheme = pytest.mark.parametrize("scheme", few_of(INTEGER), ids=name_of)
 
 D_IN, D_OUT = 8 * GROUP, 20
-INTEGER = [scheme for scheme in SCHEMES if FORMATS[scheme.format].integer]
 
 
-def problem(scheme, rows, seed=0):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(1, rows, D_IN)).astype(np.float32)
-    kernel = rng.normal(size=(D_IN, D_OUT)).astype(np.float32)
-    return x, packing.quantize(scheme, kernel)
+def problem(scheme, *rows):
+    """Inputs of so many rows each, and a packed kernel."""
+    rng = np.random.default_rng(0)
+    inputs = [rng.normal(size=(1, n, D_IN)).astype(np.float32) for n in rows]
+    for x in inputs:
+        x[..., 0] = 0.0
+    return inputs, packing.quantize(scheme, rng.normal(size=(D_IN, D_OUT)).astype(np.float32))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
-@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
-def test_it_is_that_of_the_kernel_the_codes_stand_for(scheme, rows):
-    x, packed = problem(scheme, rows)
-    expected = x.astype(np.float64) @ np.asarray(packed.dequantized(), np.float64)
-    out = product(x, packed)
-    assert out.shape == (1, rows, D_OUT)
-    np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
+@partial(jax.jit, static_argnames="activations")
+def products(inputs, packed, activations="float"):
+    """Of all inputs, in one program."""
+    return [packed_product(x, packed, activations=activations) for x in inputs]
 
 
-@pytest.mark.parametrize("scheme", INTEGER, ids=name_of)
-@pytest.mark.parametrize("rows", [1, FEW_ROWS + 1])
-def test_with_activations_of_8_bits_it_is_that_of_the_rounded_rows(scheme, rows):
-    x, packed = problem(scheme, rows)
-    x[..., 0] = 0.0
-    scale = np.abs(x).max(axis=-1, keepdims=True) / 127
-    integers = np.round(x / scale)
-    assert set(np.abs(integers).max(axis=-1).ravel()) == {127}
-    expected = (scale * integers) @ np.asarray(packed.dequantized(), np.float64)
-    out = product(x, packed, activations="int8")
-    np.testing.assert_allclose(out, expected, atol=2e-5 * np.abs(expected).max())
-    # It is not that of the rows as they came.
-    assert not np.allclose(out, product(x, packed), atol=1e-4 * np.abs(expected).max())
+@every_scheme
+def test_it_is_that_of_the_kernel_the_codes_stand_for(scheme):
+    inputs, packed = problem(scheme, 1, FEW_ROWS, FEW_ROWS + 1)
+    found = products(inputs, packed)
+    kernel = np.asarray(packed.dequantized(), np.float64)
+    for x, out in zip(inputs, found, strict=True):
+        expected = x.astype(np.float64) @ kernel
+        assert out.shape == (*x.shape[:2], D_OUT)
+        np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("scheme", INTEGER, ids=name_of)
+@every_integer_scheme
+def test_with_activations_of_8_bits_it_is_that_of_the_rounded_rows(scheme):
+    inputs, packed = problem(scheme, 1, FEW_ROWS + 1)
+    found = products(inputs, packed, activations="int8")
+    kernel = np.asarray(packed.dequantized(), np.float64)
+    for x, out in zip(inputs, found, strict=True):
+        scale = np.abs(x).max(axis=-1, keepdims=True) / 127
+        integers = np.round(x / scale)
+        assert set(np.abs(integers).max(axis=-1).ravel()) == {127}
+        expected = (scale * integers) @ kernel
+        np.testing.assert_allclose(out, expected, atol=2e-5 * np.abs(expected).max())
+        # It is not that of the rows as they came.
+        assert not np.allclose(out, x @ kernel, atol=1e-4 * np.abs(expected).max())
+
+
+@every_integer_scheme
 def test_sums_of_the_largest_products_do_not_overflow(scheme):
     kernel = np.full((D_IN, D_OUT), -1.0, np.float32)
     kernel[0] = 0.5
@@ -70,13 +81,13 @@ def test_rounding_of_activations_is_off_by_half_a_step_and_has_the_gradient_of_n
 
 
 def test_results_have_the_type_of_the_activations_or_the_preferred_one():
-    x, packed = problem(SCHEMES[0], 1)
+    (x,), packed = problem(SCHEMES[0], 1)
     x = jnp.asarray(x, jnp.bfloat16)
     assert packed_product(x, packed).dtype == jnp.bfloat16
     assert packed_product(x, packed, preferred_element_type=jnp.float32).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
+@every_scheme
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_a_loop_of_decoding_holds_no_floats_of_the_kernel(scheme, activations):
     """XLA may move what does not change out of a loop; the unpacked kernel it may not."""

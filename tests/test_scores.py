@@ -77,7 +77,7 @@ def everywhere(score, operands, array):
 
 @every_case
 def test_is_its_formula(score, formula):
-    out = everywhere(score, score.operands, jnp.float32(SCORES))
+    out = jax.jit(everywhere)(score, score.operands, np.float32(SCORES))
     expected = np.empty_like(SCORES)
     for b, h, q, k in np.ndindex(*SCORES.shape):
         expected[b, h, q, k] = formula(SCORES[b, h, q, k], b, h, q + Q_OFFSET, k)
@@ -125,11 +125,14 @@ def in_a_kernel(score, array, cotangent):
 
 @every_case
 def test_agrees_with_itself_inside_a_kernel_gradients_too(score, formula):
-    array = jnp.float32(SCORES)
-    cotangent = jnp.float32(RANDOM.normal(size=SCORES.shape))
-    expected, pull = jax.vjp(functools.partial(everywhere, score), score.operands, array)
-    expected_grads, expected_ds = pull(cotangent)
-    out, ds, grads = in_a_kernel(score, array, cotangent)
+    array, cotangent = np.float32(SCORES), np.float32(RANDOM.normal(size=SCORES.shape))
+
+    @jax.jit
+    def both():
+        out, pull = jax.vjp(functools.partial(everywhere, score), score.operands, array)
+        return in_a_kernel(score, array, cotangent), (out, *pull(cotangent))
+
+    (out, ds, grads), (expected, expected_grads, expected_ds) = both()
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(ds, expected_ds, rtol=1e-5, atol=1e-6)
     for grad, wanted in zip(grads, expected_grads, strict=True):
@@ -153,7 +156,8 @@ def test_the_tables_gradient_is_that_of_a_lookup(max_distance):
     def lookup(table):
         return jnp.sum(weights * jnp.tanh(jnp.float32(SCORES) + table[:, column][None]))
 
-    np.testing.assert_allclose(jax.grad(ours)(table), jax.grad(lookup)(table), rtol=1e-4, atol=1e-5)
+    found, wanted = jax.jit(lambda table: (jax.grad(ours)(table), jax.grad(lookup)(table)))(table)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_passes_through_a_score_as_a_pytree():
