@@ -83,7 +83,9 @@ def forward_flops(
         "head": 2 * tokens * exits * layout.width(c) * vocab_size,
     }
     if c.copying:
-        flops["copying"] = 2 * (tokens * copying_weights(c) + copying_pairs(c, tokens, start, dense))
+        flops["copying"] = 2 * (
+            tokens * copying_weights(c) + copying_pairs(c, tokens, start, dense)
+        )
     if routed := _routed_blocks(c):
         flops["routers"] = 2 * tokens * routed * c.d_model
     return {**flops, "total": sum(flops.values())}
@@ -200,7 +202,12 @@ def cache_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
     if c.convolution_width:
         taps = convolution_taps(c)
         convolved = bytes_per_number * taps // c.convolution_width * (c.convolution_width - 1)
-    return _over_layers(c, lambda costs: costs.cache(c, bytes_per_number)) + noted + pointed + convolved
+    return (
+        _over_layers(c, lambda costs: costs.cache(c, bytes_per_number))
+        + noted
+        + pointed
+        + convolved
+    )
 
 
 def _routed_blocks(c: ModelConfig) -> int:
