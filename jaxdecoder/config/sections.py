@@ -40,6 +40,8 @@ class DataConfig:
     """For stories: the plots to tell, such as "lost"; empty: all."""
     stories_names: Count = 0
     """For stories: how many names each there are of girls, boys and others; 0: all."""
+    stories_paragraphs: bool = True
+    """For stories: tell them in several paragraphs."""
     tokenizer: str = "char"
     """char, byte, bpe (trained on the corpus), or any tiktoken name such as gpt2."""
     tokenizer_path: str = ""

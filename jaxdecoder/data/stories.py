@@ -38,6 +38,8 @@ class World(NamedTuple):
     """Names of `PLOTS`; empty: all of them."""
     names: int = 0
     """So many names each of girls, boys and others are given; 0: all of them."""
+    paragraphs: bool = True
+    """Whether stories have several."""
 
 
 EVERYTHING = World()
@@ -45,7 +47,7 @@ EVERYTHING = World()
 
 def world_of(data: DataConfig) -> World:
     """The world that a config's stories are from."""
-    return World(data.stories_plots, data.stories_names)
+    return World(data.stories_plots, data.stories_names, data.stories_paragraphs)
 
 
 def stories(n_bytes: int, seed: int = 0, world: World = EVERYTHING) -> Iterator[str]:
@@ -81,7 +83,7 @@ class Story:
 
 
 def tell_story(rng: random.Random, world: World = EVERYTHING) -> Story:
-    t = Teller(rng, world.names)
+    t = Teller(rng, world)
     plot = t.pick(world.plots or tuple(PLOTS))
     PLOTS[plot](t)
     cast, phrases = tuple(t.cast), tuple(t.phrases)
@@ -150,9 +152,9 @@ def a(phrase: str) -> str:
 class Teller:
     """Collects the sentences of one story, and the facts that they must agree with."""
 
-    def __init__(self, rng: random.Random, names: int = 0) -> None:
+    def __init__(self, rng: random.Random, world: World = EVERYTHING) -> None:
         self.random = rng.random
-        self.names = names
+        self.world = world
         self.facts = Facts()
         self.cast: list[tuple[str, str]] = []
         self.paragraphs: list[list[str]] = [[]]
@@ -162,7 +164,7 @@ class Teller:
         return options[int(self.random() * len(options))]
 
     def pick_name(self, names: Sequence[str]) -> str:
-        return self.pick(names[: self.names or None])
+        return self.pick(names[: self.world.names or None])
 
     def chance(self, probability: float) -> bool:
         return self.random() < probability
@@ -185,7 +187,7 @@ class Teller:
     def tell(self, script: str) -> None:
         for beat in outline(script):
             if beat is PARAGRAPH:
-                if self.chance(0.75):
+                if self.world.paragraphs and self.chance(0.75):
                     self.paragraphs.append([])
             elif not beat.optional or self.chance(0.45):
                 wording = self.pick(beat.paraphrases)
@@ -256,7 +258,7 @@ def cast_other(t: Teller, hero: Kind) -> None:
     lists = (words.ANIMALS_SHE, words.ANIMALS_HE)
     if hero not in words.ANIMALS:
         lists = (words.GIRLS, words.BOYS)
-    given = [name for names in lists for name in names[: t.names or None]]
+    given = [name for names in lists for name in names[: t.world.names or None]]
     known = [name for name, _ in t.cast]
     t.know(other=t.pick([name for name in given if name not in known]))
 
