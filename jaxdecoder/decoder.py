@@ -148,13 +148,13 @@ class Decoder(nn.Module):
         positions = cache.cursor.query_positions(time)
         rows = self._rows(tokens)
         x = self._placed(rows, positions)
-        layers, *own = cache.layers if self.copying else (cache.layers,)
+        layers, own = (cache.layers, None) if self.copying is None else cache.layers
         unbound = self.clone(parent=None, name=None)
         head = functools.partial(unbound.apply, self.variables, method="logits")
         asks = (head,) if len(exits_of(self.config)) > 1 else ()
         passed = Passed(*self.body(x, positions, layers, cache.cursor, None, *asks))
         if self.copying is not None:
-            features, kept = self.copying(passed.features, rows, positions, *own, cache.cursor)
+            features, kept = self.copying(passed.features, rows, positions, own, cache.cursor)
             passed = passed._replace(features=features, caches=(passed.caches, kept))
         logits = passed.logits
         if logits is None:

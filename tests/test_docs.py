@@ -69,7 +69,7 @@ def read(picture):
 
 def test_pictures_are_up_to_date(tmp_path):
     # In a process where types are not checked: stand-ins for arrays pass through the placements.
-    # Compiled as they were when they were drawn: an erf of other instructions is not quite the same.
+    # Compiled as they were when drawn: an erf of other instructions is not quite the same.
     process = script("-m", "docs.draw", tmp_path, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
     assert process.returncode == 0, process.output
     drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
