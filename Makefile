@@ -1,4 +1,4 @@
-# make demo       trains the built-in stories for about two minutes and tells one
+# make demo       trains a small world of the built-in stories for two minutes and tells one
 # make test       lint, types and the tests to run before every commit
 # make test-all   the same with every test there is
 # make test-cuda  compiles every GPU kernel for an H200; needs no GPU, but 4.5 GB for the compilers
@@ -14,8 +14,8 @@ PEER = .venv-torch
 CUDA = .venv-cuda
 
 demo: $(INSTALLED)
-	$(VENV)/bin/python train.py configs/stories.toml
-	$(VENV)/bin/python sample.py runs/stories --prompt "Once upon a time" --temperature 0.4
+	$(VENV)/bin/python train.py configs/demo.toml
+	$(VENV)/bin/python sample.py runs/demo --prompt "Once upon a time" --temperature 0.4
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
