@@ -44,7 +44,7 @@ def main() -> None:
     ablation = read(options.config, out=out, size=options.size)
     one_device_a_core(options.devices)
     # Ablations have programs in common, and one that goes on has those that it was stopped in.
-    keep_programs(Path(ablation.base.data.cache) / "programs")
+    keep_programs(ablation.base.data.cache)
     run(ablation, out, command=f"python ablate.py {shlex.join(sys.argv[1:])}")
 
 

@@ -59,11 +59,13 @@ def main() -> None:
     from jaxdecoder.kernels import packing
     from jaxdecoder.sampling import filters
     from jaxdecoder.sampling.generate import encode_prompt, generate
-    from jaxdecoder.training.runs import load_model
+    from jaxdecoder.training.devices import keep_programs
+    from jaxdecoder.training.runs import load_model, read_config
 
     for name in ("max_new_tokens", "num_samples"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1")
+    keep_programs(read_config(Path(options.run)).data.cache)
     model = load_model(options.run, options.checkpoint)
     decoder, params = model.decoder, model.params
     if options.exit_threshold is not None:

@@ -15,11 +15,12 @@ from jaxdecoder.errors import UserError
 
 
 def set_up(config: Config) -> None:
-    """Divides the CPU's cores into devices if asked, and joins the other hosts if there are any.
+    """Keeps compiled programs, divides the CPU's cores if asked, and joins other hosts if any.
 
     A run on several hosts is the same command on each, on a shared run folder, with
     JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID set.
     """
+    keep_programs(config.data.cache)
     if config.train.cpu_devices:
         divide_cpu(config.train.cpu_devices)
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
@@ -61,9 +62,14 @@ def stay_on(core: int) -> None:
         os.sched_setaffinity(0, {core})
 
 
-def keep_programs(folder: Path) -> None:
-    """Keeps compiled programs for other processes, here or where JAX_COMPILATION_CACHE_DIR says."""
-    chosen = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.absolute()))
+def keep_programs(cache: str | Path) -> None:
+    """Keep compiled programs for later processes, in `cache` or where JAX_COMPILATION_CACHE_DIR is.
+
+    What took a second to compile is kept. JAX keeps apart what another version, flag or processor
+    would compile otherwise.
+    """
+    folder = Path(cache).expanduser().absolute() / "programs"
+    chosen = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     jax.config.update("jax_compilation_cache_dir", chosen)
 
 
