@@ -138,8 +138,20 @@ class Grammar:
             for sentence in sentences_of(text, self._is_capital):
                 pattern = self.patterns.setdefault(sentence, Pattern(sentence))
                 pattern.plots |= plots
-                pattern.enters |= wording.enters & _roles(sentence, self.facts)
+                pattern.enters |= self._entering(wording, sentence)
             pattern.ends |= wording.ends & plots
+
+    def _entering(self, wording: Pattern, sentence: str) -> set[str]:
+        """Who may be named for the first time in a sentence of a wording that is spelled out.
+
+        Where the wording introduces a friend, a sentence with the bare name is of later on.
+        """
+        roles = wording.enters & _roles(sentence, self.facts)
+        if "{his_friend}" not in wording.template.lower():
+            return roles
+        first = self.facts["his_friend"].keys() - {"{friend}"}
+        introduces = any(form(text) in sentence for text in first for form in (str, upper_slot))
+        return roles if introduces else roles - {"friend"}
 
     def _is_capital(self, slot: str) -> bool:
         """Whether what fills a slot begins with a capital."""
