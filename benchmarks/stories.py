@@ -76,7 +76,7 @@ class NGram:
     def probabilities(self, past: Sequence[int]) -> np.ndarray:
         """The distribution of the next token, float64 (vocab_size,)."""
         p = np.full(self.vocab_size, 1 / self.vocab_size)
-        for length in range(self.order):
+        for length in range(min(self.order, len(past) + 1)):
             seen = self.counts.get(tuple(past[len(past) - length :]))
             if seen:
                 p *= len(seen)

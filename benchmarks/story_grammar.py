@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import count, product
@@ -31,6 +31,8 @@ OWNER = {**dict.fromkeys(FORMS["he"], "hero"), **dict.fromkeys(FORMS["she"], "fr
 """Whose each pronoun's slot is, see `jaxdecoder.data.stories`; what fills it is up to the story."""
 ROLE = {"hero": "hero", "friend": "friend", "other": "other", "relative": "friend"}
 """Whom a slot names."""
+KIND = {"creature": "hero", "friend_kind": "friend"}
+"""Of whom a slot says what they are."""
 
 
 class Verdict(NamedTuple):
@@ -50,6 +52,7 @@ class Person(NamedTuple):
 
     name: str = ""
     pronoun: str = ""
+    kind: str = ""
 
 
 Cast = dict[str, Person]
@@ -77,8 +80,12 @@ class Grammar:
     """What was heard of the grammar."""
 
     def __init__(self, stories: Iterable[Story]) -> None:
-        self.facts: dict[str, set[str]] = defaultdict(set)
+        self.facts: dict[str, dict[str, set[str]]] = defaultdict(dict)
+        """Of every fact its wordings, and the plots in which it was heard in them."""
         self.pronouns: dict[str, set[str]] = defaultdict(set)
+        """Of every name and every kind of creature."""
+        self.kin: dict[str, set[str]] = defaultdict(set)
+        """Of every such word those that go together: all names of girls, and "girl"."""
         self.relatives: dict[str, str] = {}
         self.capitals: set[str] = set()
         self.patterns: dict[str, Pattern] = {}
@@ -96,15 +103,19 @@ class Grammar:
             self.pronouns[name].add(pronoun)
         for fact, phrase in story.phrases:
             if fact == "his_friend":
-                self.facts[fact].add("{friend}")
+                self.facts[fact].setdefault("{friend}", set()).add(story.plot)
                 if "{friend" not in phrase:  # "his grandma", who is called Grandma from then on
                     relative = phrase.removeprefix("{his} ")
                     self.relatives[relative] = story.facts["friend"]
-                    self.facts["relative"].add(relative)
+                    self.facts["relative"].setdefault(relative, set()).add(story.plot)
                     phrase = "{his} {relative}"
+            for slot, role in KIND.items():
+                if f"{{{slot}}}" in phrase:
+                    self._pair(story.facts[role], story.facts[slot])
             if fact:
                 chosen[fact] = {phrase}
-                self.facts[fact] |= {phrase} - {""}
+                if phrase:
+                    self.facts[fact].setdefault(phrase, set()).add(story.plot)
                 continue
             wording = wordings.setdefault(phrase, Pattern(phrase))
             wording.plots.add(story.plot)
@@ -114,37 +125,62 @@ class Grammar:
         wordings[phrase].ends.add(story.plot)
         self.capitals.update(re.findall(r"[A-Z][a-z]*", story.text))
 
+    def _pair(self, name: str, kind: str) -> None:
+        """Notes that somebody of this name is one of this kind."""
+        self.pronouns[kind] |= self.pronouns[name]
+        if self.kin[name] is not self.kin[kind]:
+            together = {name, kind} | self.kin[name] | self.kin[kind]
+            self.kin |= dict.fromkeys(together, together)
+
     def _divide(self, wording: Pattern) -> None:
         """Divides a wording into the patterns of its sentences."""
-        for text in self._spelled_out(upper_slot(wording.template)):
+        for text, plots in self._spelled_out(upper_slot(wording.template), wording.plots):
             for sentence in sentences_of(text, self._is_capital):
                 pattern = self.patterns.setdefault(sentence, Pattern(sentence))
-                pattern.plots |= wording.plots
-                pattern.enters |= wording.enters & _roles(sentence, self.facts)
-            pattern.ends |= wording.ends
+                pattern.plots |= plots
+                pattern.enters |= self._entering(wording, sentence)
+            pattern.ends |= wording.ends & plots
+
+    def _entering(self, wording: Pattern, sentence: str) -> set[str]:
+        """Who may be named for the first time in a sentence of a wording that is spelled out.
+
+        Where the wording introduces a friend, a sentence with the bare name is of later on.
+        """
+        roles = wording.enters & _roles(sentence, self.facts)
+        if "{his_friend}" not in wording.template.lower():
+            return roles
+        first = self.facts["his_friend"].keys() - {"{friend}"}
+        introduces = any(form(text) in sentence for text in first for form in (str, upper_slot))
+        return roles if introduces else roles - {"friend"}
 
     def _is_capital(self, slot: str) -> bool:
         """Whether what fills a slot begins with a capital."""
-        begins = (SLOT.match(wording) or wording for wording in self.facts.get(slot, {""}))
+        begins = (SLOT.match(wording) or wording for wording in self.facts.get(slot, {"": set()}))
         return slot[0].isupper() or all(
             w[:1].isupper() if isinstance(w, str) else self._is_capital(w[1]) for w in begins
         )
 
-    def _spelled_out(self, template: str) -> Iterator[str]:
-        """The template with every fact that is about sentences written out, see `SPELLED`."""
+    def _spelled_out(self, template: str, plots: set[str]) -> Iterator[tuple[str, set[str]]]:
+        """The template with every fact that is about sentences written out, see `SPELLED`, and
+        which of these plots may tell it so."""
         parts = SLOT.split(template)
-        choices: list[list[str]] = []
+        choices: list[list[tuple[str, set[str]]]] = []
         for i, part in enumerate(parts):
             name = part if part in self.facts else part[:1].lower() + part[1:]
             if i % 2 == 0:
-                choices.append([part])
+                choices.append([(part, plots)])
             elif any(SPELLED.search(wording) for wording in self.facts.get(name, ())):
                 upper = upper_slot if name != part or not "".join(parts[:i]) else str
-                spelled = (self._spelled_out(upper(wording)) for wording in self.facts[name])
-                choices.append([text for texts in spelled for text in texts])
+                spelled = (
+                    self._spelled_out(upper(wording), plots & heard)
+                    for wording, heard in self.facts[name].items()
+                )
+                choices.append([choice for several in spelled for choice in several])
             else:
-                choices.append([f"{{{part}}}"])
-        return map("".join, product(*choices))
+                choices.append([(f"{{{part}}}", plots)])
+        for choice in product(*choices):
+            if together := set.intersection(*(heard for _, heard in choice)):
+                yield "".join(text for text, _ in choice), together
 
     @cached_property
     def _matchers(self) -> list[tuple[Pattern, re.Pattern[str]]]:
@@ -212,9 +248,11 @@ class Grammar:
             elif slot in OWNER:
                 (gender,) = (g for g, forms in FORMS.items() if value <= forms)
                 person = Person(pronoun=gender)
+            elif slot in KIND:
+                person = Person(kind=next(iter(value)))
             else:
                 continue
-            role = ROLE.get(slot) or OWNER[slot]
+            role = ROLE.get(slot) or OWNER.get(slot) or KIND[slot]
             merged = self._merge(cast.get(role, Person()), person, role)
             if merged is None:
                 return None
@@ -223,14 +261,15 @@ class Grammar:
 
     def _merge(self, a: Person, b: Person, role: str) -> Person | None:
         """Both in one, if they can be the same."""
-        if (a.name and b.name and a.name != b.name) or (
-            a.pronoun and b.pronoun and a.pronoun != b.pronoun
-        ):
+        if any(x and y and x != y for x, y in zip(a, b, strict=True)):
             return None
-        person = Person(a.name or b.name, a.pronoun or b.pronoun)
-        if person.name and person.name not in self.facts[role]:
+        person = Person(*(x or y for x, y in zip(a, b, strict=True)))
+        name, pronoun, kind = person
+        if name and name not in self.facts[role]:
             return None
-        if person.name and person.pronoun and person.pronoun not in self.pronouns[person.name]:
+        if pronoun and any(pronoun not in self.pronouns[word] for word in (name, kind) if word):
+            return None
+        if name and kind and name not in self.kin[kind]:
             return None
         return person
 
@@ -313,7 +352,7 @@ def upper_slot(template: str) -> str:
     return "{" + upper_first(template[1:]) if template.startswith("{") else upper_first(template)
 
 
-def _roles(template: str, facts: Mapping[str, set[str]]) -> set[str]:
+def _roles(template: str, facts: Mapping[str, Collection[str]]) -> set[str]:
     """Who may be named in a template, or in the facts that it tells."""
     roles: set[str] = set()
     for slot in SLOT.findall(template):

@@ -97,7 +97,8 @@ REFUSED_DEPTHS = {
 def covering_configs():
     """Configs in which every entry of every component's dict occurs, and every pair of position and
     attention that is not refused, of norm and placement, and of activation and layout, and every
-    depth. Both layers have their own attention; stacks have both side by side, twice."""
+    depth, with and without convolutions and copying. Both layers have their own attention; stacks
+    have both side by side, twice."""
     wirings = itertools.product(NORMS, PLACEMENTS)
     sights = itertools.product(POSITIONS, zip_cycled(*halves(list(ATTENTIONS))))
     shapes = itertools.product(ACTIVATIONS, LAYOUTS)
@@ -113,19 +114,34 @@ def covering_configs():
             if not any((depth, other) in REFUSED_DEPTHS for other in others)
         )
 
-    return [
-        small(
+    additions = {depth: itertools.cycle(ADDITIONS[depth]) for depth in DEPTHS}
+
+    def config(wiring, sight, shape):
+        (norm, placement), (position, attention), (activation, layout) = wiring, sight, shape
+        depth = depth_for(layout, attention)
+        return small(
             norm=norm,
             norm_placement=placement,
             position=position,
             activation=activation,
             layout=layout,
-            depth=depth_for(layout, attention),
+            depth=depth,
             n_layers=4 if layout == "parallel_stacks" else 2,
+            **(next(additions[depth]) if layout == "serial" else {}),
             **seeing(*(name for name in attention if (position, name) not in REFUSED)),
         )
-        for (norm, placement), (position, attention), (activation, layout) in rows
-    ]
+
+    return [config(*row) for row in rows]
+
+
+# What serial layers of a depth may have besides.
+CONVOLUTION = {"convolution_width": 3}
+COPYING = {"copying": True, "tie_embeddings": True}
+ADDITIONS = {
+    "fixed": ({}, CONVOLUTION | COPYING, CONVOLUTION, COPYING),
+    "early_exit": ({},),
+    "mixture_of_depths": ({}, {}, COPYING),
+}
 
 
 def telling(configs):
@@ -141,6 +157,7 @@ def entries(config):
     """The components of a config, each with its family."""
     families = ("norm", "norm_placement", "position", "activation", "layout", "depth")
     held = {(family, getattr(config, family)) for family in families}
+    held |= {("copying", config.copying), ("convolved", bool(config.convolution_width))}
     return held | {("attention", name) for name in config.attention_pattern}
 
 
@@ -193,6 +210,8 @@ def any_config(draw, turns=2):
         layers = layers if d_model % layers == 0 else 1
         pattern = pattern if layers % len(pattern) == 0 else pattern[:1]
         switches |= {"tie_embeddings": False}
+    plain = not stacked and depth == "fixed"
+    may_copy = switches["tie_embeddings"] and depth != "early_exit"
     return ModelConfig(
         vocab_size=draw(st.integers(2, 20)),
         context_length=context,
@@ -221,6 +240,8 @@ def any_config(draw, turns=2):
         attention_block=block,
         attention_rank=draw(st.integers(1, block)),
         attention_projection=projects,
+        convolution_width=draw(st.sampled_from([0, 1, 3])) if plain else 0,
+        copying=draw(st.booleans()) if may_copy else False,
         logit_softcap=None if norm == "none" else draw(st.sampled_from([None, 5.0])),
         **switches,
     )

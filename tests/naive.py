@@ -74,7 +74,8 @@ def defines(config):
 def decode(config, params, tokens, window=None):
     """Logits (time, vocab) of one sequence; `window` bounds how far back any layer sees."""
     c, params, x = begin(config, params, tokens)
-    return projected(c, params, LAYOUTS[c.layout](c, params, x, window))
+    features = LAYOUTS[c.layout](c, params, x, window)
+    return projected(c, params, copied(c, params, features, tokens, window))
 
 
 def decode_stopping(config, params, tokens, at_once=0, window=None):
@@ -113,6 +114,12 @@ def training_losses(config, params, tokens, targets):
     """What training minimises at each token of one sequence."""
     c, params, x = begin(config, params, tokens)
     loss, weights, router_loss, routers = 0.0, 0.0, 0.0, 0
+
+    def losses(x):
+        features = norm(c, params["body"].get("final_norm"), x)
+        logits = projected(c, params, copied(c, params, features, tokens, None))
+        return cross_entropy(logits, targets)
+
     for layer in range(c.n_layers):
         x, score = one_layer(c, params, layer, x, None, training=True)
         depth = layer + 1
@@ -123,7 +130,7 @@ def training_losses(config, params, tokens, targets):
         )
         if is_exit or depth == c.n_layers:
             weight = depth**c.exit_loss_power
-            loss = loss + weight * cross_entropy(head(c, params, x), targets)
+            loss = loss + weight * losses(x)
             weights += weight
         if score is not None:
             taken = highest(score, c.mod_capacity)
@@ -160,6 +167,32 @@ def projected(c, params, x):
     if c.logit_softcap is not None:
         logits = np.tanh(logits / c.logit_softcap) * c.logit_softcap
     return logits
+
+
+def copied(c, params, features, tokens, window):
+    """To each token's features, as much as its gate says of the embeddings that it points at."""
+    if not c.copying:
+        return features
+    p, out = params["copying"], features.copy()
+    values = [root_mean_square(c, params["embedding"][token]) for token in tokens]
+    queries, keys, gates = (linear(p[name], features) for name in ("query", "key", "gate"))
+    for at, query in enumerate(queries):
+        first = 0 if window is None else max(0, at + 1 - window)
+        weights = np.exp([query @ key / math.sqrt(c.d_model) for key in keys[first : at + 1]])
+        for weight, value in zip(weights / weights.sum(), values[first : at + 1], strict=True):
+            out[at] += gates[at] * weight * value
+    return out
+
+
+def convolved(c, p, x):
+    """To each token's features, a weighted sum of its own and those of the few before it."""
+    if p is None:
+        return x
+    out = x.copy()
+    for at in range(len(x)):
+        for back in range(min(c.convolution_width, at + 1)):
+            out[at] += p["taps"][:, back] * x[at - back]
+    return out
 
 
 def serial(c, params, x, window):
@@ -242,9 +275,11 @@ def one_block(c, p, mechanism, x, window, places):
     """Attention and feed-forward, wired by the norms' placement, of tokens at these places."""
 
     def attend(h):
+        h = convolved(c, p.get("attention_convolution"), h)
         return attention(c, p["attention"], mechanism, h, window, places)
 
     def feed(h):
+        h = convolved(c, p.get("feed_forward_convolution"), h)
         return feed_forward(c, p["feed_forward"], h)
 
     def n(name, h):

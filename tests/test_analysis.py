@@ -67,6 +67,16 @@ def is_jaxpr(value):
     return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
 
 
+def sums(config, tokens):
+    """FLOPs that are counted and no matrix product has: those of convolutions."""
+    return analysis.forward_flops(config, tokens).get("convolutions", 0)
+
+
+def not_learned(config):
+    """FLOPs that one sequence's gradient is spared: the copying head's values learn nothing."""
+    return config.copying * 2 * config.d_model * config.context_length**2
+
+
 # Every entry of a component with some of another's, or all combinations.
 every_or_all = pytest.mark.parametrize(
     "combined", [zip_cycled, *slow(itertools.product)], ids=["every entry", "all pairs"]
@@ -197,6 +207,10 @@ class TestParameters:
         assert counts["total"] == sum(leaf.size for leaf in jax.tree.leaves(arrays))
         for part in counts.keys() - {"norms", "total"}:
             assert counts[part] == size_under(arrays, part), (part, config)
+        assert ("copying" in counts, "convolutions" in counts) == (
+            config.copying,
+            bool(config.convolution_width),
+        )
 
     def test_need_a_vocabulary(self):
         with pytest.raises(ConfigError, match=r"model\.vocab_size"):
@@ -233,6 +247,13 @@ class TestFlops:
             attention=("sliding_window", "full"),
             activation="geglu",
         ),
+        small(
+            attention_implementation="reference",
+            convolution_width=3,
+            copying=True,
+            tie_embeddings=True,
+            n_layers=1,
+        ),
     )
     MORE = (
         small(
@@ -259,7 +280,7 @@ class TestFlops:
         ),
     )
     NAMES = (
-        *("plain", "modern", "linformer", "linear", "stacks"),
+        *("plain", "modern", "linformer", "linear", "stacks", "copying"),
         *("bare", "unprojected", "one chunk", "three stacks"),
     )
 
@@ -273,9 +294,11 @@ class TestFlops:
             return jnp.sum(decoder.apply({"params": params}, tokens) ** 2)
 
         forward = analysis.forward_flops(config, length, dense=True)["total"]
-        assert products(jax.make_jaxpr(loss)(params, tokens).jaxpr) == batch * forward
+        traced = jax.make_jaxpr(loss)(params, tokens)
+        assert products(traced.jaxpr) == batch * (forward - sums(config, length))
         gradient = jax.make_jaxpr(jax.grad(loss))(params, tokens)
-        assert products(gradient.jaxpr) == 3 * batch * forward
+        learning = 3 * (forward - sums(config, length)) - not_learned(config)
+        assert products(gradient.jaxpr) == batch * learning
 
         per_token = analysis.flops_per_token(config, dense=True)
         assert per_token.prefill["total"] == forward / length
@@ -296,7 +319,17 @@ class TestFlops:
             jax.ShapeDtypeStruct((1, 1), jnp.int32),
             jax.eval_shape(lambda: empty_cache(config, 1)),
         )
-        assert products(step.jaxpr) == analysis.flops_per_token(config, dense=True).decode["total"]
+        counted = analysis.flops_per_token(config, dense=True).decode["total"]
+        assert products(step.jaxpr) == counted - sums(config, 1)
+
+    def test_of_convolutions_and_copying_are_those_of_every_tap_and_pair(self):
+        config = small(convolution_width=3, copying=True, tie_embeddings=True)
+        for start in (0, 5):
+            flops = analysis.forward_flops(config, 8 - start, start=start)
+            # Two layers of two branches; of taps that reach before the text too.
+            assert flops["convolutions"] == 2 * (8 - start) * 2 * 2 * 3 * 16
+            pairs = sum(range(start + 1, 9))
+            assert flops["copying"] == 2 * ((8 - start) * (2 * 16 * 16 + 16) + 2 * 16 * pairs)
 
     @pytest.mark.parametrize(
         "changes",
@@ -400,7 +433,13 @@ class TestFlops:
 
 class TestBytes:
     def test_of_the_cache_are_those_of_its_arrays(self):
-        wirings = ({}, {"layout": "parallel_stacks"}, {"depth": "mixture_of_depths"})
+        wirings = (
+            {},
+            {"layout": "parallel_stacks"},
+            {"depth": "mixture_of_depths"},
+            {"convolution_width": 3, "copying": True, "tie_embeddings": True},
+            {"convolution_width": 1, "feed_forward": False},
+        )
         for attention, wiring in itertools.product(ATTENTIONS, wirings):
             if (wiring.get("depth"), attention) in REFUSED_DEPTHS:
                 continue
@@ -458,6 +497,8 @@ class TestCommand:
 MODULES = {name: name for name in ("embedding", "positions", "attention", "feed_forward", "head")}
 MODULES |= {"skip": "slices", "narrow": "slices"}
 MODULES["router"] = "routers"
+MODULES |= {"attention_convolution": "convolutions", "feed_forward_convolution": "convolutions"}
+MODULES["copying"] = "copying"
 
 
 def size_under(arrays, name):

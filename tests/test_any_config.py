@@ -13,7 +13,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from models import any_config, random_params, random_tokens, shapes
-from test_analysis import products
+from test_analysis import not_learned, products, sums
 from test_decoder import assert_close, decode
 
 from jaxdecoder import Decoder, analysis
@@ -107,6 +107,8 @@ def costs_what_is_counted(config, decoder):
     def total(params, tokens):
         return jnp.sum(decoder.apply({"params": params}, tokens))
 
-    forward = BATCH * analysis.forward_flops(config, config.context_length, dense=True)["total"]
-    assert products(jax.make_jaxpr(total)(params, tokens).jaxpr) == forward
-    assert products(jax.make_jaxpr(jax.grad(total))(params, tokens).jaxpr) == 3 * forward
+    length = config.context_length
+    forward = analysis.forward_flops(config, length, dense=True)["total"] - sums(config, length)
+    assert products(jax.make_jaxpr(total)(params, tokens).jaxpr) == BATCH * forward
+    gradient = jax.make_jaxpr(jax.grad(total))(params, tokens)
+    assert products(gradient.jaxpr) == BATCH * (3 * forward - not_learned(config))

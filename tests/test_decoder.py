@@ -204,6 +204,8 @@ def test_every_entry_and_pair_is_among_the_configs():
     } - REFUSED.keys()
     assert {(c.activation, c.layout) for c in configs} >= set(product(ACTIVATIONS, LAYOUTS))
     assert {c.depth for c in configs} == DEPTHS.keys()
+    for few in (configs, FEW):
+        assert {c.copying for c in few} == {bool(c.convolution_width) for c in few} == {True, False}
 
 
 class TestEveryDecoder:
@@ -220,6 +222,8 @@ class TestEveryDecoder:
             assert np.abs(after[0, t] - before[0, t]).max() > 0
 
     def test_has_no_gradient_from_a_logit_to_a_later_token(self, config):
+        if config.copying:
+            pytest.skip("it must be tied, and every row of the embedding is read by the head")
         config = dataclasses.replace(config, tie_embeddings=False)
         decoder, params = model(config)
         tokens = two_rows(config)
@@ -317,12 +321,18 @@ class TestCache:
 
     @pytest.mark.parametrize("chunks", [(4, 16), *slow(((3, 1, 7, 5),), ((2, 16),))], ids=str)
     def test_takes_chunks_of_any_length_wherever_it_stands(self, chunks):
-        """Chunks longer than the rings, than blocks and than the context, in rows that differ."""
-        decoder, params = model(self.CONFIG)
-        tokens, start = streams(two_rows(self.CONFIG))
+        """Chunks longer than the rings, than blocks and than the context, in rows that differ.
+
+        The convolutions reach back over whole chunks, and the copying head has a ring too.
+        """
+        config = dataclasses.replace(
+            self.CONFIG, convolution_width=6, copying=True, tie_embeddings=True
+        )
+        decoder, params = model(config)
+        tokens, start = streams(two_rows(config))
         decoded = decode(decoder, params, tokens, start, chunks)
         for row, first in enumerate(start):
-            expected = naive.decode(self.CONFIG, params, tokens[row, first:], window=TIME)
+            expected = naive.decode(config, params, tokens[row, first:], window=TIME)
             assert_close(decoded[row, first:], expected)
 
     def test_does_not_grow_past_what_the_mechanism_sees(self):
@@ -462,6 +472,23 @@ class TestRefusals:
             ({"attention_projection": False, "d_head": 5}, "model.attention_projection"),
             ({"residual": "attention", "norm_placement": "parallel"}, "model.residual"),
             ({"feed_forward_projection": False, "d_ff": 24}, "model.d_ff"),
+            ({"copying": True}, "model.copying = true: .*model.tie_embeddings = true would do"),
+            (
+                {"copying": True, "tie_embeddings": True, "depth": "early_exit"},
+                'model.copying = true: .*"early_exit" stop before',
+            ),
+            (
+                {**STACKS, "n_layers": 4, "convolution_width": 3},
+                'model.convolution_width = 3: .*model.layout = "parallel_stacks"',
+            ),
+            (
+                {"depth": "early_exit", "convolution_width": 3},
+                'model.convolution_width = 3: .*model.depth = "early_exit"',
+            ),
+            (
+                {"depth": "mixture_of_depths", "convolution_width": 3},
+                'model.convolution_width = 3: .*model.depth = "mixture_of_depths"',
+            ),
             ({**STACKS, "n_layers": 3}, "model.n_layers = 3.*2 or 4 would do"),
             ({**STACKS, "layers_per_stack": 2}, "model.n_layers = 2.*are 4"),
             ({**STACKS, "n_layers": 12}, "model.d_model = 16.*12 or 18 would do"),

@@ -84,7 +84,7 @@ def test_pictures_are_up_to_date(tmp_path):
 
 
 def test_fields_it_names_exist():
-    prefixes = "attention|position|norm|rope|exit|mod"
+    prefixes = "attention|position|norm|rope|exit|mod|convolution"
     named = set(re.findall(rf"`((?:{prefixes})_\w+)`", PAGE))
     assert named <= set(ModelConfig.__dataclass_fields__)
     fields = (name for name in ModelConfig.__dataclass_fields__ if re.match(prefixes, name))
@@ -92,6 +92,9 @@ def test_fields_it_names_exist():
         "attention_implementation",
         "attention_projection",
     }
+    # Sections of fields that choose among no entries.
+    for field in ("convolution_width", "copying"):
+        assert re.search(rf"^## .+\n+`{field}`: ", PAGE, re.MULTILINE)
 
 
 def test_options_of_compression_that_it_names_exist():

@@ -89,7 +89,11 @@ def test_a_model_without_parts_is_what_its_config_says(number, name):
     config = dataclasses.replace(ALL_OF_THEM[number], n_layers=ALL_OF_THEM[number].n_layers * 2)
     part = PARTS[name]
     if part.refusal(config):
-        assert config.layout == "parallel_stacks" or config.position in ("alibi", "sinusoidal")
+        assert (
+            config.copying
+            or config.layout == "parallel_stacks"
+            or config.position in ("alibi", "sinusoidal")
+        )
         return
     _, fewer, smaller, _ = without(name, config)
     assert_smaller(smaller, fewer)
@@ -101,6 +105,7 @@ QK = {"qkv_bias": True, "qk_norm": True}
 VARIED = [
     {**QK, "n_kv_heads": 2, "position": "rope", "activation": "swiglu"},
     {"n_kv_heads": 2, "attention": ("full", "linear"), "activation": "relu2", "bias": False},
+    {"n_layers": 1, "convolution_width": 2, "copying": True, "tie_embeddings": True},
     {"n_kv_heads": 1, "position": "t5", "depth": "mixture_of_depths"},
     {"layout": "parallel_stacks", "n_layers": 4, "activation": "reglu"},
 ]
@@ -148,7 +153,7 @@ def silent(params, index, width):
 
 RMSNORM = {"norm": "rmsnorm", "norm_epsilon": 0.01}
 WIDTHS = [
-    {**RMSNORM, "norm_placement": "post", "position": "rope"},
+    {**RMSNORM, "norm_placement": "post", "position": "rope", "convolution_width": 3},
     {**RMSNORM, "norm_placement": "sandwich", "bias": False, "depth": "mixture_of_depths"},
     {"norm": "none", "tie_embeddings": True},
 ]
@@ -234,6 +239,7 @@ def test_what_a_model_cannot_lose_has_a_reason():
         "width": [
             {"position": "sinusoidal"},
             {"layout": "parallel_stacks"},
+            {"copying": True, "tie_embeddings": True},
             {"attention_projection": False},
             {"feed_forward_projection": False, "d_ff": 16},
         ],

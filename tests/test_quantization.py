@@ -83,6 +83,7 @@ MODELS = [
     small(**FLOAT8, attention=("linformer", "linear"), attention_block=4, attention_rank=2),
     small(**INT4, depth="mixture_of_depths", position="rope", qkv_bias=True),
     small(**ASYMMETRIC, depth="early_exit", norm="none", tie_embeddings=True),
+    small(**ASYMMETRIC, convolution_width=3, copying=True, tie_embeddings=True, n_layers=1),
 ]
 
 
@@ -91,7 +92,7 @@ def and_slowly(fast, slow):
     return [*fast, *(pytest.param(config, marks=pytest.mark.slow) for config in slow)]
 
 
-@pytest.mark.parametrize("config", and_slowly(MODELS[4:], MODELS[:4]), ids=name_of)
+@pytest.mark.parametrize("config", and_slowly(MODELS[5:], MODELS[:5]), ids=name_of)
 def test_a_packed_model_is_the_float_one_of_its_rounded_weights(config):
     config = config.resolve()
     plain = replace(config, weight_format="float32")

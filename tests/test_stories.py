@@ -1,13 +1,18 @@
 """The built-in stories are endless, different, and never break a rule of grammar they can keep."""
 
+import hashlib
 import itertools
+import json
 import random
 import re
 from collections import Counter
 
 import pytest
 
-from jaxdecoder.data.stories import PLOTS, Story, stories, tell_story
+from jaxdecoder.config import DataConfig
+from jaxdecoder.data.stories import PLOTS, Story, World, stories, tell_story, world_of
+from jaxdecoder.errors import UserError
+from tests.runs import script
 
 PRONOUNS = {"he": {"he", "him", "his", "himself"}, "she": {"she", "her", "herself"}}
 
@@ -95,3 +100,54 @@ def test_the_hero_is_there_from_beginning_to_end(told: list[Story]) -> None:
         paragraphs = story.text.split("\n")
         assert story.hero in paragraphs[0][:200], story.text
         assert story.hero in paragraphs[-1], story.text
+
+
+# --- Worlds ---------------------------------------------------------------------------------------
+
+SMALL = World(("lost", "noise", "garden", "repair", "stuck"), names=6, paragraphs=False)
+
+
+def test_the_stories_of_the_whole_world_are_what_they_were() -> None:
+    """Raise `VERSION` where this changes."""
+    text = "\n\n".join(stories(100_000, 5))
+    assert hashlib.sha256(text.encode()).hexdigest() == (
+        "79b838fd73d7b10edb026109b3d3ed78fdfd0e2a7f2a9d1b2016661aad985217"
+    )
+
+
+def test_a_smaller_world_has_only_its_plots_and_names() -> None:
+    rng = random.Random(7)
+    told = [tell_story(rng, SMALL) for _ in range(1000)]
+    assert {story.plot for story in told} == set(SMALL.plots)
+    elders = {"Mom", "Dad", "Grandma", "Grandpa", "Aunt May", "Uncle Joe"}
+    names = {name for story in told for name, _ in story.cast} - elders
+    # Girls, boys, animals of both, and robots; six each.
+    assert len(names) == 5 * 6
+    assert names >= {"Mia", "Rosa", "Leo", "Omar", "Hazel", "Fern", "Pip", "Moss", "Beep", "Tick"}
+    assert not any("\n" in story.text for story in told)
+    assert any("\n" in text for text in stories(5000, 7, SMALL._replace(paragraphs=True)))
+
+
+def test_no_two_of_many_stories_of_a_small_world_are_equal() -> None:
+    # In a process where types are not checked, which takes longer than to tell them.
+    code = f"""
+import random
+from jaxdecoder.data.stories import World, tell_story
+rng = random.Random(1)
+print(len({{tell_story(rng, {SMALL!r}).text for _ in range(10_000)}}))
+"""
+    process = script("-c", code)
+    assert process.output.split()[-1] == "10000", process.output
+
+
+def test_a_config_says_which_world_its_stories_are_of() -> None:
+    assert world_of(DataConfig()) == World()
+    fields = {"stories_plots": SMALL.plots, "stories_names": 6, "stories_paragraphs": False}
+    assert world_of(DataConfig(**fields)) == SMALL
+
+
+def test_a_plot_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(UserError) as error:
+        next(stories(1, world=World(("lost", "lots"))))
+    told = f"data.stories_plots: {json.dumps('lots')} should be one of {', '.join(PLOTS)}"
+    assert str(error.value) == told

@@ -234,6 +234,8 @@ def width_refusal(c: ModelConfig) -> str:
         return f'in model.layout = "{c.layout}" features are slices of layers'
     if c.position == "sinusoidal":
         return 'model.position = "sinusoidal" makes its waves by the width'
+    if c.copying:
+        return "model.copying points with a head as wide as the residual stream"
     if not c.attention_projection:
         return NO_OUT
     if c.feed_forward and not c.feed_forward_projection:
