@@ -66,6 +66,8 @@ def random_params(config, seed=0):
         name = zlib.crc32(jax.tree_util.keystr(path).encode())
         noise = np.random.default_rng([seed, name]).normal(size=leaf.shape, scale=0.3)
         centre = 1.0 if path[-1].key == "scale" else 0.0
+        if [entry.key for entry in path[-2:]] == ["router", "bias"]:
+            centre = 2.0  # one that takes a token alone would leave its key without a gradient
         return jnp.asarray(noise + centre, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(fill, shapes(config))

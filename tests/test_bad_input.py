@@ -141,6 +141,7 @@ def test_a_folder_that_is_no_run(tmp_path):
     assert "not a run folder" in said.output
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_a_message_and_the_run_goes_on_later(tiny_run, tmp_path):
     config, run = tiny_run / "config.toml", tmp_path / "run"
     process = script("train.py", config, "--train.out", run, longest_file=20_000)

@@ -196,6 +196,7 @@ def distilled(folder):
     return taught(folder, folder / "distilled")
 
 
+@pytest.mark.slow
 def test_a_student_learns_more_from_the_teacher_than_alone(folder, distilled):
     config = load(folder / "student.toml", ["--train.out", str(folder / "alone")])
     alone = train(config)
@@ -223,6 +224,7 @@ def test_a_student_learns_more_from_the_teacher_than_alone(folder, distilled):
     ],
     ids=["plain", "all"],
 )
+@pytest.mark.slow
 def test_a_student_goes_on_where_it_stopped_and_as_train_py_would(
     folder, tmp_path, monkeypatch, how
 ):
@@ -253,6 +255,7 @@ def test_a_student_goes_on_where_it_stopped_and_as_train_py_would(
     assert found["validation_loss"] == expected["validation_loss"]
 
 
+@pytest.mark.slow
 def test_answers_from_disk_teach_as_the_teacher_does(folder, distilled, tmp_path):
     # All ten letters but one, and that is the rest: less the rounding there is no difference.
     taught(folder, tmp_path / "new", how=Teaching(temperature=1.0, alpha=1.0, cached_top_k=9))

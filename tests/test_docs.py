@@ -67,6 +67,7 @@ def read(picture):
     return re.split(number, picture), [float(x) for x in re.findall(number, picture)]
 
 
+@pytest.mark.slow
 def test_pictures_are_up_to_date(tmp_path):
     # In a process where types are not checked: stand-ins for arrays pass through the placements.
     # Compiled as they were when drawn: an erf of other instructions is not quite the same.
@@ -109,6 +110,7 @@ def test_options_of_compression_that_it_names_exist():
         assert f"`{name}`" in page or f"compress.py {name} " in page, name
 
 
+@pytest.mark.slow
 def test_findings_are_what_the_committed_results_say(tmp_path):
     out = tmp_path / "findings.md"
     process = script("-m", "docs.findings", "--out", out)

@@ -423,7 +423,8 @@ def check_stays_sharded(implementation, case, sharding, of_keys=None):
             close(jax.tree.map(lambda x, i=i: x[i], found), one, 1e-5)
 
 
-@pytest.mark.parametrize("check", ["check_jit", *slow("check_shards")])
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ["check_jit", "check_shards"])
 def test_over_two_devices(check):
     folder = os.path.dirname(__file__)
     environment = os.environ | {

@@ -142,6 +142,7 @@ class TestResults:
                 theirs.summary["validation_loss"], abs=1e-4
             )
 
+    @pytest.mark.slow
     def test_that_were_half_written_are_written_again(self, tmp_path):
         write_config(tmp_path)
         (first,) = train_members(seeds(tmp_path, 1), tmp_path)
@@ -163,6 +164,7 @@ class TestResults:
             train_members(seeds(tmp_path, 1), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_member_that_starts_from_a_run_equals_its_solo_run(together, tmp_path):
     folder, configs, _ = together
     write_config(tmp_path)

@@ -101,6 +101,7 @@ def test_pruning_twice_equals_pruning_once_to_the_product(tiny_run, given):
     jax.tree.map(np.testing.assert_array_equal, twice.params, once.params)
 
 
+@pytest.mark.slow
 def test_parts_go_one_after_another_and_the_config_says_so(tiny_run, given):
     model, corpus = given
     before = model.config.model
@@ -119,6 +120,7 @@ def test_parts_go_one_after_another_and_the_config_says_so(tiny_run, given):
     assert shapes == jax.tree.map(lambda x: x.shape, fresh)
 
 
+@pytest.mark.slow
 def test_a_gradual_run_that_is_stopped_ends_with_the_same_bits(tiny_run, given, tmp_path):
     """Zeros grow by the schedule, in the average of the weights too, and the dense start, though
     its loss is lower, is not what the run is loaded as."""

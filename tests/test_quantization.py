@@ -210,6 +210,7 @@ def test_int8_is_a_quarter_of_the_bytes_and_nearly_as_good(tiny_run, int8):
     assert codes.dtype == jnp.int8
 
 
+@pytest.mark.slow
 def test_gptq_keeps_the_logits_closer_than_rounding_does(tiny_run, tmp_path):
     kind = {"bits": 4, "granularity": "tensor", "method": "gptq", "calibration_tokens": 2000}
     out = tmp_path / "gptq"
@@ -228,6 +229,7 @@ def test_gptq_keeps_the_logits_closer_than_rounding_does(tiny_run, tmp_path):
     assert 0 < errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.slow
 def test_fine_tuning_goes_through_the_rounding_and_is_packed_as_it_was_trained(
     tiny_run, tmp_path, monkeypatch
 ):

@@ -20,7 +20,7 @@ PRONOUNS = {"he": {"he", "him", "his", "himself"}, "she": {"she", "her", "hersel
 @pytest.fixture(scope="module")
 def told() -> list[Story]:
     rng = random.Random(7)
-    return [tell_story(rng) for _ in range(4000)]
+    return [tell_story(rng) for _ in range(1500)]
 
 
 def test_the_same_seed_tells_the_same_stories_and_a_longer_request_continues_them() -> None:

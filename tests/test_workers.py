@@ -39,6 +39,7 @@ def test_every_member_goes_to_one_worker_and_none_is_idle(depths, count):
     assert len(parts) < len(set(depths)) + count
 
 
+@pytest.mark.slow
 def test_workers_leave_what_one_process_leaves(pair, tmp_path):  # noqa: F811
     one, expected, _ = pair
     write_config(tmp_path)
