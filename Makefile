@@ -2,6 +2,7 @@
 # make test       lint, types and the tests to run before every commit
 # make test-all   the same with every test there is
 # make test-cuda  compiles every GPU kernel for an H200; needs no GPU, but 4.5 GB for the compilers
+#                 (TESTS='-m ""' compiles every block size, width and mask)
 # make ablations  every question in configs/ablations on two cores, with verdicts
 # make bench      speed on this machine against PyTorch
 # PYTHON=python3.12 chooses the Python, which is else the newest here that the newest JAX runs on.
@@ -29,7 +30,7 @@ test-all: check
 	$(VENV)/bin/python -m pytest -n 2 -m "not gpu" $(TESTS)
 
 test-cuda: $(CUDA)/.installed
-	JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest -n 2 $(wildcard tests/test_*compile*.py)
+	JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest -n 2 $(TESTS) $(wildcard tests/test_*compile*.py)
 
 ablations: $(INSTALLED)
 	for file in configs/ablations/*.toml; do $(VENV)/bin/python ablate.py $$file || exit 1; done
