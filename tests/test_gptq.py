@@ -154,13 +154,14 @@ def test_stages_follow_the_text_through_the_model():
     serial = {
         ("body", "blocks", f"block_{k}", "attention", "query", "kernel"): jnp.zeros((2, 4, 4))
         for k in range(2)
-    } | {HEAD: jnp.zeros((4, 4))}
+    } | {HEAD: jnp.zeros((4, 4)), ("copying", "query", "kernel"): jnp.zeros((4, 4))}
     order = [{(path[2:3], layer) for path, layer in stage} for stage in stages(serial)]
     assert order == [
         {(("block_0",), 0)},
         {(("block_1",), 0)},
         {(("block_0",), 1)},
         {(("block_1",), 1)},
+        {(("kernel",), 0)},  # of copying
         {((), 0)},
     ]
     stacks = {

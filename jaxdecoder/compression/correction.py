@@ -80,9 +80,12 @@ def stages(kernels: Matrices) -> list[list[tuple[Path, int]]]:
 
 
 def _order(path: Path, layer: int) -> tuple[int, ...]:
-    """Serial blocks repeat; stacks follow one another, their layers side by side; then the head."""
-    if path[0] == "head":
-        return (1,)
+    """Serial blocks repeat; stacks follow one another, their layers side by side.
+
+    Then comes copying, and last the head.
+    """
+    if path[0] != "body":
+        return (1 + (path[0] == "head"),)
     if path[1] == "blocks":
         return (0, layer, _number(path[2]))
     return (0, _number(path[1]), int("blocks" not in path))
