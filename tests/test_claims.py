@@ -164,6 +164,16 @@ class TestLearningRateGrids:
         assert verdict.verdict == "undecided"
         assert "end of the grid" in sentence(verdict)
 
+    def test_leave_open_what_moves_by_less_than_a_step_but_not_surely(self, tmp_path):
+        """The best rate moves by 0.7 of one, and that may be a whole one where seeds differ."""
+
+        def loss(norm, heads, rate):
+            return bowl(2e-3 * 2 ** (0.35 if norm == "none" else -0.35))(rate)
+
+        claim = "the best learning rate does not depend on norm"
+        assert verdicts(tmp_path, [claim], loss, noise=0.001) == ["supported"]
+        assert verdicts(tmp_path, [claim], loss, noise=0.05) == ["undecided"]
+
     def test_are_told_of_where_an_arm_is_best_at_their_end(self, tmp_path):
         claim = "norm=layernorm,n_heads=1 beats norm=none,n_heads=1"
         asked = ablation(tmp_path, [claim])

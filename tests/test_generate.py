@@ -153,11 +153,14 @@ class TestDraws:
         assert (shares > 0).sum() > 1
 
     def test_are_penalised_for_what_the_row_holds_its_prompt_included(self):
-        """So strong a penalty that a token comes back only once all others have been there."""
-        prompt = [0, 1, 2, 3]
+        """So strong a penalty that a token comes back only once all others have been there.
+
+        The padding before a shorter prompt, which is token 0, has not been there.
+        """
+        prompts = [[1, 2, 3, 4], PROMPTS[2]]
         chosen = filters.chain(lifted, filters.repetition_penalty(1e6), GREEDY)
-        (row,), _ = texts(SLIDES, [prompt], new=SLIDES.vocab_size - 4, choose=chosen)
-        assert sorted(prompt + row) == list(range(SLIDES.vocab_size))
+        (row, _), _ = texts(SLIDES, prompts, new=SLIDES.vocab_size - 4, choose=chosen)
+        assert sorted(prompts[0] + row) == list(range(SLIDES.vocab_size))
 
 
 def lifted(logits, counts):

@@ -78,6 +78,13 @@ def test_what_is_padding_changes_nothing():
     chex.assert_trees_all_equal(step(state, batch), step(state, other))
 
 
+def test_the_gradient_is_that_of_the_mean_whatever_its_tokens_weigh():
+    batch = a_batch(1)
+    twice = batch._replace(weights=2 * batch.weights)
+    step, state = step_of(CONFIG), first_state(CONFIG)
+    chex.assert_trees_all_close(step(state, batch)[1], step(state, twice)[1], rtol=1e-5)
+
+
 def test_accumulated_parts_equal_the_whole():
     state, batch = first_state(CONFIG), a_batch(2)
     whole, whole_metrics = step_of(CONFIG)(state, batch)
