@@ -163,8 +163,9 @@ class Teller:
     def pick(self, options: Sequence[T]) -> T:
         return options[int(self.random() * len(options))]
 
-    def pick_name(self, names: Sequence[str]) -> str:
-        return self.pick(names[: self.world.names or None])
+    def given(self, names: Sequence[str]) -> Sequence[str]:
+        """Those of these names that there are in this world."""
+        return names[: self.world.names or None]
 
     def chance(self, probability: float) -> bool:
         return self.random() < probability
@@ -225,7 +226,7 @@ def cast_hero(t: Teller, *groups: Sequence[Hero], unlike: str = "") -> Kind:
     kind, names, pronoun = t.pick(t.pick(groups or (CHILDREN, BEASTS, CHILDREN, BEASTS, ROBOTS)))
     if unlike and unlike in kind.skills:
         return cast_hero(t, *groups, unlike=unlike)
-    name = t.pick_name(names)
+    name = t.pick(t.given(names))
     he, him, his, himself = words.PRONOUNS[pronoun]
     t.know(hero=name, kind=kind.noun, he=he, him=him, his=his, himself=himself)
     t.know(hand=kind.hand, hands=kind.hands, home=kind.homes)
@@ -241,7 +242,7 @@ def cast_friend(t: Teller, hero: Kind, role: str = "any", skill: str = "") -> No
     if skill:
         beasts = [beast for beast in beasts if skill in beast[0].skills]
     kind, names, _ = t.pick(beasts if hero in words.ANIMALS else CHILDREN_BY[pronoun])
-    name, entrance = t.pick(words.ELDERS[pronoun]) if elder else (t.pick_name(names), "")
+    name, entrance = t.pick(words.ELDERS[pronoun]) if elder else (t.pick(t.given(names)), "")
     if name == t.facts["hero"]:
         name = names[0] if name != names[0] else names[1]
     she, her, hers, herself = words.PRONOUNS[pronoun]
@@ -258,7 +259,7 @@ def cast_other(t: Teller, hero: Kind) -> None:
     lists = (words.ANIMALS_SHE, words.ANIMALS_HE)
     if hero not in words.ANIMALS:
         lists = (words.GIRLS, words.BOYS)
-    given = [name for names in lists for name in names[: t.world.names or None]]
+    given = [name for names in lists for name in t.given(names)]
     known = [name for name, _ in t.cast]
     t.know(other=t.pick([name for name in given if name not in known]))
 
