@@ -16,6 +16,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,23 @@ def _installed(name: str) -> bool:
 
 
 CUDA_PACKAGES = any(map(_installed, PLUGINS))
+
+
+def _cuda_root() -> Path | None:
+    """The folder of NVIDIA's compilers: that of the environment, or else that of the packages."""
+    if "CUDA_ROOT" in os.environ:
+        return Path(os.environ["CUDA_ROOT"]).absolute()
+    places = importlib.util.find_spec("nvidia.cu13") if _installed("nvidia.cu13") else None
+    found = [Path(x) for x in (places and places.submodule_search_locations) or ()]
+    return next((x for x in found if (x / "bin" / "ptxas").exists()), None)
+
+
+CUDA_ROOT = _cuda_root()
 if CUDA_PACKAGES:
+    if CUDA_ROOT is not None:
+        # XLA takes its ptxas from there, but Mosaic takes the first one on the PATH.
+        os.environ["CUDA_ROOT"] = str(CUDA_ROOT)
+        os.environ["PATH"] = os.pathsep.join([str(CUDA_ROOT / "bin"), os.environ["PATH"]])
     # What the compilers print. They read this when the first of them is loaded, so before any
     # compiles.
     os.environ |= {
@@ -109,6 +126,8 @@ class Record(NamedTuple):
     """Mosaic's, Triton's and XLA's own; one compiled before in this process is not there again"""
     log: str
     """what the compilers printed, with the machine code (SASS) of the Mosaic kernels"""
+    ptxas: frozenset[str]
+    """the versions of ptxas that were used, such as 13.0.88"""
 
 
 @functools.cache
@@ -138,7 +157,8 @@ def compile_for_h200(
     with jax.sharding.use_abstract_mesh(abstract), _printed() as log:
         compiled = jax.jit(function).lower(*arguments).compile()
     text = log[0]
-    return Record(compiled.memory_analysis(), compiled.as_text(), _kernels(text), text)
+    versions = frozenset(re.findall(r"Using \S*/ptxas with version (\S+)", text))
+    return Record(compiled.memory_analysis(), compiled.as_text(), _kernels(text), text, versions)
 
 
 @contextlib.contextmanager

@@ -57,6 +57,17 @@ INTERPRETED = {
 }
 
 
+# Every way to order a kernel, and every number of compute warpgroups.
+VARIANTS = {
+    "early": {"turns": "early"},
+    "no_turns": {"turns": "none"},
+    "rotated": {"rotated": True},
+    "rotated_early": {"rotated": True, "turns": "early", "depth": 3},
+    "three": {"consumers": 3, "turns": "none"},
+    "three_rotated": {"consumers": 3, "turns": "none", "rotated": True},
+}
+
+
 def state(case, made):
     segments = None if made.segments is None else tuple(map(jnp.asarray, made.segments))
     return flash.state(
@@ -71,15 +82,18 @@ def state(case, made):
     )
 
 
-def check(case):
+def check(case, variant=None):
     """Values and gradients in the interpreter against the formula's."""
     interpret = plgpu.InterpretGPUParams()
     made = make(case)
     problem, operands = state(case, made)
-    out, logsumexp = hopper.forward(problem, operands, interpret)
+    chosen = hopper.sizes(problem, operands)
+    if variant is not None:
+        chosen = {name: sizes._replace(**variant) for name, sizes in chosen.items()}
+    out, logsumexp = hopper.forward(problem, operands, interpret, chosen["forward"])
     # The operation scales what dropout leaves; the kernels do not.
     dout = scaled(jnp.asarray(made.dout), case.rate)
-    found = hopper.backward(problem, operands, out, logsumexp, dout, interpret)
+    found = hopper.backward(problem, operands, out, logsumexp, dout, interpret, chosen)
     score = [x for x in found.score if x is not None]
     gradients = {"q": found.q, "k": found.k, "v": found.v, "score": score}
     assert {x.dtype for x in (out, found.q, found.k, found.v)} == {jnp.dtype(case.dtype)}
@@ -113,6 +127,11 @@ def check_interpreted(*names):
             assert np.all(logsumexp[:, :, 66:] == -np.inf)
 
 
+def check_variant(name):
+    for case in INTERPRETED.values():
+        check(case, VARIANTS[name])
+
+
 @settings(
     max_examples=int(os.environ.get("JAXDECODER_EXAMPLES", "20")), phases=PHASES, deadline=None
 )
@@ -132,6 +151,12 @@ needs_interpreter = pytest.mark.skipif(
 @pytest.mark.parametrize("names", [("everything_at_once",), *slow((("longformer", "no_keys"),))])
 def test_is_the_formula_with_its_gradients_interpreted(names):
     interpreted(f"check_interpreted(*{names})")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", ["rotated", *slow(*(x for x in VARIANTS if x != "rotated"))])
+def test_every_variant_is_the_formula_interpreted(name):
+    interpreted(f"check_variant({name!r})")
 
 
 @needs_interpreter

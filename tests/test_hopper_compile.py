@@ -1,5 +1,8 @@
 """The Hopper kernels compile for an H200: with tensor core instructions, and without spills."""
 
+import re
+import subprocess
+
 import gpu_compile
 import jax
 import jax.numpy as jnp
@@ -75,4 +78,23 @@ def test_uses_tensor_cores_and_spills_nothing(width, mask, score, rate, dtype):
     }
     for name, kernel in kernels.items():
         assert "HGMMA" in machine_code[name]
+        # The memory warpgroup gives registers away, and the others take them.
+        assert machine_code[name].count("USETMAXREG") >= 2
         assert kernel.stack == kernel.spill_stores == kernel.spill_loads == 0, kernel
+    # What ptxas says where it makes asynchronous products wait (C7510), or registers stay.
+    for complaint in ("C7510", "serializ", "setmaxnreg"):
+        assert complaint not in record.log
+
+
+def test_the_compilers_are_those_of_the_chosen_folder():
+    assert gpu_compile.CUDA_ROOT is not None
+    asked = [str(gpu_compile.CUDA_ROOT / "bin" / "ptxas"), "--version"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    x = jax.ShapeDtypeStruct((1, TIME, HEADS, 64), "bfloat16")
+
+    def attended(q):
+        return flash.flash_attention(q, q, q, mask=MASKS["causal"], implementation="hopper")
+
+    record = gpu_compile.compile_for_h200(attended, x)
+    assert record.kernels
+    assert record.ptxas == set(re.findall(r"V([\d.]+)", said))

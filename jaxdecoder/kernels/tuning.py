@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +32,7 @@ class Key(NamedTuple):
     mask: str
 
 
-Table = dict[Key, dict[str, list[int]]]
+Table = dict[Key, dict[str, list[Any]]]
 """For each key, the sizes of each of the implementation's kernels, by the kernel's name."""
 
 

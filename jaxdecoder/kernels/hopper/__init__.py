@@ -12,17 +12,17 @@ from __future__ import annotations
 import functools
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxdecoder.kernels import masks
+from jaxdecoder.kernels import masks, tuning
 from jaxdecoder.kernels.hopper import backward as backward_kernels
 from jaxdecoder.kernels.hopper import forward as forward_kernel
 from jaxdecoder.kernels.hopper import tiles
-from jaxdecoder.kernels.hopper.launch import Launch, Sizes, padded, up
-from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS
+from jaxdecoder.kernels.hopper.launch import REGISTERS, Launch, Sizes, padded, up
+from jaxdecoder.kernels.hopper.tiles import ROWS
 from jaxdecoder.kernels.partitioning import over_devices
 from jaxdecoder.kernels.problem import (
     Device,
@@ -36,25 +36,27 @@ from jaxdecoder.kernels.problem import (
 )
 
 
-class KernelSizes(NamedTuple):
-    """Of the forward kernel, of the one for the gradient of queries, and of those for the
-    gradients of keys and values, by which of them a kernel computes."""
-
-    forward: Sizes
-    queries: Sizes
-    keys: dict[str, Sizes]
-
-
-# For widths up to the key: the largest blocks and rings that fit into the registers, without
-# spills, and the shared memory of a block. Plain problems have a mask that is quickly computed, no
-# score and no dropout.
+# For widths up to the key: of the forward kernel, of the one for the gradient of queries, and of
+# those for the gradients of keys and values, by which of them a kernel computes, the largest blocks
+# and rings that fit into the registers, without spills, and the shared memory of a block. Plain
+# problems have a mask that is quickly computed, no score and no dropout.
 PLAIN = {
-    64: KernelSizes(Sizes(128, 3), Sizes(64, 3), {"kv": Sizes(64, 3)}),
-    128: KernelSizes(Sizes(128, 2), Sizes(64, 2), {"kv": Sizes(64, 2)}),
+    64: {"forward": Sizes(128, 3), "queries": Sizes(64, 3), "kv": Sizes(64, 3)},
+    128: {"forward": Sizes(128, 2), "queries": Sizes(64, 2), "kv": Sizes(64, 2)},
 }
 OTHERS = {
-    64: KernelSizes(Sizes(64, 4), Sizes(64, 3), {"k": Sizes(64, 3), "v": Sizes(64, 3)}),
-    128: KernelSizes(Sizes(64, 3), Sizes(64, 2), {"k": Sizes(64, 2), "v": Sizes(64, 2)}),
+    64: {
+        "forward": Sizes(64, 4),
+        "queries": Sizes(64, 3),
+        "k": Sizes(64, 3),
+        "v": Sizes(64, 3),
+    },
+    128: {
+        "forward": Sizes(64, 3),
+        "queries": Sizes(64, 2),
+        "k": Sizes(64, 2),
+        "v": Sizes(64, 2),
+    },
 }
 DTYPES = (jnp.bfloat16, jnp.float16)
 # What the registers hold, beside the accumulators.
@@ -63,23 +65,31 @@ MOST_NUMBERS = 1
 HOPPER = {"H100", "H200", "H800", "H20", "GH200"}
 
 
-def sizes(problem: Problem, width: int) -> KernelSizes:
-    plain = (
-        problem.score is None and not problem.dropout and masks.is_simple(problem.positional_mask)
-    )
+def is_plain(problem: Problem) -> bool:
+    """Whether there is little to compute but the products and the softmax."""
+    return problem.score is None and not problem.dropout and masks.is_simple(problem.positional_mask)
+
+
+def sizes(problem: Problem, operands: Operands) -> dict[str, Sizes]:
+    """Of each kernel: those measured on this card, or else the defaults."""
+    plain, width = is_plain(problem), operands.q.shape[-1]
+    tuned = tuning.table().get(tuning.key("hopper", problem, operands)) if plain else None
+    if tuned is not None:
+        return {kernel: Sizes(*chosen) for kernel, chosen in tuned.items()}
     table = PLAIN if plain else OTHERS
     return next(chosen for largest, chosen in table.items() if width <= largest)
 
 
 def forward(
-    problem: Problem, operands: Operands, interpret: Any = None
+    problem: Problem, operands: Operands, interpret: Any = None, chosen: Sizes | None = None
 ) -> tuple[jax.Array, LogSumExp]:
-    """See `problem.Implementation`."""
-    chosen = sizes(problem, operands.q.shape[-1]).forward
+    """See `problem.Implementation`; `chosen` is for measurements, as it is below."""
+    chosen = chosen or sizes(problem, operands)["forward"]
     launch = Launch(forward_kernel.KERNEL, problem, operands, chosen, interpret)
     arrays = launch.arrays(operands)
     sums = (launch.batch, launch.heads, launch.q_whole)
-    out, logsumexp = launch(arrays, [launch.like(arrays.q), result(sums, jnp.float32, operands.q)])
+    results = [launch.like(arrays.q), result(sums, jnp.float32, operands.q)]
+    out, logsumexp = launch(operands, arrays, results)
     return out[:, : launch.q_time], logsumexp[:, :, : launch.q_time] * math.log(2)
 
 
@@ -90,45 +100,85 @@ def backward(
     logsumexp: jax.Array,
     dout: jax.Array,
     interpret: Any = None,
+    chosen: dict[str, Sizes] | None = None,
 ) -> Gradients:
     """See `problem.Implementation`."""
+    chosen = chosen or sizes(problem, operands)
+    of_queries = rows_of_queries(operands, out, logsumexp, dout)
+    dq, score = gradient_of_queries(
+        problem, operands, dout, of_queries, interpret, chosen["queries"]
+    )
+    found: dict[str, jax.Array] = {}
+    for wanted in chosen.keys() & backward_kernels.KEYS:
+        found |= gradient_of_keys(
+            problem, operands, dout, of_queries, wanted, interpret, chosen[wanted]
+        )
+    return Gradients(dq, found["k"], found["v"], score)
+
+
+# Queries are padded to whole blocks, whatever the number of compute warpgroups.
+WHOLE = math.lcm(*(consumers * ROWS for consumers in REGISTERS))
+
+
+def rows_of_queries(
+    operands: Operands, out: jax.Array, logsumexp: jax.Array, dout: jax.Array
+) -> jax.Array:
+    """See `Arrays.of_queries`; `logsumexp` is as `forward` gives it."""
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     # Without keys every weight is 2^(-inf - inf) = 0.
     logsumexp = jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp / math.log(2))
     # Nor have queries that only fill a block any weights, whatever the score makes of them.
-    whole = up(operands.q.shape[1], CONSUMERS * ROWS)
+    whole = up(operands.q.shape[1], WHOLE)
     logsumexp, delta = padded(logsumexp, 2, whole, jnp.inf), padded(delta, 2, whole)
     rows = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (logsumexp, delta)]
     if operands.q_segments is not None:
         segments = padded(operands.q_segments, 1, whole)[:, None]
         rows.append(jnp.broadcast_to(segments, delta.shape))
-    of_queries = jnp.stack(rows, axis=2)
-    chosen = sizes(problem, operands.q.shape[-1])
+    return jnp.stack(rows, axis=2)
 
-    launch = Launch(backward_kernels.QUERIES, problem, operands, chosen.queries, interpret)
+
+def gradient_of_queries(
+    problem: Problem,
+    operands: Operands,
+    dout: jax.Array,
+    of_queries: jax.Array,
+    interpret: Any = None,
+    chosen: Sizes | None = None,
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    """The gradients of the queries and of the score's operands."""
+    chosen = chosen or sizes(problem, operands)["queries"]
+    launch = Launch(backward_kernels.QUERIES, problem, operands, chosen, interpret)
     arrays = launch.arrays(operands, dout, of_queries)
     results = [launch.like(arrays.q)]
     n = backward_kernels.learned_numbers(launch, arrays)
     if n:
         shape = (launch.batch, launch.heads, n, launch.q_whole)
         results.append(result(shape, jnp.float32, operands.q))
-    dq, *dscore = launch(arrays, results)
+    dq, *dscore = launch(operands, arrays, results)
     numbers = jnp.sum(dscore[0], axis=(0, 3)) if n else jnp.zeros((launch.heads, 0))
     score: list[Any] = []
     for x, learned in zip(operands.score, problem.learned, strict=True):
         size = x.size // launch.heads if learned else 0
         score.append(numbers[:, :size].reshape(x.shape) if learned else None)
         numbers = numbers[:, size:]
+    return dq[:, : launch.q_time], tuple(score)
 
-    found: dict[str, jax.Array] = {}
-    for wanted, key_sizes in chosen.keys.items():
-        kernel = backward_kernels.KEYS[wanted]
-        launch = Launch(kernel, problem, operands, key_sizes, interpret)
-        arrays = launch.arrays(operands, dout, of_queries)
-        gradients = launch(arrays, [launch.like(arrays.k)] * len(wanted))
-        found |= dict(zip(wanted, gradients, strict=True))
-    dk, dv = found["k"][:, : launch.k_time], found["v"][:, : launch.k_time]
-    return Gradients(dq[:, : launch.q_time], dk, dv, tuple(score))
+
+def gradient_of_keys(
+    problem: Problem,
+    operands: Operands,
+    dout: jax.Array,
+    of_queries: jax.Array,
+    wanted: str,
+    interpret: Any = None,
+    chosen: Sizes | None = None,
+) -> dict[str, jax.Array]:
+    """The gradients of keys and values, or of one of them: `wanted` is kv, k or v."""
+    chosen = chosen or sizes(problem, operands)[wanted]
+    launch = Launch(backward_kernels.KEYS[wanted], problem, operands, chosen, interpret)
+    arrays = launch.arrays(operands, dout, of_queries)
+    gradients = launch(operands, arrays, [launch.like(arrays.k)] * len(wanted))
+    return {name: x[:, : launch.k_time] for name, x in zip(wanted, gradients, strict=True)}
 
 
 def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None:

@@ -17,8 +17,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecoder.kernels.hopper import tiles
-from jaxdecoder.kernels.hopper.launch import At, Kernel, Launch, Step, stream_keys, walk
-from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS, Arrays, Ring, Work
+from jaxdecoder.kernels.hopper.launch import (
+    At,
+    Kernel,
+    Launch,
+    Step,
+    column_of,
+    stream_keys,
+    walk,
+    walk_ahead,
+)
+from jaxdecoder.kernels.hopper.tiles import ROWS, Arrays, Ring, Work
 
 
 class _QueriesMemory(NamedTuple):
@@ -38,25 +47,24 @@ def learned_numbers(launch: Launch, arrays: Arrays) -> int:
 
 
 def _queries_memory(launch: Launch, arrays: Arrays) -> _QueriesMemory:
-    depth, n = launch.sizes.depth, learned_numbers(launch, arrays)
+    n = learned_numbers(launch, arrays)
     return _QueriesMemory(
-        queries=Ring.of(
-            CONSUMERS,
+        queries=launch.own(
             q=launch.owned(),
             dout=launch.owned(),
-            numbers=tiles.vector(CONSUMERS, 2 + launch.segmented, ROWS, dtype=jnp.int32),
+            numbers=tiles.vector(launch.consumers, 2 + launch.segmented, ROWS, dtype=jnp.int32),
         ),
-        keys=Ring.of(depth, k=launch.streamed(), segments=launch.streamed_segments()),
-        values=Ring.of(depth, v=launch.streamed()),
+        keys=launch.ring(k=launch.streamed(), segments=launch.streamed_segments()),
+        values=launch.ring(v=launch.streamed()),
         stage=launch.stage(),
-        learned=tiles.vector(CONSUMERS, n, ROWS) if n else None,
+        learned=tiles.vector(launch.consumers, n, ROWS) if n else None,
     )
 
 
 def _queries_load(
     launch: Launch, arrays: Arrays, work: Work, at: At, memory: _QueriesMemory
 ) -> None:
-    for warpgroup in range(CONSUMERS):
+    for warpgroup in range(launch.consumers):
         queries = launch.rows(at, warpgroup)
         memory.queries.fill(
             warpgroup,
@@ -84,30 +92,61 @@ def _queries_compute(
     numbers = owned["numbers"]
     logsumexp, delta = (tiles.floats_along(0, numbers.at[i]) for i in range(2))
 
-    def visit(check: bool, step: Step, carry: Any) -> Any:
-        n = step.number
-        dq, sums = carry
+    stage = tiles.part(memory.stage, warpgroup)
+
+    def factors(n: Any) -> tuple[Any, Any]:
+        """Of the products, and of the gradients of the weights."""
+        k, v = memory.keys.take(n)["k"], memory.values.take(n)["v"]
+        return (owned["q"], tiles.transposed(k)), (owned["dout"], tiles.transposed(v))
+
+    def multiply(n: Any) -> Any:
+        found = tiles.multiply(*factors(n))
+        memory.values.release(n)
+        return found
+
+    def gradient(check: bool, step: Step, products: Any, sums: Any) -> Any:
+        """That of the scores, and the sums with this step in them."""
+        products, dweights = products
         k_start = jnp.int32(0)
         if check or head.needs_index:
-            k_start = work.indices[at.row, step.column] * launch.k_block
-        keys, v = memory.keys.take(n), memory.values.take(n)["v"]
-        products, dweights = tiles.multiply(
-            (owned["q"], tiles.transposed(keys["k"])), (owned["dout"], tiles.transposed(v))
-        )
-        memory.values.release(n)
-        segments = launch.segments_of(numbers), keys.get("segments")
+            k_start = column_of(work, at, step) * launch.k_block
+        segments = launch.segments_of(numbers), memory.keys.held(step.number).get("segments")
         tile = tiles.Tile(head, queries.start, k_start, shape, 0, *segments)
         s, pull = tile.scores(check, products, learned=True)
         weights = jnp.exp2(s - tiles.spread(logsumexp, 0, shape))
         ds = weights * (tile.dropout()(dweights) - tiles.spread(delta, 0, shape))
         ds, terms = pull(ds)
-        sums = [total + jnp.sum(term, axis=1) for total, term in zip(sums, terms, strict=True)]
-        [dq] = tiles.add_product(dq, ds, keys["k"], stage=tiles.part(memory.stage, warpgroup))
+        return ds, [total + jnp.sum(term, axis=1) for total, term in zip(sums, terms, strict=True)]
+
+    def visit(check: bool, step: Step, carry: Any) -> Any:
+        n = step.number
+        dq, sums = carry
+        ds, sums = gradient(check, step, multiply(n), sums)
+        [dq] = tiles.add_product(dq, ds, memory.keys.held(n)["k"], stage=stage)
         memory.keys.release(n)
         return dq, sums
 
-    sums = [tiles.zeros(ROWS) for _ in range(learned_numbers(launch, arrays))]
-    dq, sums = walk(work, at.row, 1, visit, (tiles.zeros(ROWS, launch.width), sums))
+    def visit_ahead(check: bool, step: Step, carry: Any, products: Any, more: bool) -> Any:
+        n = step.number
+        dq, sums = carry
+        ds, sums = gradient(check, step, products, sums)
+        following = factors(n + 1) if more else ()
+        dq, *found = tiles.add_product(
+            dq, ds, memory.keys.held(n)["k"], *following, stage=stage
+        )
+        memory.keys.release(n)
+        if more:
+            memory.values.release(n + 1)
+        return (dq, sums), found
+
+    carry = tiles.zeros(ROWS, launch.width), [
+        tiles.zeros(ROWS) for _ in range(learned_numbers(launch, arrays))
+    ]
+    if launch.sizes.rotated:
+        carry = walk_ahead(work, at, 1, lambda _: multiply(jnp.int32(0)), visit_ahead, carry)
+    else:
+        carry = walk(work, at, 1, visit, carry)
+    dq, sums = carry
 
     # Where the queries were there is room for their gradient.
     at = here()
@@ -121,7 +160,7 @@ def _queries_compute(
     if sums:
         place = results[1].at[at.batch, at.head, :, queries]
         plgpu.copy_smem_to_gmem(memory.learned.at[warpgroup], place)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 class _KeysMemory(NamedTuple):
@@ -134,23 +173,20 @@ class _KeysMemory(NamedTuple):
 
 
 def _keys_memory(launch: Launch, arrays: Arrays) -> _KeysMemory:
-    columns, depth = launch.sizes
+    columns, depth = launch.sizes[:2]
     return _KeysMemory(
-        keys=Ring.of(
-            CONSUMERS, k=launch.owned(), v=launch.owned(), segments=launch.owned_segments()
-        ),
-        queries=Ring.of(
-            depth,
+        keys=launch.own(k=launch.owned(), v=launch.owned(), segments=launch.owned_segments()),
+        queries=launch.ring(
             q=launch.streamed(),
             numbers=tiles.vector(depth, 2 + launch.segmented, columns, dtype=jnp.int32),
         ),
-        douts=Ring.of(depth, dout=launch.streamed()),
+        douts=launch.ring(dout=launch.streamed()),
         stage=launch.stage(),
     )
 
 
 def _keys_load(launch: Launch, arrays: Arrays, work: Work, at: At, memory: _KeysMemory) -> None:
-    for warpgroup in range(CONSUMERS):
+    for warpgroup in range(launch.consumers):
         keys = launch.rows(at, warpgroup)
         memory.keys.fill(
             warpgroup,
@@ -161,7 +197,7 @@ def _keys_load(launch: Launch, arrays: Arrays, work: Work, at: At, memory: _Keys
 
     def fill(check: bool, step: Step, _: None) -> None:
         head = at.head * launch.group + step.member
-        queries = pl.ds(work.indices[at.row, step.column] * launch.q_block, launch.q_block)
+        queries = pl.ds(column_of(work, at, step) * launch.q_block, launch.q_block)
         memory.queries.fill(
             step.number,
             q=arrays.q.at[at.batch, queries, head],
@@ -169,8 +205,8 @@ def _keys_load(launch: Launch, arrays: Arrays, work: Work, at: At, memory: _Keys
         )
         memory.douts.fill(step.number, dout=arrays.dout.at[at.batch, queries, head])
 
-    walk(work, at.row, launch.group, fill)
-    steps = work.counts[at.row] * launch.group
+    walk(work, at, launch.group, fill)
+    steps = work.counts[at.lists, at.row] * launch.group
     memory.queries.drain(steps)
     memory.douts.drain(steps)
 
@@ -196,14 +232,22 @@ def _keys_compute(
 
     only_head = head_of(0) if launch.group == 1 else None
 
-    def visit(check: bool, step: Step, sums: Any) -> Any:
-        sums = dict(sums)
+    def factors(n: Any) -> tuple[Any, Any]:
+        return owned["k"], tiles.transposed(memory.queries.take(n)["q"])
+
+    def visit(
+        check: bool, step: Step, sums: Any, products: Any = None, more: bool = False
+    ) -> Any:
+        """The sums with this step in them; and, if there are `more` steps, the next products."""
+        n, sums = step.number, dict(sums)
+        if products is None:
+            products = tiles.multiply(factors(n))
+        [products] = products
         head = head_of(step.member) if only_head is None else only_head
         q_start = jnp.int32(0)
         if check or head.needs_index:
-            q_start = work.indices[at.row, step.column] * launch.q_block
-        queries = memory.queries.take(step.number)
-        [products] = tiles.multiply((owned["k"], tiles.transposed(queries["q"])))
+            q_start = column_of(work, at, step) * launch.q_block
+        queries = memory.queries.held(n)
         numbers = queries["numbers"]
         segments = launch.segments_of(numbers), owned.get("segments")
         tile = tiles.Tile(head, q_start, keys.start, shape, 1, *segments)
@@ -211,26 +255,37 @@ def _keys_compute(
         weights = jnp.exp2(s - tiles.spread(tiles.floats_along(1, numbers.at[0]), 1, shape))
         dropped = tile.dropout()
         rounded = weights.astype(launch.dtype)
-        dout = memory.douts.take(step.number)["dout"]
+        dout = memory.douts.take(n)["dout"]
         of_weights = [(owned["v"], tiles.transposed(dout))] * ("k" in wanted)
+        last = [] if "k" in wanted or not more else [factors(n + 1)]
         if "v" in wanted:
-            sums["v"], *dweights = tiles.add_product(
-                sums["v"], dropped(weights), dout, *of_weights, stage=stage
+            sums["v"], *found = tiles.add_product(
+                sums["v"], dropped(weights), dout, *of_weights, *last, stage=stage
             )
         else:
-            dweights = tiles.multiply(*of_weights)
-        memory.douts.release(step.number)
+            found = tiles.multiply(*of_weights)
+        memory.douts.release(n)
         if "k" in wanted:
             # Half as many registers hold them while the products are under way.
             weights = lax.optimization_barrier(rounded).astype(jnp.float32)
             delta = tiles.spread(tiles.floats_along(1, numbers.at[1]), 1, shape)
-            ds, _ = pull(weights * (dropped(*dweights) - delta))
-            [sums["k"]] = tiles.add_product(sums["k"], ds, queries["q"], stage=stage)
-        memory.queries.release(step.number)
-        return sums
+            ds, _ = pull(weights * (dropped(*found) - delta))
+            last = [factors(n + 1)] if more else []
+            sums["k"], *found = tiles.add_product(
+                sums["k"], ds, queries["q"], *last, stage=stage
+            )
+        memory.queries.release(n)
+        return (sums, found) if launch.sizes.rotated else sums
 
     sums = {name: tiles.zeros(ROWS, launch.width) for name in wanted}
-    sums = walk(work, at.row, launch.group, visit, sums)
+    if launch.sizes.rotated:
+
+        def begin(_: Any) -> Any:
+            return tiles.multiply(factors(jnp.int32(0)))
+
+        sums = walk_ahead(work, at, launch.group, begin, visit, sums)
+    else:
+        sums = walk(work, at, launch.group, visit, sums)
 
     # Where the keys and values were there is room for their gradients.
     at = here()
@@ -241,7 +296,7 @@ def _keys_compute(
     plgpu.commit_smem()
     for name, out in zip(wanted, results, strict=True):
         plgpu.copy_smem_to_gmem(owned[name], out.at[at.batch, keys, at.head])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 QUERIES = Kernel("attention_queries_gradient", _queries_memory, _queries_load, _queries_compute)

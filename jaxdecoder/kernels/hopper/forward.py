@@ -15,8 +15,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecoder.kernels.hopper import tiles
-from jaxdecoder.kernels.hopper.launch import At, Kernel, Launch, Step, stream_keys, walk
-from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS, Arrays, Ring, Work
+from jaxdecoder.kernels.hopper.launch import (
+    At,
+    Kernel,
+    Launch,
+    Step,
+    column_of,
+    stream_keys,
+    walk,
+    walk_ahead,
+)
+from jaxdecoder.kernels.hopper.tiles import ROWS, Arrays, Ring, Work
 
 
 class _Memory(NamedTuple):
@@ -31,19 +40,18 @@ class _Memory(NamedTuple):
 
 
 def _memory(launch: Launch, arrays: Arrays) -> _Memory:
-    depth = launch.sizes.depth
     return _Memory(
-        queries=Ring.of(CONSUMERS, q=launch.owned(), segments=launch.owned_segments()),
-        keys=Ring.of(depth, k=launch.streamed(), segments=launch.streamed_segments()),
-        values=Ring.of(depth, v=launch.streamed()),
-        logsumexp=tiles.vector(CONSUMERS, ROWS),
+        queries=launch.own(q=launch.owned(), segments=launch.owned_segments()),
+        keys=launch.ring(k=launch.streamed(), segments=launch.streamed_segments()),
+        values=launch.ring(v=launch.streamed()),
+        logsumexp=tiles.vector(launch.consumers, ROWS),
         stage=launch.stage(),
-        turn=plgpu.Barrier(num_arrivals=CONSUMERS),
+        turn=plgpu.Barrier(num_arrivals=launch.consumers),
     )
 
 
 def _load(launch: Launch, arrays: Arrays, work: Work, at: At, memory: _Memory) -> None:
-    for warpgroup in range(CONSUMERS):
+    for warpgroup in range(launch.consumers):
         queries = launch.rows(at, warpgroup)
         memory.queries.fill(
             warpgroup,
@@ -51,6 +59,48 @@ def _load(launch: Launch, arrays: Arrays, work: Work, at: At, memory: _Memory) -
             segments=launch.segments(arrays.q_segments, at.batch, queries),
         )
     stream_keys(launch, arrays, work, at, memory.keys, memory.values)
+
+
+class _Turn(NamedTuple):
+    """Whose the tensor cores are: of two warpgroups, one multiplies while the other does not."""
+
+    barrier: Any
+    kind: str
+    """See `Sizes.turns`."""
+
+    def _arrive(self) -> None:
+        plgpu.barrier_arrive(self.barrier)
+
+    def _wait(self) -> None:
+        plgpu.barrier_wait(self.barrier)
+
+    def pass_over(self) -> None:
+        """Lets the other one multiply; it says the same when it is done with its scores."""
+        if self.kind != "none":
+            self._arrive()
+            self._wait()
+
+    def issued(self) -> None:
+        """While a product of scores is under way."""
+        if self.kind == "early":
+            self._arrive()
+
+    def multiplied(self) -> None:
+        """Once it is there."""
+        if self.kind == "early":
+            self._wait()
+        elif self.kind == "late":
+            self.pass_over()
+
+    def weighed(self) -> None:
+        """Once there are weights to multiply values with."""
+        if self.kind != "none":
+            self._arrive()
+
+    def take(self) -> None:
+        """Before they are."""
+        if self.kind != "none":
+            self._wait()
 
 
 def _compute(
@@ -67,51 +117,86 @@ def _compute(
     queries = launch.rows(at, warpgroup)
     head = launch.head(arrays, at.batch, at.head)
     owned = memory.queries.take(warpgroup)
+    turn = _Turn(memory.turn, launch.sizes.turns)
+    stage = tiles.part(memory.stage, warpgroup)
 
-    def take_turn() -> None:
-        plgpu.barrier_arrive(memory.turn)
-        plgpu.barrier_wait(memory.turn)
+    def release_keys(n: Any) -> None:
+        """Once their product is there, unless their segments are still to be read."""
+        if not launch.segmented:
+            memory.keys.release(n)
 
-    def visit(check: bool, step: Step, carry: Any) -> Any:
+    def multiply(n: Any) -> Any:
+        keys = memory.keys.take(n)
+        pair = owned["q"], tiles.transposed(keys["k"])
+        [products] = tiles.multiply(pair, issued=turn.issued)
+        release_keys(n)
+        turn.multiplied()
+        return products
+
+    def softmax(check: bool, step: Step, products: Any, carry: Any) -> Any:
+        """The carry of the step, and its weights."""
         n = step.number
         largest, total, mixed = carry
         k_start = jnp.int32(0)
         if check or head.needs_index:
-            k_start = work.indices[at.row, step.column] * launch.k_block
-        keys = memory.keys.take(n)
-        [products] = tiles.multiply((owned["q"], tiles.transposed(keys["k"])))
-        segments = owned.get("segments"), keys.get("segments")
+            k_start = column_of(work, at, step) * launch.k_block
+        segments = owned.get("segments"), memory.keys.held(n).get("segments")
         tile = tiles.Tile(head, queries.start, k_start, shape, 0, *segments)
-        if not launch.segmented:
-            memory.keys.release(n)
-        take_turn()
-
-        s = tile.base_two_scores(products)
+        s, factor = tile.base_two_scores(products)
         if check:
             s = jnp.where(tile.allowed(), s, -jnp.inf)
         if launch.segmented:
             memory.keys.release(n)
-        higher = jnp.maximum(largest, jnp.max(s, axis=1))
+        # Scaled after the maximum is sought: the difference below is then one instruction.
+        higher = jnp.maximum(largest, jnp.max(s, axis=1) * factor)
         base = jnp.where(higher == -jnp.inf, 0.0, higher)
-        weights, shrink = jnp.exp2(s - tiles.spread(base, 0, shape)), jnp.exp2(largest - base)
+        weights = jnp.exp2(s * factor - tiles.spread(base, 0, shape))
+        shrink = jnp.exp2(largest - base)
         total = total * shrink + jnp.sum(weights, axis=1)
         mixed = mixed * tiles.spread(shrink, 0, mixed.shape)
         weights = tile.dropout()(weights).astype(launch.dtype)
         higher, total, mixed, weights = lax.optimization_barrier((higher, total, mixed, weights))
+        return (higher, total, mixed), weights
 
-        plgpu.barrier_arrive(memory.turn)
+    def visit(check: bool, step: Step, carry: Any) -> Any:
+        n = step.number
+        (largest, total, mixed), weights = softmax(check, step, multiply(n), carry)
+        turn.weighed()
         v = memory.values.take(n)["v"]
-        plgpu.barrier_wait(memory.turn)
-        [mixed] = tiles.add_product(mixed, weights, v, stage=tiles.part(memory.stage, warpgroup))
+        turn.take()
+        [mixed] = tiles.add_product(mixed, weights, v, stage=stage)
         memory.values.release(n)
-        return higher, total, mixed
+        return largest, total, mixed
+
+    def visit_ahead(check: bool, step: Step, carry: Any, products: Any, more: bool) -> Any:
+        n = step.number
+        (largest, total, mixed), weights = softmax(check, step, products, carry)
+        turn.weighed()
+        v, following = memory.values.take(n)["v"], []
+        if more:
+            keys = memory.keys.take(n + 1)
+            following = [(owned["q"], tiles.transposed(keys["k"]))]
+        turn.take()
+        issued = turn.issued if more else lambda: None
+        mixed, *found = tiles.add_product(
+            mixed, weights, v, *following, stage=stage, issued=issued
+        )
+        memory.values.release(n)
+        if more:
+            release_keys(n + 1)
+            turn.multiplied()
+        return (largest, total, mixed), (found[0] if more else None)
 
     # The second warpgroup stays half a step behind the first.
-    pl.when(warpgroup == 1)(take_turn)
+    pl.when(warpgroup == 1)(turn.pass_over)
     rows = tiles.zeros(ROWS)
     carry = rows - jnp.inf, rows, tiles.zeros(ROWS, launch.width)
-    largest, total, mixed = walk(work, at.row, 1, visit, carry)
-    pl.when(warpgroup == 0)(take_turn)
+    if launch.sizes.rotated:
+        carry = walk_ahead(work, at, 1, lambda _: multiply(jnp.int32(0)), visit_ahead, carry)
+    else:
+        carry = walk(work, at, 1, visit, carry)
+    largest, total, mixed = carry
+    pl.when(warpgroup == 0)(turn.pass_over)
 
     at = here()
     queries = launch.rows(at, warpgroup)
@@ -124,7 +209,8 @@ def _compute(
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out, results[0].at[at.batch, queries, at.head])
     plgpu.copy_smem_to_gmem(logsumexp, results[1].at[at.batch, at.head, queries])
-    plgpu.wait_smem_to_gmem(0)
+    # Shared memory must outlast its being read; what is written is there when the kernel ends.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 KERNEL = Kernel("attention_forward", _memory, _load, _compute)

@@ -15,23 +15,34 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.hopper import tiles
-from jaxdecoder.kernels.hopper.tiles import CONSUMERS, ROWS, Arrays, Head, Work
+from jaxdecoder.kernels.hopper.tiles import ROWS, Arrays, Head, Work
 from jaxdecoder.kernels.problem import Operands, Problem, alike, result
+from jaxdecoder.kernels.segments import narrowed
 
-# The registers of 384 threads that start with 168 each, handed from one warpgroup to the others.
-MEMORY_REGISTERS, COMPUTE_REGISTERS = 24, 240
+# By the number of compute warpgroups: the registers of a thread of the one that moves memory, which
+# hands its others on, and of those that compute. A block has 64k registers, evenly at first.
+REGISTERS = {2: (24, 240), 3: (32, 160)}
 # Heads are attended to together while what streams past them fits into this much of the
 # second-level cache, of which Hopper cards have 50 MB.
 CACHE_BYTES = 32 * 2**20
 
 
 class Sizes(NamedTuple):
-    """How a kernel is cut. Each of its two compute warpgroups owns `tiles.ROWS` rows."""
+    """How a kernel is cut and ordered. Each compute warpgroup owns `tiles.ROWS` rows."""
 
     columns: int
     """Streamed past the rows in one step."""
     depth: int
     """Steps that are copied ahead."""
+    consumers: int = 2
+    """Compute warpgroups: a key of `REGISTERS`."""
+    rotated: bool = False
+    """Whether the first products of a step are under way together with the last ones of the step
+    before: the tensor cores have more to do at a time, and the registers more to hold."""
+    turns: str = "late"
+    """How the two warpgroups of the forward kernel take turns at the tensor cores. late: one hands
+    over once it has the scores; early: as soon as their product is under way; none: neither waits
+    for the other, which it must be for three."""
 
 
 class At(NamedTuple):
@@ -39,6 +50,8 @@ class At(NamedTuple):
 
     batch: Any
     head: Any
+    lists: Any
+    """The entry of `Work`."""
     row: Any
 
 
@@ -68,9 +81,14 @@ class Launch:
         self.group = self.heads // self.kv_heads
         self.segmented = operands.q_segments is not None
         self.segments_shared = self.segmented and operands.q_segments.shape[0] == 1
-        rows, columns = CONSUMERS * ROWS, sizes.columns
+        rows, columns = self.consumers * ROWS, sizes.columns
         self.q_block, self.k_block = (columns, rows) if kernel.rows_are_keys else (rows, columns)
         self.q_whole, self.k_whole = up(self.q_time, self.q_block), up(self.k_time, self.k_block)
+
+    @property
+    def consumers(self) -> int:
+        """Compute warpgroups; one more moves memory."""
+        return self.sizes.consumers
 
     def arrays(self, operands: Operands, dout: Any = None, of_queries: Any = None) -> Arrays:
         # The copy engine reads zeros past the end of an array, but moves whole groups of 8 rows.
@@ -101,25 +119,35 @@ class Launch:
 
     def rows(self, at: At, warpgroup: Any) -> Any:
         """Those a compute warpgroup owns."""
-        return pl.ds((at.row * CONSUMERS + warpgroup) * ROWS, ROWS)
+        return pl.ds((at.row * self.consumers + warpgroup) * ROWS, ROWS)
+
+    def ring(self, **arrays: Any) -> tiles.Ring:
+        """What is streamed."""
+        return tiles.Ring.of(self.sizes.depth, self.consumers, **arrays)
+
+    def own(self, **arrays: Any) -> tiles.Ring:
+        """What is owned, filled once, a buffer a compute warpgroup."""
+        return tiles.Ring.of(self.consumers, self.consumers, **arrays)
 
     def owned(self) -> Any:
-        return tiles.matrix(CONSUMERS, ROWS, self.width, dtype=self.dtype)
+        return tiles.matrix(self.consumers, ROWS, self.width, dtype=self.dtype)
 
     def owned_segments(self) -> Any:
-        return tiles.vector(CONSUMERS, ROWS, dtype=jnp.int32) if self.segmented else None
+        return tiles.vector(self.consumers, ROWS, dtype=jnp.int32) if self.segmented else None
 
     def streamed(self) -> Any:
-        return tiles.matrix(*self.sizes[::-1], self.width, dtype=self.dtype)
+        columns, depth = self.sizes[:2]
+        return tiles.matrix(depth, columns, self.width, dtype=self.dtype)
 
     def streamed_segments(self) -> Any:
-        return tiles.vector(*self.sizes[::-1], dtype=jnp.int32) if self.segmented else None
+        columns, depth = self.sizes[:2]
+        return tiles.vector(depth, columns, dtype=jnp.int32) if self.segmented else None
 
     def stage(self) -> Any:
         """Where factors go that the tensor cores would take from registers, if not interpreted."""
         if self.interpret is None:
             return None
-        return tiles.matrix(CONSUMERS, ROWS, self.sizes.columns, dtype=self.dtype)
+        return tiles.matrix(self.consumers, ROWS, self.sizes.columns, dtype=self.dtype)
 
     def head(self, arrays: Arrays, batch: Any, head: Any) -> Head:
         parameters = tiles.parameters(self.problem, arrays.score, head)
@@ -129,37 +157,52 @@ class Launch:
             batch, head = arrays.batch_index[batch], arrays.head_index[head]
         return Head(self.problem, batch, head, parameters, dropout, k_time)
 
-    def __call__(self, arrays: Arrays, results: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
-        """Runs a block for every row of blocks, head and batch entry, heavy rows first."""
+    def work(self, operands: Operands) -> Work:
+        """The lists of each batch entry, or one for all."""
         states = self.problem.states(self.q_time, self.k_time, self.q_block, self.k_block)
-        lists = masks.block_lists(states.T if self.kernel.rows_are_keys else states)
+        by_keys = self.kernel.rows_are_keys
+        lists = masks.block_lists(states.T if by_keys else states)
+        # Where the run narrows them, what the mask leaves says well enough which rows are heavy.
         order = np.argsort(-lists.counts, kind="stable").astype(np.int32)
-        work = jax.tree.map(jnp.asarray, Work(order, *lists))
-        operands, tree = jax.tree.flatten(alike((work, arrays)))
+        if not self.problem.segments_vary:
+            return Work(order, *(x[None] for x in lists))
+        queries = operands.q_segments, self.q_block
+        keys = operands.k_segments, self.k_block
+        return Work(order, *narrowed(lists, *(keys + queries if by_keys else queries + keys)))
+
+    def __call__(
+        self, operands: Operands, arrays: Arrays, results: list[jax.ShapeDtypeStruct]
+    ) -> list[jax.Array]:
+        """Runs a block for every row of blocks, head and batch entry, heavy rows first."""
+        work = jax.tree.map(jnp.asarray, self.work(operands))
+        n_rows, n_lists = len(work.order), len(work.counts)
+        given, tree = jax.tree.flatten(alike((work, arrays)))
         heads = self.kv_heads if self.kernel.rows_are_keys else self.heads
         together = self._heads_together()
+        memory_registers, compute_registers = REGISTERS[self.consumers]
 
         def body(*refs: Any, memory: Any) -> None:
-            work, arrays = jax.tree.unflatten(tree, refs[: len(operands)])
+            work, arrays = jax.tree.unflatten(tree, refs[: len(given)])
 
             def here() -> At:
                 # A barrier keeps the compiler from keeping the answer, at the price of registers.
                 section = lax.optimization_barrier(lax.axis_index("section"))
                 place = section * together + lax.axis_index("head")
                 batch, head = lax.div(place, jnp.int32(heads)), lax.rem(place, jnp.int32(heads))
-                return At(batch, head, work.order[lax.axis_index("row")])
+                lists = batch if n_lists > 1 else jnp.int32(0)
+                return At(batch, head, lists, work.order[lax.axis_index("row")])
 
             warpgroup = lax.axis_index("warpgroup")
 
-            @pl.when(warpgroup < CONSUMERS)
+            @pl.when(warpgroup < self.consumers)
             def _compute() -> None:
-                plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-                results = refs[len(operands) :]
+                plgpu.set_max_registers(compute_registers, action="increase")
+                results = refs[len(given) :]
                 self.kernel.compute(self, arrays, work, here, memory, warpgroup, results)
 
-            @pl.when(warpgroup == CONSUMERS)
+            @pl.when(warpgroup == self.consumers)
             def _load() -> None:
-                plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+                plgpu.set_max_registers(memory_registers, action="decrease")
                 self.kernel.load(self, arrays, work, here(), memory)
 
         body.__name__ = self.kernel.name
@@ -167,15 +210,15 @@ class Launch:
             body,
             out_type=results,
             scratch_types={"memory": self.kernel.memory(self, arrays)},
-            grid=(self.batch * heads // together, len(order), together),
+            grid=(self.batch * heads // together, n_rows, together),
             grid_names=("section", "row", "head"),
-            num_threads=CONSUMERS + 1,
+            num_threads=self.consumers + 1,
             thread_name="warpgroup",
             compiler_params=tiles.COMPILER,
             interpret=self.interpret,
-        )(*operands)
+        )(*given)
         # Mosaic's launch forgets what varies over a mesh.
-        return alike((operands, found))[1]
+        return alike((given, found))[1]
 
     def _heads_together(self) -> int:
         """How many heads' blocks of the same row run side by side: a divisor of all of them."""
@@ -209,22 +252,68 @@ class Step(NamedTuple):
         return self.first + (self.within if self.members == 1 else lax.rem(self.within, self.span))
 
 
-def walk(work: Work, row: Any, members: int, visit: Callable[..., Any], carry: Any = None) -> Any:
+def column_of(work: Work, at: At, step: Step) -> Any:
+    """The column that a step is at."""
+    return work.indices[at.lists, at.row, step.column]
+
+
+def walk(work: Work, at: At, members: int, visit: Callable[..., Any], carry: Any = None) -> Any:
     """Visits the columns of a row once for every member: first those that need no mask.
 
     `visit(check, step, carry)` is traced for both kinds; loops that are not nested leave more
     registers to the accumulators.
     """
-    full, end = work.full_counts[row], work.counts[row]
+    full, end = work.full_counts[at.lists, at.row], work.counts[at.lists, at.row]
     for check, first, last in ((False, jnp.int32(0), full), (True, full, end)):
         span = last - first
-
-        def body(t: Any, carry: Any, check: bool, first: Any, span: Any) -> Any:
-            return visit(check, Step(first * members + t, t, first, span, members), carry)
-
-        one = functools.partial(body, check=check, first=first, span=span)
+        one = _one_step(visit, check, first, span, members)
         carry = lax.fori_loop(0, span * members, one, carry)
     return carry
+
+
+def walk_ahead(
+    work: Work,
+    at: At,
+    members: int,
+    begin: Callable[[Any], Any],
+    visit: Callable[..., Any],
+    carry: Any,
+) -> Any:
+    """Like `walk`, but every step finds products that the step before it has begun.
+
+    `begin(carry)` makes those of step 0, and `visit(check, step, carry, products, more)` gives the
+    carry and, if there are `more` steps, the products of the next. The last step is traced apart,
+    and checked in any case.
+    """
+    full, end = work.full_counts[at.lists, at.row], work.counts[at.lists, at.row]
+
+    def all_steps(carry: Any) -> Any:
+        carry = carry, begin(carry)
+        partial = end > full
+        for check, first, last in ((False, jnp.int32(0), full), (True, full, end)):
+            span = last - first
+            count = span * members - (partial if check else ~partial).astype(jnp.int32)
+            one = _one_step(functools.partial(_and_more, visit), check, first, span, members)
+            carry = lax.fori_loop(0, count, one, carry)
+        first = jnp.where(partial, full, 0)
+        span = end - first
+        step = Step(end * members - 1, span * members - 1, first, span, members)
+        return visit(True, step, *carry, False)[0]
+
+    return lax.cond(end > 0, all_steps, lambda carry: carry, carry)
+
+
+def _and_more(visit: Callable[..., Any], check: bool, step: Step, carry: Any) -> Any:
+    return visit(check, step, *carry, True)
+
+
+def _one_step(
+    visit: Callable[..., Any], check: bool, first: Any, span: Any, members: int
+) -> Callable[[Any, Any], Any]:
+    def one(t: Any, carry: Any) -> Any:
+        return visit(check, Step(first * members + t, t, first, span, members), carry)
+
+    return one
 
 
 def stream_keys(
@@ -233,14 +322,14 @@ def stream_keys(
     """Copies the keys and values that a block of queries walks past, and waits for the last."""
 
     def fill(check: bool, step: Step, _: None) -> None:
-        columns = pl.ds(work.indices[at.row, step.column] * launch.k_block, launch.k_block)
+        columns = pl.ds(column_of(work, at, step) * launch.k_block, launch.k_block)
         place = at.batch, columns, lax.div(at.head, jnp.int32(launch.group))
         segments = launch.segments(arrays.k_segments, at.batch, columns)
         keys.fill(step.number, k=arrays.k.at[place], segments=segments)
         values.fill(step.number, v=arrays.v.at[place])
 
-    walk(work, at.row, 1, fill)
-    steps = work.counts[at.row]
+    walk(work, at, 1, fill)
+    steps = work.counts[at.lists, at.row]
     keys.drain(steps)
     values.drain(steps)
 

@@ -19,7 +19,6 @@ from jaxdecoder.kernels.problem import Problem
 from jaxdecoder.kernels.scores import Score
 
 ROWS = 64  # of one `wgmma`, and of a compute warpgroup's tile
-CONSUMERS = 2  # compute warpgroups of a block; one more moves memory
 COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 LOG2E = math.log2(math.e)
 
@@ -30,10 +29,12 @@ TILE = plgpu.Layout.WGMMA
 class Work(NamedTuple):
     """A launch's rows of blocks, in the order they are begun, and the columns each of them walks.
 
-    See `masks.BlockLists`. int32.
+    See `masks.BlockLists`, which are here for each batch entry or, with a first axis of 1, for all.
+    int32.
     """
 
     order: Any
+    """(rows,)"""
     counts: Any
     full_counts: Any
     indices: Any
@@ -88,13 +89,15 @@ class Ring(NamedTuple):
     consumed: Any
 
     @classmethod
-    def of(cls, depth: int, **arrays: Any) -> Ring:
-        """The shared memory for `depth` buffers, the first axis of the arrays that are not None."""
+    def of(cls, depth: int, consumers: int, **arrays: Any) -> Ring:
+        """The shared memory for `depth` buffers, the first axis of the arrays that are not None.
+
+        So many warpgroups empty each of them."""
         arrays = {name: array for name, array in arrays.items() if array is not None}
         return cls(
             arrays,
             plgpu.Barrier(num_arrivals=len(arrays), num_barriers=depth),
-            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=depth),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=depth),
         )
 
     @property
@@ -117,6 +120,11 @@ class Ring(NamedTuple):
     def take(self, step: Any) -> dict[str, Any]:
         slot = self.slot(step)
         plgpu.barrier_wait(self.loaded.at[slot])
+        return self.held(step)
+
+    def held(self, step: Any) -> dict[str, Any]:
+        """What was taken and is not yet released."""
+        slot = self.slot(step)
         return {name: array.at[slot] for name, array in self.arrays.items()}
 
     def release(self, step: Any) -> None:
@@ -152,12 +160,16 @@ def transposed(ref: Any) -> Any:
     return ref.transpose((1, 0))
 
 
-def multiply(*pairs: tuple[Any, Any]) -> list[jax.Array]:
-    """a b in float32 for every pair, which lies in shared memory."""
+def multiply(
+    *pairs: tuple[Any, Any], issued: Callable[[], None] = lambda: None
+) -> list[jax.Array]:
+    """a b in float32 for every pair, which lies in shared memory; `issued` is called while the
+    products are under way."""
 
     def multiplied(*accumulators: Any) -> list[jax.Array]:
         for accumulator, (a, b) in zip(accumulators, pairs, strict=True):
             plgpu.wgmma(accumulator, a, b)
+        issued()
         return [accumulator[...] for accumulator in accumulators]
 
     shapes = [plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs]
@@ -170,6 +182,7 @@ def add_product(
     b: Any,
     *pairs: tuple[Any, Any],
     stage: Any = None,
+    issued: Callable[[], None] = lambda: None,
 ) -> tuple[jax.Array, ...]:
     """total + a b with `a` from the registers, or by way of the shared memory `stage`; and, while
     at it, the products of the pairs, as `multiply` gives them."""
@@ -177,11 +190,13 @@ def add_product(
     if stage is not None:
         stage[...] = a
         plgpu.commit_smem()
-        return total + multiply((stage, b))[0], *(multiply(*pairs) if pairs else ())
+        product, *others = multiply((stage, b), *pairs, issued=issued)
+        return total + product, *others
 
     def multiplied(accumulators: Any) -> None:
         for accumulator, (a_, b_) in zip(accumulators, [(a, b), *pairs], strict=True):
             plgpu.wgmma(accumulator, a_, b_)
+        issued()
 
     starts = total, *(zeros(a_.shape[0], b_.shape[1]) for a_, b_ in pairs)
     return pl.run_state(multiplied)(tuple(map(plgpu.ACC.init, starts)))
@@ -257,13 +272,16 @@ class Tile(NamedTuple):
         )
         return jnp.broadcast_to(allowed, self.shape)
 
-    def base_two_scores(self, products: jax.Array) -> jax.Array:
-        """The scores over log(2), so that their exponentials are powers of 2."""
+    def base_two_scores(self, products: jax.Array) -> tuple[jax.Array, float]:
+        """The scores over log(2), so that their exponentials are powers of 2: what is to be
+        multiplied, and a positive factor."""
         head, problem = self.head, self.head.problem
-        if problem.score is None:
-            return products * (problem.scale * LOG2E)
-        place = head.batch, head.head, *self.positions()
-        return problem.score(products * problem.scale, *place, *head.parameters) * LOG2E
+        if problem.score is None and problem.scale > 0:
+            return products, problem.scale * LOG2E
+        s = products * problem.scale
+        if problem.score is not None:
+            s = _lowerable(problem.score, s, head.batch, head.head, *self.positions(), *head.parameters)
+        return s, LOG2E
 
     def scores(
         self, check: bool, products: jax.Array, learned: bool
@@ -277,7 +295,7 @@ class Tile(NamedTuple):
     def _scores_and_pull(self, products: jax.Array, learned: bool) -> tuple[jax.Array, Any]:
         head, problem = self.head, self.head.problem
         if problem.score is None:
-            return self.base_two_scores(products), lambda ds: (ds, [])
+            return products * (problem.scale * LOG2E), lambda ds: (ds, [])
         function, index = problem.score, self.positions()
         wanted = [learned and flag for flag in problem.learned]
         chosen = [p for p, flag in zip(head.parameters, wanted, strict=True) if flag]
@@ -298,7 +316,13 @@ class Tile(NamedTuple):
         value, (slope, slopes) = _lowerable(value_and_slopes, s, chosen)
 
         def pull(ds: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-            return ds * slope, [ds * x for x in jax.tree.leaves(slopes)]
+            # Where nothing is to be pulled, not even an infinite slope does.
+            none = ds == 0
+
+            def times(x: jax.Array) -> jax.Array:
+                return jnp.where(none, 0.0, ds * x)
+
+            return times(slope), [times(x) for x in jax.tree.leaves(slopes)]
 
         return value * LOG2E, pull
 
@@ -337,11 +361,20 @@ def try_out(problem: Problem, score: tuple[Any, ...]) -> None:
 
 
 def _lowerable(function: Any, *arguments: Any) -> Any:
-    """`function(*arguments)`, its sums of derivatives as plain sums, which Mosaic can lower."""
+    """`function(*arguments)` in operations that Mosaic lowers, and exactly enough.
+
+    Sums of derivatives become plain sums. tanh becomes exponentials: the card's own instruction has
+    a relative error of 2^-11, with which a soft cap of 50 would be off by up to 0.02.
+    """
     jaxpr = jax.make_jaxpr(function)(*arguments)
     shape = jax.eval_shape(function, *arguments)
     results = _evaluate(jaxpr, *jax.tree.leaves(arguments))
     return jax.tree.unflatten(jax.tree.structure(shape), results)
+
+
+def tanh(x: jax.Array) -> jax.Array:
+    """tanh to an absolute error of a few 2^-24; an exponential that overflows gives 1."""
+    return 1.0 - 2.0 / (jnp.exp2(x * (2 * LOG2E)) + 1.0)
 
 
 def _evaluate(closed: core.ClosedJaxpr, *arguments: Any) -> list[Any]:
@@ -356,6 +389,8 @@ def _evaluate(closed: core.ClosedJaxpr, *arguments: Any) -> list[Any]:
         given = [value(x) for x in equation.invars]
         if equation.primitive is add_jaxvals_p:
             results = [given[0] + given[1]]
+        elif equation.primitive is lax.tanh_p:
+            results = [tanh(*given)]
         elif equation.primitive is jit_p:
             results = _evaluate(equation.params["jaxpr"], *given)
         else:
