@@ -77,6 +77,20 @@ def scale_by_operand(score, batch, head, q_index, k_index, factor):
     return score * factor + batch
 
 
+def hidden(q, k):
+    """Whole rows of blocks, and all keys of a few queries."""
+    return ((q % 3 == 1) & (k < 20)) | (q % 7 == 5)
+
+
+def hide(score, batch, head, q_index, k_index):
+    return jnp.where(hidden(q_index, k_index), -jnp.inf, score)
+
+
+def over_distance(score, batch, head, q_index, k_index):
+    """Infinite, or no number, where a query meets its own position."""
+    return score / jnp.abs(q_index - k_index)
+
+
 def made_of(*shapes):
     return lambda random, heads: [jnp.float32(random.normal(size=(heads, *s))) for s in shapes]
 
@@ -97,7 +111,30 @@ SCORES = {
         lambda x: scores.from_function(scale_by_operand, x, learned=True),
         naive.WITH_BATCH,
     ),
+    "hides_keys": (
+        made_of(),
+        lambda: scores.from_function(hide),
+        naive.Score(
+            lambda s, b, h, q, k: np.where(hidden(q, k), -np.inf, s),
+            lambda s, b, h, q, k: np.where(hidden(q, k), 0.0, 1.0),
+            lambda *_: [],
+        ),
+    ),
 }
+# Not for every mask: they have no value somewhere.
+SCORES_OF_THE_FUTURE = {
+    "over_distance": (
+        made_of(),
+        lambda: scores.from_function(over_distance),
+        naive.Score(
+            lambda s, b, h, q, k: s / np.maximum(naive.distance(q, k), 1),
+            lambda s, b, h, q, k: 1 / np.maximum(naive.distance(q, k), 1),
+            lambda *_: [],
+        ),
+    )
+}
+DRAWN = list(SCORES)
+SCORES |= SCORES_OF_THE_FUTURE
 
 
 class Case(NamedTuple):
@@ -127,7 +164,7 @@ def cases(draw):
         width=draw(st.sampled_from([16, 24, 64])),
         dtype=draw(st.sampled_from(list(TOLERANCE))),
         mask=draw(st.sampled_from(list(MASKS))),
-        score=draw(st.sampled_from(list(SCORES))),
+        score=draw(st.sampled_from(DRAWN)),
         rate=draw(st.sampled_from([0.0, 0.3])),
         segments=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
@@ -241,11 +278,17 @@ HALF = Case(
 )
 
 
+# Rows without a score in the first blocks, or in any, where the mask leaves nothing to check.
+HIDDEN = Case(mask="everything", score="hides_keys", q_time=48, k_time=48)
+# Slopes that are infinite where the mask allows nothing.
+SINGULAR = Case(mask="strictly_future", score="over_distance", q_time=40, k_time=33)
+
+
 @every_implementation
 @pytest.mark.parametrize(
     "case",
-    [EVERYTHING_AT_ONCE, NO_KEYS, HALF],
-    ids=["everything_at_once", "no_keys", "half_precision"],
+    [EVERYTHING_AT_ONCE, NO_KEYS, HALF, HIDDEN, SINGULAR],
+    ids=["everything_at_once", "no_keys", "half_precision", "hidden", "singular"],
 )
 def test_hard_cases(implementation, case):
     made = make(case)

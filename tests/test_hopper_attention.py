@@ -31,12 +31,13 @@ from test_flash_attention import (
 
 from jaxdecoder.kernels import flash, hopper, masks, scores
 from jaxdecoder.kernels.dropout import scaled
+from jaxdecoder.kernels.hopper import tiles
 from jaxdecoder.kernels.problem import Device
 
 H200 = Device("gpu", "NVIDIA H200")
 PHASES = (Phase.explicit, Phase.generate)  # to shrink an example would take an hour
 DTYPES = ("bfloat16", "float16")
-TAKEN = ("none", "soft_cap", "alibi", "a_function")
+TAKEN = ("none", "soft_cap", "alibi", "a_function", "hides_keys")
 HALF = Case(batch=1, kv_heads=1, group=1, dtype="bfloat16")
 # Several blocks of queries and of keys, ragged ones among them, and all that a kernel can be asked.
 INTERPRETED = {
@@ -54,6 +55,10 @@ INTERPRETED = {
         seed=5,
     ),
     "no_keys": HALF._replace(q_time=140, k_time=67, mask="strictly_future", score="a_function"),
+    "hidden": HALF._replace(q_time=130, k_time=256, mask="everything", score="hides_keys"),
+    "singular": HALF._replace(
+        q_time=140, k_time=150, mask="strictly_future", score="over_distance", dtype="float16"
+    ),
 }
 
 
@@ -148,7 +153,9 @@ needs_interpreter = pytest.mark.skipif(
 
 
 @needs_interpreter
-@pytest.mark.parametrize("names", [("everything_at_once",), *slow((("longformer", "no_keys"),))])
+@pytest.mark.parametrize(
+    "names", [("everything_at_once",), *slow((("longformer", "no_keys", "hidden", "singular"),))]
+)
 def test_is_the_formula_with_its_gradients_interpreted(names):
     interpreted(f"check_interpreted(*{names})")
 
@@ -157,6 +164,14 @@ def test_is_the_formula_with_its_gradients_interpreted(names):
 @pytest.mark.parametrize("name", ["rotated", *slow(*(x for x in VARIANTS if x != "rotated"))])
 def test_every_variant_is_the_formula_interpreted(name):
     interpreted(f"check_variant({name!r})")
+
+
+def test_tanh_is_exact_enough_for_a_soft_cap():
+    """Of a cap of 50, 50 times the error is all that a score is off by."""
+    x = np.concatenate([np.linspace(-12, 12, 100_001), [-1e30, -200.0, 200.0, 1e30]])
+    x = np.float32(x)
+    found = jax.jit(tiles.tanh)(x)
+    np.testing.assert_allclose(found, np.tanh(np.float64(x)), rtol=0, atol=2e-7)
 
 
 @needs_interpreter

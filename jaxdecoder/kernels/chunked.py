@@ -122,7 +122,8 @@ def _forward(problem: Problem, entries: Any, operands: Operands) -> tuple[jax.Ar
             s = s if allowed is None else jnp.where(allowed, s, -jnp.inf)
             higher = jnp.maximum(largest, jnp.max(s, axis=-1))
             # A row without keys so far has no largest score to subtract.
-            base = higher if allowed is None else jnp.where(higher == -jnp.inf, 0.0, higher)
+            some_without = allowed is not None or problem.score is not None
+            base = jnp.where(higher == -jnp.inf, 0.0, higher) if some_without else higher
             weights, shrink = jnp.exp(s - base[..., None]), jnp.exp(largest - base)
             total = total * shrink + jnp.sum(weights, axis=-1)
             weights = blocks.dropped(i, j, weights).astype(operands.v.dtype)
@@ -176,7 +177,9 @@ def _backward(
             dropped = blocks.dropped(i, j, weights).astype(operands.q.dtype)
             dv = dv + einsum("bhgqk,bhgqw->bhkw", dropped, dout[i])
             ds = weights * (blocks.dropped(i, j, dweights) - delta[i][..., None])
-            more, ds = pull(ds)
+            more, pulled = pull(ds)
+            # Where nothing is to be pulled, not even an infinite slope does.
+            ds = ds if problem.score is None else jnp.where(ds == 0, 0.0, pulled)
             dscore = tuple(
                 total + part if learned else total
                 for total, part, learned in zip(dscore, more, problem.learned, strict=True)

@@ -151,7 +151,9 @@ def _forward_kernel(tiling: Tiling, lists: Any, refs: Inputs, out: Any, logsumex
         if check:
             s = jnp.where(place.allowed(i, j), s, -jnp.inf)
         higher = jnp.maximum(largest, jnp.max(s, axis=1))
-        base = jnp.where(higher == -jnp.inf, 0.0, higher) if check else higher
+        # A row without keys so far has no largest score to subtract.
+        some_without = check or tiling.problem.score is not None
+        base = jnp.where(higher == -jnp.inf, 0.0, higher) if some_without else higher
         weights, shrink = jnp.exp(s - base[:, None]), jnp.exp(largest - base)
         total = total * shrink + jnp.sum(weights, axis=1)
         v = place.keys(refs.v, j)
@@ -334,8 +336,9 @@ class _Place:
         ds = weights * (dweights - self.along_queries(delta))
         if pull is None:
             return weights, ds, []
-        ds, parts = pull(ds)
-        return weights, ds, jax.tree.leaves(parts)
+        pulled, parts = pull(ds)
+        # Where nothing is to be pulled, not even an infinite slope does.
+        return weights, jnp.where(ds == 0, 0.0, pulled), jax.tree.leaves(parts)
 
 
 def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None:

@@ -85,8 +85,9 @@ def _attention(
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, q_time, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum("bqhgw,bkhw->bhgqk", grouped, k, preferred_element_type=jnp.float32)
-    scores = score(scores.reshape(batch, heads, q_time, k.shape[1]))
-    scores = jnp.where(allowed, scores, -jnp.inf)
+    scores = scores.reshape(batch, heads, q_time, k.shape[1])
+    # Both times, so that no gradient comes back from where a score may have none.
+    scores = jnp.where(allowed, score(jnp.where(allowed, scores, 0.0)), -jnp.inf)
     largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
     weights = jnp.exp(scores - largest)

@@ -44,6 +44,9 @@ class Score:
     gradient, which a kernel must know before it is built. Every new score depends on its old one
     alone, so the derivative by the scores is one `jax.jvp` with a tangent of ones. Scores without
     operands are hashable.
+
+    A score of -inf hides a key. Where the mask allows nothing a score may have any value, and any
+    derivative by the old score; those by the operands must be finite everywhere.
     """
 
     function: Callable[..., Any]

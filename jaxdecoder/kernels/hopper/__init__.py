@@ -35,7 +35,6 @@ from jaxdecoder.kernels.problem import (
     result,
 )
 
-
 # For widths up to the key: of the forward kernel, of the one for the gradient of queries, and of
 # those for the gradients of keys and values, by which of them a kernel computes, the largest blocks
 # and rings that fit into the registers, without spills, and the shared memory of a block. Plain
@@ -67,7 +66,9 @@ HOPPER = {"H100", "H200", "H800", "H20", "GH200"}
 
 def is_plain(problem: Problem) -> bool:
     """Whether there is little to compute but the products and the softmax."""
-    return problem.score is None and not problem.dropout and masks.is_simple(problem.positional_mask)
+    return (
+        problem.score is None and not problem.dropout and masks.is_simple(problem.positional_mask)
+    )
 
 
 def sizes(problem: Problem, operands: Operands) -> dict[str, Sizes]:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -27,7 +28,7 @@ from jaxdecoder.kernels.hopper.launch import (
     walk,
     walk_ahead,
 )
-from jaxdecoder.kernels.hopper.tiles import ROWS, Arrays, Ring, Work
+from jaxdecoder.kernels.hopper.tiles import ROWS, Arrays, Product, Ring, Work
 
 
 class _QueriesMemory(NamedTuple):
@@ -94,13 +95,19 @@ def _queries_compute(
 
     stage = tiles.part(memory.stage, warpgroup)
 
-    def factors(n: Any) -> tuple[Any, Any]:
-        """Of the products, and of the gradients of the weights."""
+    drops = launch.problem.dropout
+
+    def factors(n: Any) -> tuple[Product, Product]:
+        """Of the products, and of the gradients of the weights less `delta`."""
         k, v = memory.keys.take(n)["k"], memory.values.take(n)["v"]
-        return (owned["q"], tiles.transposed(k)), (owned["dout"], tiles.transposed(v))
+        start = None if drops else tiles.spread(-delta, 0, shape)
+        return (
+            Product(owned["q"], tiles.transposed(k)),
+            Product(owned["dout"], tiles.transposed(v), start),
+        )
 
     def multiply(n: Any) -> Any:
-        found = tiles.multiply(*factors(n))
+        found = tiles.multiply(*factors(n), stage=stage)
         memory.values.release(n)
         return found
 
@@ -112,17 +119,22 @@ def _queries_compute(
             k_start = column_of(work, at, step) * launch.k_block
         segments = launch.segments_of(numbers), memory.keys.held(step.number).get("segments")
         tile = tiles.Tile(head, queries.start, k_start, shape, 0, *segments)
-        s, pull = tile.scores(check, products, learned=True)
-        weights = jnp.exp2(s - tiles.spread(logsumexp, 0, shape))
-        ds = weights * (tile.dropout()(dweights) - tiles.spread(delta, 0, shape))
+        s, factor, pull = tile.scores(check, products, learned=True)
+        weights = jnp.exp2(s * factor - tiles.spread(logsumexp, 0, shape))
+        if drops:
+            dweights = tile.dropout()(dweights) - tiles.spread(delta, 0, shape)
+        ds = weights * dweights
         ds, terms = pull(ds)
         return ds, [total + jnp.sum(term, axis=1) for total, term in zip(sums, terms, strict=True)]
+
+    def factor(ds: jax.Array, n: Any, dq: jax.Array) -> Product:
+        return Product(ds.astype(launch.dtype), memory.keys.held(n)["k"], dq)
 
     def visit(check: bool, step: Step, carry: Any) -> Any:
         n = step.number
         dq, sums = carry
         ds, sums = gradient(check, step, multiply(n), sums)
-        [dq] = tiles.add_product(dq, ds, memory.keys.held(n)["k"], stage=stage)
+        [dq] = tiles.multiply(factor(ds, n, dq), stage=stage)
         memory.keys.release(n)
         return dq, sums
 
@@ -131,17 +143,16 @@ def _queries_compute(
         dq, sums = carry
         ds, sums = gradient(check, step, products, sums)
         following = factors(n + 1) if more else ()
-        dq, *found = tiles.add_product(
-            dq, ds, memory.keys.held(n)["k"], *following, stage=stage
-        )
+        dq, *found = tiles.multiply(factor(ds, n, dq), *following, stage=stage)
         memory.keys.release(n)
         if more:
             memory.values.release(n + 1)
         return (dq, sums), found
 
-    carry = tiles.zeros(ROWS, launch.width), [
-        tiles.zeros(ROWS) for _ in range(learned_numbers(launch, arrays))
-    ]
+    carry = (
+        tiles.zeros(ROWS, launch.width),
+        [tiles.zeros(ROWS) for _ in range(learned_numbers(launch, arrays))],
+    )
     if launch.sizes.rotated:
         carry = walk_ahead(work, at, 1, lambda _: multiply(jnp.int32(0)), visit_ahead, carry)
     else:
@@ -232,16 +243,16 @@ def _keys_compute(
 
     only_head = head_of(0) if launch.group == 1 else None
 
-    def factors(n: Any) -> tuple[Any, Any]:
-        return owned["k"], tiles.transposed(memory.queries.take(n)["q"])
+    drops = launch.problem.dropout
 
-    def visit(
-        check: bool, step: Step, sums: Any, products: Any = None, more: bool = False
-    ) -> Any:
+    def factors(n: Any) -> Product:
+        return Product(owned["k"], tiles.transposed(memory.queries.take(n)["q"]))
+
+    def visit(check: bool, step: Step, sums: Any, products: Any = None, more: bool = False) -> Any:
         """The sums with this step in them; and, if there are `more` steps, the next products."""
         n, sums = step.number, dict(sums)
         if products is None:
-            products = tiles.multiply(factors(n))
+            products = tiles.multiply(factors(n), stage=stage)
         [products] = products
         head = head_of(step.member) if only_head is None else only_head
         q_start = jnp.int32(0)
@@ -251,29 +262,36 @@ def _keys_compute(
         numbers = queries["numbers"]
         segments = launch.segments_of(numbers), owned.get("segments")
         tile = tiles.Tile(head, q_start, keys.start, shape, 1, *segments)
-        s, pull = tile.scores(check, products, learned=False)
-        weights = jnp.exp2(s - tiles.spread(tiles.floats_along(1, numbers.at[0]), 1, shape))
+        s, factor, pull = tile.scores(check, products, learned=False)
+        weights = jnp.exp2(
+            s * factor - tiles.spread(tiles.floats_along(1, numbers.at[0]), 1, shape)
+        )
         dropped = tile.dropout()
         rounded = weights.astype(launch.dtype)
         dout = memory.douts.take(n)["dout"]
-        of_weights = [(owned["v"], tiles.transposed(dout))] * ("k" in wanted)
-        last = [] if "k" in wanted or not more else [factors(n + 1)]
+        delta = numbers.at[1]
+        of_weights, last = [], []
+        if "k" in wanted:
+            start = None if drops else tiles.spread(-tiles.floats_along(1, delta), 1, shape)
+            of_weights = [Product(owned["v"], tiles.transposed(dout), start)]
+        elif more:
+            last = [factors(n + 1)]
         if "v" in wanted:
-            sums["v"], *found = tiles.add_product(
-                sums["v"], dropped(weights), dout, *of_weights, *last, stage=stage
-            )
+            of_values = Product(dropped(weights).astype(launch.dtype), dout, sums["v"])
+            sums["v"], *found = tiles.multiply(of_values, *of_weights, *last, stage=stage)
         else:
-            found = tiles.multiply(*of_weights)
+            found = tiles.multiply(*of_weights, stage=stage)
         memory.douts.release(n)
         if "k" in wanted:
             # Half as many registers hold them while the products are under way.
             weights = lax.optimization_barrier(rounded).astype(jnp.float32)
-            delta = tiles.spread(tiles.floats_along(1, numbers.at[1]), 1, shape)
-            ds, _ = pull(weights * (dropped(*found) - delta))
+            [dweights] = found
+            if drops:
+                dweights = dropped(dweights) - tiles.spread(tiles.floats_along(1, delta), 1, shape)
+            ds, _ = pull(weights * dweights)
+            of_keys = Product(ds.astype(launch.dtype), queries["q"], sums["k"])
             last = [factors(n + 1)] if more else []
-            sums["k"], *found = tiles.add_product(
-                sums["k"], ds, queries["q"], *last, stage=stage
-            )
+            sums["k"], *found = tiles.multiply(of_keys, *last, stage=stage)
         memory.queries.release(n)
         return (sums, found) if launch.sizes.rotated else sums
 
@@ -281,7 +299,7 @@ def _keys_compute(
     if launch.sizes.rotated:
 
         def begin(_: Any) -> Any:
-            return tiles.multiply(factors(jnp.int32(0)))
+            return tiles.multiply(factors(jnp.int32(0)), stage=stage)
 
         sums = walk_ahead(work, at, launch.group, begin, visit, sums)
     else:

@@ -25,7 +25,7 @@ from jaxdecoder.kernels.hopper.launch import (
     walk,
     walk_ahead,
 )
-from jaxdecoder.kernels.hopper.tiles import ROWS, Arrays, Ring, Work
+from jaxdecoder.kernels.hopper.tiles import ROWS, Arrays, Product, Ring, Work
 
 
 class _Memory(NamedTuple):
@@ -120,15 +120,16 @@ def _compute(
     turn = _Turn(memory.turn, launch.sizes.turns)
     stage = tiles.part(memory.stage, warpgroup)
 
+    def factors(n: Any) -> Product:
+        return Product(owned["q"], tiles.transposed(memory.keys.take(n)["k"]))
+
     def release_keys(n: Any) -> None:
         """Once their product is there, unless their segments are still to be read."""
         if not launch.segmented:
             memory.keys.release(n)
 
     def multiply(n: Any) -> Any:
-        keys = memory.keys.take(n)
-        pair = owned["q"], tiles.transposed(keys["k"])
-        [products] = tiles.multiply(pair, issued=turn.issued)
+        [products] = tiles.multiply(factors(n), stage=stage, issued=turn.issued)
         release_keys(n)
         turn.multiplied()
         return products
@@ -164,7 +165,7 @@ def _compute(
         turn.weighed()
         v = memory.values.take(n)["v"]
         turn.take()
-        [mixed] = tiles.add_product(mixed, weights, v, stage=stage)
+        [mixed] = tiles.multiply(Product(weights, v, mixed), stage=stage)
         memory.values.release(n)
         return largest, total, mixed
 
@@ -172,14 +173,12 @@ def _compute(
         n = step.number
         (largest, total, mixed), weights = softmax(check, step, products, carry)
         turn.weighed()
-        v, following = memory.values.take(n)["v"], []
-        if more:
-            keys = memory.keys.take(n + 1)
-            following = [(owned["q"], tiles.transposed(keys["k"]))]
+        v = memory.values.take(n)["v"]
+        following = [factors(n + 1)] if more else []
         turn.take()
         issued = turn.issued if more else lambda: None
-        mixed, *found = tiles.add_product(
-            mixed, weights, v, *following, stage=stage, issued=issued
+        mixed, *found = tiles.multiply(
+            Product(weights, v, mixed), *following, stage=stage, issued=issued
         )
         memory.values.release(n)
         if more:

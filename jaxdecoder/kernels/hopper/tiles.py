@@ -160,46 +160,49 @@ def transposed(ref: Any) -> Any:
     return ref.transpose((1, 0))
 
 
-def multiply(
-    *pairs: tuple[Any, Any], issued: Callable[[], None] = lambda: None
-) -> list[jax.Array]:
-    """a b in float32 for every pair, which lies in shared memory; `issued` is called while the
-    products are under way."""
+class Product(NamedTuple):
+    """start + a b in float32."""
 
-    def multiplied(*accumulators: Any) -> list[jax.Array]:
-        for accumulator, (a, b) in zip(accumulators, pairs, strict=True):
-            plgpu.wgmma(accumulator, a, b)
+    a: Any
+    """(rows, n) in shared memory, or, as the first of several, in registers."""
+    b: Any
+    """(n, columns) in shared memory."""
+    start: jax.Array | None = None
+    """(rows, columns); zeros if left out. What is to be added costs nothing here."""
+
+
+def multiply(
+    *products: Product, stage: Any, issued: Callable[[], None] = lambda: None
+) -> list[jax.Array]:
+    """All the products, which are under way together; `issued` is called meanwhile.
+
+    In the interpreter there is a `stage` in shared memory, which a factor in registers goes to.
+    """
+    first = products[0]
+    if stage is not None and isinstance(first.a, jax.Array):
+        stage[...] = first.a
+        plgpu.commit_smem()
+        products = (first._replace(a=stage), *products[1:])
+
+    def multiplied(*accumulators: Any) -> None:
+        for accumulator, product in zip(accumulators, products, strict=True):
+            plgpu.wgmma(accumulator, product.a, product.b)
         issued()
+
+    shapes = [(product.a.shape[0], product.b.shape[1]) for product in products]
+    if stage is None:
+        starts = [
+            zeros(*s) if p.start is None else p.start for s, p in zip(shapes, products, strict=True)
+        ]
+        found = pl.run_state(lambda refs: multiplied(*refs))(tuple(map(plgpu.ACC.init, starts)))
+        return list(found)
+
+    def scoped(*accumulators: Any) -> list[jax.Array]:
+        multiplied(*accumulators)
         return [accumulator[...] for accumulator in accumulators]
 
-    shapes = [plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs]
-    return pl.run_scoped(multiplied, *shapes)
-
-
-def add_product(
-    total: jax.Array,
-    a: jax.Array,
-    b: Any,
-    *pairs: tuple[Any, Any],
-    stage: Any = None,
-    issued: Callable[[], None] = lambda: None,
-) -> tuple[jax.Array, ...]:
-    """total + a b with `a` from the registers, or by way of the shared memory `stage`; and, while
-    at it, the products of the pairs, as `multiply` gives them."""
-    a = a.astype(b.dtype)
-    if stage is not None:
-        stage[...] = a
-        plgpu.commit_smem()
-        product, *others = multiply((stage, b), *pairs, issued=issued)
-        return total + product, *others
-
-    def multiplied(accumulators: Any) -> None:
-        for accumulator, (a_, b_) in zip(accumulators, [(a, b), *pairs], strict=True):
-            plgpu.wgmma(accumulator, a_, b_)
-        issued()
-
-    starts = total, *(zeros(a_.shape[0], b_.shape[1]) for a_, b_ in pairs)
-    return pl.run_state(multiplied)(tuple(map(plgpu.ACC.init, starts)))
+    found = pl.run_scoped(scoped, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+    return [x if p.start is None else x + p.start for x, p in zip(found, products, strict=True)]
 
 
 def zeros(*shape: int) -> jax.Array:
@@ -273,29 +276,30 @@ class Tile(NamedTuple):
         return jnp.broadcast_to(allowed, self.shape)
 
     def base_two_scores(self, products: jax.Array) -> tuple[jax.Array, float]:
-        """The scores over log(2), so that their exponentials are powers of 2: what is to be
-        multiplied, and a positive factor."""
+        """The scores over log(2), so that their exponentials are powers of 2: a part, and the
+        positive factor that is still to be multiplied with, together with a subtraction."""
         head, problem = self.head, self.head.problem
         if problem.score is None and problem.scale > 0:
             return products, problem.scale * LOG2E
         s = products * problem.scale
         if problem.score is not None:
-            s = _lowerable(problem.score, s, head.batch, head.head, *self.positions(), *head.parameters)
+            place = head.batch, head.head, *self.positions()
+            s = _lowerable(problem.score, s, *place, *head.parameters)
         return s, LOG2E
 
     def scores(
         self, check: bool, products: jax.Array, learned: bool
-    ) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, list[jax.Array]]]]:
-        """The scores over log(2), -inf where they are not allowed; and what takes their gradient
+    ) -> tuple[jax.Array, float, Callable[[jax.Array], tuple[jax.Array, list[jax.Array]]]]:
+        """As `base_two_scores`, -inf where they are not allowed; and what takes their gradient
         to that of `scale` times the products, and to the terms of the gradients of the learned
         numbers, if they are wanted here."""
-        s, pull = self._scores_and_pull(products, learned)
-        return (jnp.where(self.allowed(), s, -jnp.inf) if check else s), pull
+        s, factor, pull = self._scores_and_pull(products, learned)
+        return (jnp.where(self.allowed(), s, -jnp.inf) if check else s), factor, pull
 
-    def _scores_and_pull(self, products: jax.Array, learned: bool) -> tuple[jax.Array, Any]:
+    def _scores_and_pull(self, products: jax.Array, learned: bool) -> tuple[jax.Array, float, Any]:
         head, problem = self.head, self.head.problem
         if problem.score is None:
-            return products * (problem.scale * LOG2E), lambda ds: (ds, [])
+            return *self.base_two_scores(products), lambda ds: (ds, [])
         function, index = problem.score, self.positions()
         wanted = [learned and flag for flag in problem.learned]
         chosen = [p for p, flag in zip(head.parameters, wanted, strict=True) if flag]
@@ -324,7 +328,7 @@ class Tile(NamedTuple):
 
             return times(slope), [times(x) for x in jax.tree.leaves(slopes)]
 
-        return value * LOG2E, pull
+        return value, LOG2E, pull
 
     def dropout(self) -> Callable[[jax.Array], jax.Array]:
         """Drops weights, or their gradients: always the same ones."""
@@ -350,7 +354,7 @@ def try_out(problem: Problem, score: tuple[Any, ...]) -> None:
             shape,
             0,
         )
-        s, pull = tile.scores(True, zeros(*shape), learned=True)
+        s, _, pull = tile.scores(True, zeros(*shape), learned=True)
         ds, terms = pull(tile.dropout()(s))
         out[...] = sum(terms, ds)
 
