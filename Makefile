@@ -1,8 +1,8 @@
 # make demo       trains a small world of the built-in stories for two minutes and tells one
 # make test       lint, types and the tests to run before every commit
 # make test-all   the same with every test there is
-# make test-cuda  compiles every GPU kernel for an H200; needs no GPU, but 4.5 GB for the compilers
-#                 (TESTS='-m ""' compiles every block size, width and mask)
+# make test-cuda  compiles every GPU kernel for an H200, with NVIDIA's newest compilers and with those
+#                 of CUDA 13.0; needs no GPU, but 5 GB (TESTS='-m ""': every block size, width, mask)
 # make ablations  every question in configs/ablations on two cores, with verdicts
 # make bench      speed on this machine against PyTorch
 # PYTHON=python3.12 chooses the Python, which is else the newest here that the newest JAX runs on.
@@ -13,6 +13,7 @@ VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 PEER = .venv-torch
 CUDA = .venv-cuda
+CUDA_13_0 = $(CUDA)/cuda-13.0
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python train.py configs/demo.toml
@@ -30,7 +31,10 @@ test-all: check
 	$(VENV)/bin/python -m pytest -n 2 -m "not gpu" $(TESTS)
 
 test-cuda: $(CUDA)/.installed
-	JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest -n 2 $(TESTS) $(wildcard tests/test_*compile*.py)
+	for root in "" $(CURDIR)/$(CUDA_13_0)/nvidia/cu13; do \
+		env -u CUDA_ROOT $${root:+CUDA_ROOT=$$root} JAX_PLATFORMS=cpu \
+			$(CUDA)/bin/python -m pytest -n 2 $(TESTS) $(wildcard tests/test_*compile*.py) || exit 1; \
+	done
 
 ablations: $(INSTALLED)
 	for file in configs/ablations/*.toml; do $(VENV)/bin/python ablate.py $$file || exit 1; done
@@ -46,10 +50,13 @@ $(INSTALLED): pyproject.toml requirements.txt requirements-test.txt
 	touch $@
 
 # JAX with NVIDIA's compilers, for Python 3.12 and later.
-$(CUDA)/.installed: requirements.txt requirements-test.txt requirements-test-cuda.txt
+$(CUDA)/.installed: requirements.txt requirements-test.txt $(wildcard requirements-test-cuda*.txt)
 	$(PYTHON) -m venv $(CUDA)
 	$(CUDA)/bin/python -m pip install --quiet --upgrade pip
 	$(CUDA)/bin/python -m pip install --quiet -r requirements-test-cuda.txt
+	rm -rf $(CUDA_13_0)
+	$(CUDA)/bin/python -m pip install --quiet --no-deps --target $(CUDA_13_0) \
+		-r requirements-test-cuda-13.0.txt
 	touch $@
 
 # The peer of the benchmarks, kept apart: nothing here needs PyTorch.

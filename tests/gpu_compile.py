@@ -63,6 +63,8 @@ if CUDA_PACKAGES:
     }
     # Kernels that LLVM does not optimise spill registers; conftest.py makes it quick for the rest.
     jax.config.update("jax_disable_most_optimizations", False)
+    # What has been compiled for a card that is not there cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 needs_cuda_packages = pytest.mark.skipif(
     not CUDA_PACKAGES,

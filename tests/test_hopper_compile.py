@@ -1,5 +1,6 @@
 """The Hopper kernels compile for an H200: with tensor core instructions, and without spills."""
 
+import functools
 import re
 import subprocess
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from models import slow
 
-from jaxdecoder.kernels import flash, masks, scores
+from benchmarks import hopper_variants
+from jaxdecoder.kernels import flash, hopper, masks, scores
+from jaxdecoder.kernels.hopper.launch import Sizes
 
 pytestmark = gpu_compile.needs_cuda_packages
 
@@ -84,6 +87,43 @@ def test_uses_tensor_cores_and_spills_nothing(width, mask, score, rate, dtype):
     # What ptxas says where it makes asynchronous products wait (C7510), or registers stay.
     for complaint in ("C7510", "serializ", "setmaxnreg"):
         assert complaint not in record.log
+
+
+# What is to be tried on a card: each of them fits the registers.
+VARIANTS = [
+    (128, "forward", Sizes(128, 2, turns="early")),
+    (128, "forward", Sizes(128, 2, rotated=True, turns="early")),
+    (128, "forward", Sizes(64, 4, 3, rotated=True, turns="none")),
+    (128, "queries", Sizes(64, 4, rotated=True)),
+    (128, "k", Sizes(64, 4, rotated=True)),
+    (128, "v", Sizes(64, 4, 3, rotated=True)),
+    (64, "forward", Sizes(128, 4, rotated=True, turns="early")),
+    (64, "forward", Sizes(128, 4, 3, turns="none")),
+    (64, "queries", Sizes(64, 4, 3, rotated=True)),
+    (64, "kv", Sizes(64, 4, rotated=True)),
+]
+
+
+@pytest.mark.parametrize(("width", "kernel", "sizes"), [*VARIANTS[1:4], *slow(*VARIANTS[4:])])
+def test_variants_spill_nothing_and_wait_for_nothing(width, kernel, sizes):
+    found, _ = hopper_variants.measure(kernel, width, sizes)
+    assert found.products
+    assert not found.spilled_bytes
+    assert not found.serialized
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("kernel", hopper.KERNELS)
+def test_candidates_fill_the_shared_memory_and_no_more(width, kernel):
+    x = jax.ShapeDtypeStruct((1, TIME, HEADS, width), jnp.bfloat16)
+    problem, operands = flash.state(x, x, x, mask=masks.causal())
+    candidates = hopper_variants.candidates(kernel, problem, operands)
+    assert {sizes.rotated for sizes in candidates} == {False, True}
+    largest = max(
+        candidates, key=lambda s: hopper_variants.shared_bytes(kernel, problem, operands, s)
+    )
+    call = functools.partial(hopper_variants.call, kernel, masks.causal())
+    jax.jit(functools.partial(call, largest)).trace(x, x, x, x).lower(lowering_platforms=("cuda",))
 
 
 def test_the_compilers_are_those_of_the_chosen_folder():

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxdecoder.kernels import masks, tuning
-from jaxdecoder.kernels.hopper import backward as backward_kernels
-from jaxdecoder.kernels.hopper import forward as forward_kernel
 from jaxdecoder.kernels.hopper import tiles
+from jaxdecoder.kernels.hopper.backward import KEYS, QUERIES
+from jaxdecoder.kernels.hopper.forward import FORWARD
 from jaxdecoder.kernels.hopper.launch import REGISTERS, Launch, Sizes, padded, up
 from jaxdecoder.kernels.hopper.tiles import ROWS
 from jaxdecoder.kernels.partitioning import over_devices
@@ -57,6 +57,7 @@ OTHERS = {
         "v": Sizes(64, 2),
     },
 }
+KERNELS = {"forward": FORWARD, "queries": QUERIES, **KEYS}
 DTYPES = (jnp.bfloat16, jnp.float16)
 # What the registers hold, beside the accumulators.
 LARGEST_WIDTH = 128
@@ -86,7 +87,7 @@ def forward(
 ) -> tuple[jax.Array, LogSumExp]:
     """See `problem.Implementation`; `chosen` is for measurements, as it is below."""
     chosen = chosen or sizes(problem, operands)["forward"]
-    launch = Launch(forward_kernel.KERNEL, problem, operands, chosen, interpret)
+    launch = Launch(FORWARD, problem, operands, chosen, interpret)
     arrays = launch.arrays(operands)
     sums = (launch.batch, launch.heads, launch.q_whole)
     results = [launch.like(arrays.q), result(sums, jnp.float32, operands.q)]
@@ -110,7 +111,7 @@ def backward(
         problem, operands, dout, of_queries, interpret, chosen["queries"]
     )
     found: dict[str, jax.Array] = {}
-    for wanted in chosen.keys() & backward_kernels.KEYS:
+    for wanted in chosen.keys() & KEYS:
         found |= gradient_of_keys(
             problem, operands, dout, of_queries, wanted, interpret, chosen[wanted]
         )
@@ -148,10 +149,10 @@ def gradient_of_queries(
 ) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
     """The gradients of the queries and of the score's operands."""
     chosen = chosen or sizes(problem, operands)["queries"]
-    launch = Launch(backward_kernels.QUERIES, problem, operands, chosen, interpret)
+    launch = Launch(QUERIES, problem, operands, chosen, interpret)
     arrays = launch.arrays(operands, dout, of_queries)
     results = [launch.like(arrays.q)]
-    n = backward_kernels.learned_numbers(launch, arrays)
+    n = launch.learned_numbers()
     if n:
         shape = (launch.batch, launch.heads, n, launch.q_whole)
         results.append(result(shape, jnp.float32, operands.q))
@@ -176,7 +177,7 @@ def gradient_of_keys(
 ) -> dict[str, jax.Array]:
     """The gradients of keys and values, or of one of them: `wanted` is kv, k or v."""
     chosen = chosen or sizes(problem, operands)[wanted]
-    launch = Launch(backward_kernels.KEYS[wanted], problem, operands, chosen, interpret)
+    launch = Launch(KEYS[wanted], problem, operands, chosen, interpret)
     arrays = launch.arrays(operands, dout, of_queries)
     gradients = launch(operands, arrays, [launch.like(arrays.k)] * len(wanted))
     return {name: x[:, : launch.k_time] for name, x in zip(wanted, gradients, strict=True)}

@@ -41,14 +41,8 @@ class _QueriesMemory(NamedTuple):
     learned: Any
 
 
-def learned_numbers(launch: Launch, arrays: Arrays) -> int:
-    """How many numbers of a head's score have a gradient."""
-    pairs = zip(arrays.score, launch.problem.learned, strict=True)
-    return sum(x.size // launch.heads for x, learned in pairs if learned)
-
-
-def _queries_memory(launch: Launch, arrays: Arrays) -> _QueriesMemory:
-    n = learned_numbers(launch, arrays)
+def _queries_memory(launch: Launch) -> _QueriesMemory:
+    n = launch.learned_numbers()
     return _QueriesMemory(
         queries=launch.own(
             q=launch.owned(),
@@ -151,7 +145,7 @@ def _queries_compute(
 
     carry = (
         tiles.zeros(ROWS, launch.width),
-        [tiles.zeros(ROWS) for _ in range(learned_numbers(launch, arrays))],
+        [tiles.zeros(ROWS) for _ in range(launch.learned_numbers())],
     )
     if launch.sizes.rotated:
         carry = walk_ahead(work, at, 1, lambda _: multiply(jnp.int32(0)), visit_ahead, carry)
@@ -183,7 +177,7 @@ class _KeysMemory(NamedTuple):
     stage: Any
 
 
-def _keys_memory(launch: Launch, arrays: Arrays) -> _KeysMemory:
+def _keys_memory(launch: Launch) -> _KeysMemory:
     columns, depth = launch.sizes[:2]
     return _KeysMemory(
         keys=launch.own(k=launch.owned(), v=launch.owned(), segments=launch.owned_segments()),

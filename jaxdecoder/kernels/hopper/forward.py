@@ -39,7 +39,7 @@ class _Memory(NamedTuple):
     turn: Any
 
 
-def _memory(launch: Launch, arrays: Arrays) -> _Memory:
+def _memory(launch: Launch) -> _Memory:
     return _Memory(
         queries=launch.own(q=launch.owned(), segments=launch.owned_segments()),
         keys=launch.ring(k=launch.streamed(), segments=launch.streamed_segments()),
@@ -212,4 +212,4 @@ def _compute(
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-KERNEL = Kernel("attention_forward", _memory, _load, _compute)
+FORWARD = Kernel("attention_forward", _memory, _load, _compute)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ REGISTERS = {2: (24, 240), 3: (32, 160)}
 # Heads are attended to together while what streams past them fits into this much of the
 # second-level cache, of which Hopper cards have 50 MB.
 CACHE_BYTES = 32 * 2**20
+SHARED_BYTES = 227 * 2**10
 
 
 class Sizes(NamedTuple):
@@ -60,7 +62,7 @@ class Kernel(NamedTuple):
 
     name: str
     memory: Callable[..., Any]
-    """(launch, arrays) -> types of shared memory"""
+    """(launch) -> types of shared memory"""
     load: Callable[..., None]
     """(launch, arrays, work, at, memory), the warpgroup that copies"""
     compute: Callable[..., None]
@@ -79,6 +81,7 @@ class Launch:
         self.k_time, self.kv_heads = operands.k.shape[1:3]
         self.dtype = operands.q.dtype
         self.group = self.heads // self.kv_heads
+        self.score = operands.score
         self.segmented = operands.q_segments is not None
         self.segments_shared = self.segmented and operands.q_segments.shape[0] == 1
         rows, columns = self.consumers * ROWS, sizes.columns
@@ -129,6 +132,11 @@ class Launch:
         """What is owned, filled once, a buffer a compute warpgroup."""
         return tiles.Ring.of(self.consumers, self.consumers, **arrays)
 
+    def learned_numbers(self) -> int:
+        """How many numbers of a head's score have a gradient."""
+        pairs = zip(self.score, self.problem.learned, strict=True)
+        return sum(x.size // self.heads for x, learned in pairs if learned)
+
     def owned(self) -> Any:
         return tiles.matrix(self.consumers, ROWS, self.width, dtype=self.dtype)
 
@@ -148,6 +156,17 @@ class Launch:
         if self.interpret is None:
             return None
         return tiles.matrix(self.consumers, ROWS, self.sizes.columns, dtype=self.dtype)
+
+    def shared_bytes(self) -> int:
+        """Shared memory of a block, of which a Hopper card has `SHARED_BYTES`."""
+        types = jax.tree.leaves(self.kernel.memory(self))
+
+        def size(x: Any) -> int:
+            if isinstance(x, plgpu.Barrier):
+                return 8 * x.num_barriers
+            return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+
+        return sum(map(size, types))
 
     def head(self, arrays: Arrays, batch: Any, head: Any) -> Head:
         parameters = tiles.parameters(self.problem, arrays.score, head)
@@ -209,7 +228,7 @@ class Launch:
         found = plgpu.kernel(
             body,
             out_type=results,
-            scratch_types={"memory": self.kernel.memory(self, arrays)},
+            scratch_types={"memory": self.kernel.memory(self)},
             grid=(self.batch * heads // together, n_rows, together),
             grid_names=("section", "row", "head"),
             num_threads=self.consumers + 1,
