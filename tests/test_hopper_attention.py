@@ -32,6 +32,7 @@ from test_flash_attention import (
 from jaxdecoder.kernels import flash, hopper, masks, scores
 from jaxdecoder.kernels.dropout import scaled
 from jaxdecoder.kernels.hopper import tiles
+from jaxdecoder.kernels.hopper.launch import Launch, Sizes
 from jaxdecoder.kernels.problem import Device
 
 H200 = Device("gpu", "NVIDIA H200")
@@ -189,6 +190,28 @@ def interpreted(check):
     }
     command = f"import test_hopper_attention as t; t.{check}"
     subprocess.run([sys.executable, "-c", command], check=True, env=environment, timeout=1200)
+
+
+@pytest.mark.parametrize("kernel", hopper.KERNELS)
+def test_traced_segments_leave_blocks_out(kernel):
+    """Of a causal mask, only blocks in which some query meets its own document are walked."""
+    time = 1024
+    cuts = [[256, 700], [100, 101]]
+    ids = np.stack([np.searchsorted(x, np.arange(time), side="right") for x in cuts])
+    x = jnp.zeros((2, time, 1, 64), jnp.bfloat16)
+    problem, operands = flash.state(x, x, x, mask=masks.causal(), segment_ids=jnp.asarray(ids))
+    launch = Launch(hopper.KERNELS[kernel], problem, operands, Sizes(64, 2), None)
+    work = launch.work(operands)
+    at = np.arange(time)
+    allowed = (at[:, None] >= at) & (ids[:, :, None] == ids[:, None])
+    blocks = (2, time // launch.q_block, launch.q_block, time // launch.k_block, launch.k_block)
+    walked = allowed.reshape(blocks).any(axis=(2, 4))
+    if launch.kernel.rows_are_keys:
+        walked = walked.swapaxes(1, 2)
+    np.testing.assert_array_equal(work.counts, walked.sum(2))
+    for entry, row in np.ndindex(*work.counts.shape):
+        columns = work.indices[entry, row, : work.counts[entry, row]]
+        np.testing.assert_array_equal(np.sort(columns), np.flatnonzero(walked[entry, row]))
 
 
 def refusal(mask=None, score=None, width=64, dtype="bfloat16", device=H200):

@@ -26,7 +26,8 @@ REGISTERS = {2: (24, 240), 3: (32, 160)}
 # Heads are attended to together while what streams past them fits into this much of the
 # second-level cache, of which Hopper cards have 50 MB.
 CACHE_BYTES = 32 * 2**20
-SHARED_BYTES = 227 * 2**10
+# Of the 227 KiB of shared memory that a block may have, what alignment leaves.
+SHARED_BYTES = 224 * 2**10
 
 
 class Sizes(NamedTuple):
@@ -158,12 +159,12 @@ class Launch:
         return tiles.matrix(self.consumers, ROWS, self.sizes.columns, dtype=self.dtype)
 
     def shared_bytes(self) -> int:
-        """Shared memory of a block, of which a Hopper card has `SHARED_BYTES`."""
+        """Shared memory of a block, at most `SHARED_BYTES`."""
         types = jax.tree.leaves(self.kernel.memory(self))
 
         def size(x: Any) -> int:
             if isinstance(x, plgpu.Barrier):
-                return 8 * x.num_barriers
+                return 8 * int(np.prod(x.num_barriers))
             return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
 
         return sum(map(size, types))
