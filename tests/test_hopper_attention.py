@@ -68,7 +68,7 @@ VARIANTS = {
     "early": {"turns": "early"},
     "no_turns": {"turns": "none"},
     "rotated": {"rotated": True},
-    "rotated_early": {"rotated": True, "turns": "early", "depth": 3},
+    "rotated_early": {"rotated": True, "turns": "early"},
     "three": {"consumers": 3, "turns": "none"},
     "three_rotated": {"consumers": 3, "turns": "none", "rotated": True},
 }
@@ -245,6 +245,12 @@ def test_refuses(asked, reason):
     assert reason in refusal(**asked)
 
 
+@pytest.mark.parametrize(("version", "refused"), [(12080, True), (12091, False), (None, False)])
+def test_refuses_compilers_that_get_it_wrong(version, refused, monkeypatch):
+    monkeypatch.setattr(hopper, "cuda_version", lambda: version)
+    assert (refusal() is not None) == refused
+
+
 @pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB"])
 @pytest.mark.parametrize("score", ["none", "soft_cap", "alibi", "a_function"])
 def test_takes_any_score_on_a_hopper_card(kind, score):
@@ -272,6 +278,21 @@ def test_auto_chooses_it_on_a_hopper_card_and_says_why_not():
 def test_lowers_for_a_gpu(case):
     text = lowered_for_gpu(case, "hopper")
     assert text.count("custom_call @mosaic_gpu") in (3, 4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_lowers_for_a_gpu(name):
+    case = HALF._replace(width=128, mask="window")
+    problem, operands = state(case, make(case))
+    sizes = hopper.sizes(problem, operands)
+    chosen = {kernel: chosen._replace(**VARIANTS[name]) for kernel, chosen in sizes.items()}
+
+    def both(operands, dout):
+        out, logsumexp = hopper.forward(problem, operands, chosen=chosen["forward"])
+        return hopper.backward(problem, operands, out, logsumexp, dout, chosen=chosen)
+
+    traced = jax.jit(both).trace(operands, operands.q)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_lowers_inside_vmap_scan_remat_and_shard_map():

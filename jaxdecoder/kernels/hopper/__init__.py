@@ -65,6 +65,18 @@ MOST_NUMBERS = 1
 HOPPER = {"H100", "H200", "H800", "H20", "GH200"}
 
 
+# The versions of CUDA whose assembler gets loops such as these wrong; JAX's own kernels refuse, too.
+MISCOMPILED = range(12080, 12091)
+
+
+def cuda_version() -> int | None:
+    """That of the GPU's runtime, such as 13000 for 13.0, where there is one."""
+    if jax.default_backend() != "gpu":
+        return None
+    found = re.search(r"cuda (\d+)", jax.devices("gpu")[0].client.platform_version)
+    return int(found[1]) if found else None
+
+
 def is_plain(problem: Problem) -> bool:
     """Whether there is little to compute but the products and the softmax."""
     return (
@@ -189,6 +201,8 @@ def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None
     numbers = sum(x.size // x.shape[0] for x in operands.score)
     if not HOPPER & set(re.split(r"\W+", device.kind)):
         return f"its kernels are for Hopper GPUs, not for a {device.kind}"
+    if cuda_version() in MISCOMPILED:
+        return "CUDA 12.8 and 12.9.0 compile it wrongly"
     if dtype not in DTYPES:
         return f"it computes in {' and '.join(jnp.dtype(d).name for d in DTYPES)}, not in {dtype}"
     if width % 16 or width > LARGEST_WIDTH:
