@@ -46,7 +46,9 @@ def candidates(kernel: str, problem: Problem, operands: Operands) -> list[Sizes]
         (64, 128), REGISTERS, (False, True), turns
     ):
         if kernel == "forward" and consumers > 2 and turn != "none":
-            continue
+            continue  # turns are for two
+        if kernel == "qkv" and (consumers > 2 or columns > 64 or operands.q.shape[-1] % 128):
+            continue  # each of two has half the width, in whole tiles
         sizes = Sizes(columns, DEEPEST, consumers, rotated, turn)
         while sizes.depth > 1 and shared_bytes(kernel, problem, operands, sizes) > SHARED_BYTES:
             sizes = sizes._replace(depth=sizes.depth - 1)

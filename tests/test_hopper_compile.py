@@ -112,12 +112,23 @@ def test_variants_spill_nothing_and_wait_for_nothing(width, kernel, sizes):
     assert not found.serialized
 
 
+@pytest.mark.slow
+def test_one_backward_kernel_compiles():
+    """Its registers are short, so it spills a little; it is chosen on a card or not at all."""
+    found, _ = hopper_variants.measure("qkv", 128, Sizes(64, 2))
+    assert found.products == 64  # two bodies of 32: 5 products of 64 keys, of which dq has 128
+    assert not found.serialized
+
+
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("kernel", hopper.KERNELS)
+@pytest.mark.parametrize("kernel", [*hopper.KERNELS])
 def test_candidates_fill_the_shared_memory_and_no_more(width, kernel):
     x = jax.ShapeDtypeStruct((1, TIME, HEADS, width), jnp.bfloat16)
     problem, operands = flash.state(x, x, x, mask=masks.causal())
     candidates = hopper_variants.candidates(kernel, problem, operands)
+    if kernel == "qkv" and width == 64:
+        assert not candidates
+        return
     assert {sizes.rotated for sizes in candidates} == {False, True}
     largest = max(
         candidates, key=lambda s: hopper_variants.shared_bytes(kernel, problem, operands, s)

@@ -119,15 +119,17 @@ def backward(
     """See `problem.Implementation`."""
     chosen = chosen or sizes(problem, operands)
     of_queries = rows_of_queries(operands, out, logsumexp, dout)
-    dq, score = gradient_of_queries(
-        problem, operands, dout, of_queries, interpret, chosen["queries"]
-    )
-    found: dict[str, jax.Array] = {}
-    for wanted in chosen.keys() & KEYS:
-        found |= gradient_of_keys(
-            problem, operands, dout, of_queries, wanted, interpret, chosen[wanted]
-        )
-    return Gradients(dq, found["k"], found["v"], score)
+    found: dict[str, Any] = {"score": tuple(None for _ in operands.score)}
+    for kernel, sizes_ in chosen.items():
+        if kernel == "queries":
+            found["q"], found["score"] = gradient_of_queries(
+                problem, operands, dout, of_queries, interpret, sizes_
+            )
+        elif kernel != "forward":
+            found |= gradient_of_keys(
+                problem, operands, dout, of_queries, kernel, interpret, sizes_
+            )
+    return Gradients(**found)
 
 
 # Queries are padded to whole blocks, whatever the number of compute warpgroups.
@@ -187,12 +189,25 @@ def gradient_of_keys(
     interpret: Any = None,
     chosen: Sizes | None = None,
 ) -> dict[str, jax.Array]:
-    """The gradients of keys and values, or of one of them: `wanted` is kv, k or v."""
+    """The gradients of keys and values, or of one of them: `wanted` is kv, k or v.
+
+    qkv gives that of the queries, too, in five products rather than seven. Its sums come together
+    in the order in which the card happens to run the blocks, so the last digits differ from run to
+    run; the score has no learned numbers then, and widths are multiples of 128 (two warpgroups).
+    """
     chosen = chosen or sizes(problem, operands)[wanted]
     launch = Launch(KEYS[wanted], problem, operands, chosen, interpret)
     arrays = launch.arrays(operands, dout, of_queries)
-    gradients = launch(operands, arrays, [launch.like(arrays.k)] * len(wanted))
-    return {name: x[:, : launch.k_time] for name, x in zip(wanted, gradients, strict=True)}
+    owned = wanted.replace("q", "")
+    results, sums = [launch.like(arrays.k)] * len(owned), []
+    if "q" in wanted:
+        shape = (launch.batch, launch.q_whole, launch.heads, launch.width)
+        sums = [result(shape, jnp.float32, operands.q)]
+    gradients = launch(operands, arrays, results, sums)
+    found = {name: x[:, : launch.k_time] for name, x in zip(owned, gradients, strict=False)}
+    if "q" in wanted:
+        found["q"] = gradients[-1][:, : launch.q_time].astype(operands.q.dtype)
+    return found
 
 
 def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None:

@@ -175,9 +175,23 @@ class _KeysMemory(NamedTuple):
     queries: Ring
     douts: Ring
     stage: Any
+    shared: _Shared | None
+    """Where one kernel does it all."""
 
 
-def _keys_memory(launch: Launch) -> _KeysMemory:
+class _Shared(NamedTuple):
+    """How compute warpgroups make the gradient of the queries out of all their keys: each for its
+    share of the width, once everyone's gradients of scores are there."""
+
+    ds: Any
+    """(consumers, ROWS, columns)"""
+    dq: Any
+    """float32 (consumers, columns, width / consumers)"""
+    written: Any
+    read: Any
+
+
+def _keys_memory(wanted: str, launch: Launch) -> _KeysMemory:
     columns, depth = launch.sizes[:2]
     return _KeysMemory(
         keys=launch.own(k=launch.owned(), v=launch.owned(), segments=launch.owned_segments()),
@@ -187,6 +201,17 @@ def _keys_memory(launch: Launch) -> _KeysMemory:
         ),
         douts=launch.ring(dout=launch.streamed()),
         stage=launch.stage(),
+        shared=_shared(launch) if "q" in wanted else None,
+    )
+
+
+def _shared(launch: Launch) -> _Shared:
+    n, columns = launch.consumers, launch.sizes.columns
+    return _Shared(
+        ds=tiles.matrix(n, ROWS, columns, dtype=launch.dtype),
+        dq=tiles.matrix(n, columns, launch.width // n, dtype=jnp.float32),
+        written=plgpu.Barrier(num_arrivals=n),
+        read=plgpu.Barrier(num_arrivals=n),
     )
 
 
@@ -242,6 +267,47 @@ def _keys_compute(
     def factors(n: Any) -> Product:
         return Product(owned["k"], tiles.transposed(memory.queries.take(n)["q"]))
 
+    def show(n: Any, ds: jax.Array) -> Any:
+        """Shared memory that holds this, once all warpgroups' is there; it leaves the registers."""
+        shared = memory.shared
+
+        @pl.when(n > 0)
+        def _until_all_have_read() -> None:
+            plgpu.barrier_wait(shared.read)
+
+        mine = shared.ds.at[warpgroup]
+        mine[...] = ds
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(shared.written)
+        plgpu.barrier_wait(shared.written)
+        return mine
+
+    def of_queries() -> Product:
+        """This warpgroup's share of the gradient of the queries of a step."""
+        pairs = [
+            (
+                tiles.transposed(memory.shared.ds.at[i]),
+                memory.keys.held(i)["k"].at[:, share(warpgroup)],
+            )
+            for i in range(launch.consumers)
+        ]
+        return Product(*pairs[0], more=tuple(pairs[1:]))
+
+    def share(warpgroup: Any) -> Any:
+        """Of the width."""
+        width = launch.width // launch.consumers
+        return pl.ds(warpgroup * width, width)
+
+    def add_to_queries(step: Step, dq: jax.Array) -> None:
+        shared, part = memory.shared, memory.shared.dq.at[warpgroup]
+        plgpu.barrier_arrive(shared.read)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        part[...] = dq * launch.problem.scale
+        plgpu.commit_smem()
+        queries = pl.ds(column_of(work, at, step) * launch.q_block, launch.q_block)
+        head = at.head * launch.group + step.member
+        launch.add(part, results[-1].at[at.batch, queries, head, share(warpgroup)])
+
     def visit(check: bool, step: Step, sums: Any, products: Any = None, more: bool = False) -> Any:
         """The sums with this step in them; and, if there are `more` steps, the next products."""
         n, sums = step.number, dict(sums)
@@ -283,13 +349,21 @@ def _keys_compute(
             if drops:
                 dweights = dropped(dweights) - tiles.spread(tiles.floats_along(1, delta), 1, shape)
             ds, _ = pull(weights * dweights)
-            of_keys = Product(ds.astype(launch.dtype), queries["q"], sums["k"])
-            last = [factors(n + 1)] if more else []
-            sums["k"], *found = tiles.multiply(of_keys, *last, stage=stage)
+            ds, last = ds.astype(launch.dtype), [factors(n + 1)] if more else []
+            if "q" in wanted:
+                ds = show(n, ds)
+                last.insert(0, of_queries())
+            sums["k"], *found = tiles.multiply(
+                Product(ds, queries["q"], sums["k"]), *last, stage=stage
+            )
+            if "q" in wanted:
+                dq, *found = found
+                add_to_queries(step, dq)
         memory.queries.release(n)
         return (sums, found) if launch.sizes.rotated else sums
 
-    sums = {name: tiles.zeros(ROWS, launch.width) for name in wanted}
+    owns = wanted.replace("q", "")
+    sums = {name: tiles.zeros(ROWS, launch.width) for name in owns}
     if launch.sizes.rotated:
 
         def begin(_: Any) -> Any:
@@ -303,10 +377,10 @@ def _keys_compute(
     at = here()
     keys = launch.rows(at, warpgroup)
     scales = {"k": launch.problem.scale, "v": 1.0}
-    for name in wanted:
+    for name in owns:
         owned[name][...] = (sums[name] * scales[name]).astype(launch.dtype)
     plgpu.commit_smem()
-    for name, out in zip(wanted, results, strict=True):
+    for name, out in zip(owns, results, strict=False):
         plgpu.copy_smem_to_gmem(owned[name], out.at[at.batch, keys, at.head])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -316,10 +390,15 @@ QUERIES = Kernel("attention_queries_gradient", _queries_memory, _queries_load, _
 KEYS = {
     wanted: Kernel(
         f"attention_{name}_gradient",
-        _keys_memory,
+        functools.partial(_keys_memory, wanted),
         _keys_load,
         functools.partial(_keys_compute, wanted),
         rows_are_keys=True,
     )
-    for wanted, name in {"kv": "keys_and_values", "k": "keys", "v": "values"}.items()
+    for wanted, name in {
+        "kv": "keys_and_values",
+        "k": "keys",
+        "v": "values",
+        "qkv": "whole",
+    }.items()
 }

@@ -169,6 +169,13 @@ class Launch:
 
         return sum(map(size, types))
 
+    def add(self, part: Any, place: Any) -> None:
+        """Adds shared memory to global memory, in whatever order blocks come to it."""
+        if self.interpret is None:
+            plgpu.copy_smem_to_gmem(part, place, reduction_op="add")
+        else:
+            place[...] = place[...] + part[...]
+
     def head(self, arrays: Arrays, batch: Any, head: Any) -> Head:
         parameters = tiles.parameters(self.problem, arrays.score, head)
         dropout = None if arrays.dropout is None else (arrays.dropout[0], arrays.dropout[1])
@@ -191,15 +198,23 @@ class Launch:
         return Work(order, *narrowed(lists, *(keys + queries if by_keys else queries + keys)))
 
     def __call__(
-        self, operands: Operands, arrays: Arrays, results: list[jax.ShapeDtypeStruct]
+        self,
+        operands: Operands,
+        arrays: Arrays,
+        results: list[jax.ShapeDtypeStruct],
+        sums: list[jax.ShapeDtypeStruct] | None = None,
     ) -> list[jax.Array]:
-        """Runs a block for every row of blocks, head and batch entry, heavy rows first."""
+        """Runs a block for every row of blocks, head and batch entry, heavy rows first.
+
+        `sums` are further results, which start as zeros and which all blocks add to.
+        """
         work = jax.tree.map(jnp.asarray, self.work(operands))
         n_rows, n_lists = len(work.order), len(work.counts)
         given, tree = jax.tree.flatten(alike((work, arrays)))
         heads = self.kv_heads if self.kernel.rows_are_keys else self.heads
         together = self._heads_together()
         memory_registers, compute_registers = REGISTERS[self.consumers]
+        totals = [jax.new_ref(jnp.zeros(x.shape, x.dtype)) for x in sums or ()]
 
         def body(*refs: Any, memory: Any) -> None:
             work, arrays = jax.tree.unflatten(tree, refs[: len(given)])
@@ -217,7 +232,7 @@ class Launch:
             @pl.when(warpgroup < self.consumers)
             def _compute() -> None:
                 plgpu.set_max_registers(compute_registers, action="increase")
-                results = refs[len(given) :]
+                results = [*refs[len(given) :], *totals]
                 self.kernel.compute(self, arrays, work, here, memory, warpgroup, results)
 
             @pl.when(warpgroup == self.consumers)
@@ -238,7 +253,7 @@ class Launch:
             interpret=self.interpret,
         )(*given)
         # Mosaic's launch forgets what varies over a mesh.
-        return alike((given, found))[1]
+        return alike((given, [*found, *(total[...] for total in totals)]))[1]
 
     def _heads_together(self) -> int:
         """How many heads' blocks of the same row run side by side: a divisor of all of them."""

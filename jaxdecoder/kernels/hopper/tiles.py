@@ -169,6 +169,8 @@ class Product(NamedTuple):
     """(n, columns) in shared memory."""
     start: jax.Array | None = None
     """(rows, columns); zeros if left out. What is to be added costs nothing here."""
+    more: tuple[tuple[Any, Any], ...] = ()
+    """Pairs like a and b, in shared memory, whose products are added, too."""
 
 
 def multiply(
@@ -186,7 +188,8 @@ def multiply(
 
     def multiplied(*accumulators: Any) -> None:
         for accumulator, product in zip(accumulators, products, strict=True):
-            plgpu.wgmma(accumulator, product.a, product.b)
+            for a, b in ((product.a, product.b), *product.more):
+                plgpu.wgmma(accumulator, a, b)
         issued()
 
     shapes = [(product.a.shape[0], product.b.shape[1]) for product in products]
