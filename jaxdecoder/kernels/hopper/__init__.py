@@ -65,7 +65,7 @@ MOST_NUMBERS = 1
 HOPPER = {"H100", "H200", "H800", "H20", "GH200"}
 
 
-# The versions of CUDA whose assembler gets loops such as these wrong; JAX's own kernels refuse, too.
+# Versions of CUDA whose assembler gets loops such as these wrong; JAX's own kernels refuse, too.
 MISCOMPILED = range(12080, 12091)
 
 

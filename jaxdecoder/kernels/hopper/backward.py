@@ -175,8 +175,8 @@ class _KeysMemory(NamedTuple):
     queries: Ring
     douts: Ring
     stage: Any
-    shared: _Shared | None
-    """Where one kernel does it all."""
+    shared: Any
+    """A `_Shared`, where one kernel does it all."""
 
 
 class _Shared(NamedTuple):
@@ -254,7 +254,9 @@ def _keys_compute(
     at = here()
     shape = ROWS, launch.q_block
     keys = launch.rows(at, warpgroup)
-    owned = memory.keys.take(warpgroup)
+    for i in range(launch.consumers) if "q" in wanted else (warpgroup,):
+        memory.keys.take(i)
+    owned = memory.keys.held(warpgroup)
     stage = tiles.part(memory.stage, warpgroup)
 
     def head_of(member: Any) -> Any:
@@ -372,6 +374,11 @@ def _keys_compute(
         sums = walk_ahead(work, at, launch.group, begin, visit, sums)
     else:
         sums = walk(work, at, launch.group, visit, sums)
+
+    if "q" in wanted:
+        # Nobody's keys are overwritten while the other one still multiplies with them.
+        steps = work.counts[at.lists, at.row] * launch.group
+        pl.when(steps > 0)(lambda: plgpu.barrier_wait(memory.shared.read))
 
     # Where the keys and values were there is room for their gradients.
     at = here()
