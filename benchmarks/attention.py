@@ -398,6 +398,7 @@ def main(arguments: list[str] | None = None) -> None:
         "goals": {},
     }
     print({name: report[name] for name in report if name not in ("rows", "goals")}, flush=True)
+    turns.write(options.out.with_suffix(".json"), report)
     for case, names in cases_of(options, dtype):
         if time.monotonic() - started > 60 * options.minutes:
             print("the minutes are over")
@@ -409,7 +410,7 @@ def main(arguments: list[str] | None = None) -> None:
         turns.write(options.out.with_suffix(".json"), report)
     for name, ratio in report["goals"].items():
         print(f"{ratio:6.2f}  {name}")
-    if options.full or options.quick:
+    if report["rows"] and (options.full or options.quick):
         plot(report["rows"], options.out.with_suffix(".png"))
     print(f"wrote {options.out.with_suffix('.json')}")
 

@@ -34,8 +34,6 @@ def environment(scratch: str) -> dict[str, str]:
     """That of the parts, which begin with no compiled programs and keep theirs for one another."""
     found = {
         **os.environ,
-        # Several processes share the card.
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "JAX_COMPILATION_CACHE_DIR": f"{scratch}/jax",
         "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
         # A part that is killed cannot clear up.

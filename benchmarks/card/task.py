@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxdecoder.files import write_atomically
+
+# Several processes share the card, so none may take all of its memory; JAX reads this at its start.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 SKIPPED = 77
 CONFIG_PACKAGES = ("pydantic", "tyro", "tomli_w")

@@ -37,25 +37,20 @@ class Job(NamedTuple):
     """One implementation's work on one case."""
 
     implementation: str
-    number: int
-    quick: bool
+    case: Case
 
-    @property
-    def case(self) -> Case:
-        case = (DECODING if self.implementation.startswith("decoding") else CASES)[self.number]
-        return cases.quick(case) if self.quick else case
+
+def cases_for(implementation: str) -> tuple[Case, ...]:
+    return DECODING if implementation.startswith("decoding") else CASES
 
 
 def jobs_of(quick: bool) -> list[list[Job]]:
     """The jobs of each process."""
-    numbers = {
-        name: range(len(DECODING if name.startswith("decoding") else CASES)) for name in PROCESSES
-    }
     if quick:
-        chosen = [Job(name, n, True) for name in PROCESSES for n in list(numbers[name])[2:4]]
+        chosen = [Job(n, cases.quick(case)) for n in PROCESSES for case in cases_for(n)[2:4]]
         return [chosen[::2], chosen[1::2]]
     return [
-        [Job(name, n, False) for n in numbers[name][first::count]]
+        [Job(name, case) for case in cases_for(name)[first::count]]
         for name, count in PROCESSES.items()
         for first in range(count)
     ]
@@ -218,14 +213,25 @@ class Worker:
                 self.heard = time.monotonic()
                 told = json.loads(line)
                 if "found" in told:
-                    job = Job(*told["job"])
+                    job = job_of(told["job"])
                     self.jobs.remove(job)
                     found.append((job, told["found"]))
         return found
 
 
+def job_of(told: list[Any]) -> Job:
+    """A job as it comes back from JSON."""
+    name, case = told
+    return Job(name, Case(*case))
+
+
 Results = dict[str, dict[str, dict[str, Any]]]
 """By case and implementation."""
+
+
+NOT_TO_THE_BIT = "good, but not the same bits each time"
+KINDS = ("good", NOT_TO_THE_BIT, "cannot", "other")
+"""What a case may come to."""
 
 
 def verdict(case: Case, found: dict[str, Any], plain: dict[str, Any] | None) -> str:
@@ -239,25 +245,24 @@ def verdict(case: Case, found: dict[str, Any], plain: dict[str, Any] | None) -> 
     for name, error in found["errors"].items():
         if not error <= TIMES_AS_LARGE * max(least, of_plain.get(name, 0.0)):
             return f"{name} is far"
-    return "good" if found["repeats"] else "good, but not to the bit each time"
+    return "good" if found["repeats"] else NOT_TO_THE_BIT
 
 
 def tables(results: Results, known: dict[str, Case]) -> list[dict[str, Any]]:
     """The results a line each, after what they come to for each implementation."""
     columns = ["case", "implementation", "verdict", *NAMES]
-    rows, counts = [], {name: [0, 0, 0] for name in PROCESSES}
+    rows, counts = [], {name: dict.fromkeys(KINDS, 0) for name in PROCESSES}
     for title, by_name in results.items():
         plain = by_name.get("reference") or by_name.get("decoding, reference")
         for name, found in by_name.items():
             said = verdict(known[title], found, plain)
-            kind = 0 if said == "good" else 1 if said.startswith("cannot") else 2
-            counts[name][kind] += 1
+            kind = said.partition(":")[0]
+            counts[name][kind if kind in KINDS else "other"] += 1
             errors = found.get("errors", {})
             rows.append([title, name, said, *(errors.get(name) for name in NAMES)])
-    summary = [[name, *count] for name, count in counts.items() if any(count)]
-    head = ["implementation", "good", "cannot", "other"]
+    summary = [[name, *count.values()] for name, count in counts.items() if any(count.values())]
     return [
-        {"title": "cases", "columns": head, "rows": summary},
+        {"title": "cases", "columns": ["implementation", *KINDS], "rows": summary},
         {"title": "errors, relative", "columns": columns, "rows": rows},
     ]
 
@@ -285,13 +290,12 @@ def run(task: Task) -> None:
             worker.stop()
     left = [f"{job.implementation}: {job.case}" for worker in workers for job in worker.jobs]
     task.write(results=results, tables=tables(results, known), not_reached=left)
-    bad = sum(row[3] for row in tables(results, known)[0]["rows"])
+    bad = sum(row[-1] for row in tables(results, known)[0]["rows"])
     print(f"{bad} cases are not good; {len(left)} were not reached")
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        work([Job(*job) for job in json.loads(sys.argv[2])], Path(sys.argv[1]))
+        work([job_of(job) for job in json.loads(sys.argv[2])], Path(sys.argv[1]))
     else:
         part(run)

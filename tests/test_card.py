@@ -1,0 +1,351 @@
+"""The examination of a card: its runner, its parts at tiny sizes, and the settings of its tests."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import ROOT
+
+from benchmarks.card import __main__ as examination
+from benchmarks.card import cases, runner, values
+from benchmarks.card.runner import Part
+from benchmarks.card.task import Task
+from tests import card
+
+# --- The runner --------------------------------------------------------------------------------
+
+
+def fake(name, *lines, share=1.0):
+    """A part that is a few lines of Python; `out` is where its report goes."""
+    head = "import json, pathlib, subprocess, sys, time; out = pathlib.Path(sys.argv[2])"
+    return Part(name, share, (sys.executable, "-c", "\n".join([head, *lines])))
+
+
+WRITES = "out.write_text(json.dumps({'tables': [{'title': 't', 'columns': ['n'], 'rows': [[7]]}]}))"
+
+
+def run_parts(folder, *parts, seconds=30.0, more=()):
+    runner.run_all(parts, folder, seconds / 60, more, machine={"kind": "a card", "tables": []})
+    return json.loads((folder / "card.json").read_text())
+
+
+def test_parts_that_hang_crash_or_write_half_a_report_cost_the_others_nothing(tmp_path):
+    child = tmp_path / "child"
+    parts = [
+        fake("whole", WRITES, "print('all is well')"),
+        fake(
+            "hangs",
+            WRITES,
+            "kid = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])",
+            f"pathlib.Path({str(child)!r}).write_text(str(kid.pid))",
+            "print('about to hang', flush=True)",
+            "time.sleep(600)",
+            share=0.05,
+        ),
+        fake("crashes", "print('so far')", "raise ValueError('no good')"),
+        fake("half", "out.write_text('{\"tables\": [')"),
+        fake("absent", "print('skipped: no such package')", "sys.exit(77)"),
+    ]
+    # Only the part that hangs has little time; what the first leaves goes to it.
+    summary = run_parts(tmp_path, *parts[1:], parts[0], seconds=240)
+    found = {part["name"]: part for part in summary["parts"]}
+    assert {name: part["outcome"] for name, part in found.items()} == {
+        "hangs": "ran out of time",
+        "crashes": "failed",
+        "half": "ended",
+        "absent": "skipped",
+        "whole": "ended",
+    }
+    assert found["crashes"]["said"] == "ValueError: no good"
+    assert found["absent"]["said"] == "skipped: no such package"
+    assert found["hangs"]["said"] == "about to hang"
+    assert found["half"]["report"] is None
+    # What it had found is kept, and what it had started is gone.
+    assert found["hangs"]["report"]["tables"][0]["rows"] == [[7]]
+    assert is_gone(int(child.read_text()))
+    text = (tmp_path / "card.md").read_text()
+    assert '- kind: "a card"' in text
+    assert "| hangs | ran out of time |" in text
+    assert "## whole: t\n\n| n |\n| --- |\n| 7 |" in text
+
+
+def is_gone(process):
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_what_a_part_leaves_goes_to_the_next(tmp_path):
+    first, second = fake("first", WRITES), fake("second", WRITES, share=2.0)
+    summary = run_parts(tmp_path, first, second, seconds=90)
+    limits = [part["limit"] for part in summary["parts"]]
+    assert 29 < limits[0] <= 30
+    # The second may take its own 60 seconds and most of the first's 30.
+    assert 60 < limits[1] <= 90
+    assert summary["parts"][1]["limit"] == pytest.approx(90 - summary["parts"][0]["seconds"], abs=1)
+
+
+def test_a_part_is_told_to_end_before_it_would_be_killed(tmp_path):
+    told = fake("told", "out.write_text(json.dumps({'arguments': sys.argv[1:]}))")
+    summary = run_parts(tmp_path, told, seconds=40, more=["--quick"])
+    arguments = summary["parts"][0]["report"]["arguments"]
+    assert arguments[0] == "--out"
+    assert arguments[-1] == "--quick"
+    assert 30 < float(arguments[arguments.index("--seconds") + 1]) < 35
+
+
+def test_reports_hold_what_json_has_no_word_for(tmp_path):
+    task = Task(tmp_path / "deep" / "report.json", seconds=10)
+    task.row("numbers", a=float("nan"), b=1.5)
+    task.row("numbers", a=None, b=float("inf"))
+    (table,) = json.loads(task.out.read_text())["tables"]
+    assert table == {
+        "title": "numbers",
+        "columns": ["a", "b"],
+        "rows": [["nan", 1.5], [None, "inf"]],
+    }
+
+
+def test_children_are_told_where_cuda_is_unless_they_know(tmp_path, monkeypatch):
+    monkeypatch.setattr(examination, "DEFAULT_CUDA", tmp_path)
+    monkeypatch.delenv("CUDA_ROOT", raising=False)
+    assert examination.environment("scratch")["CUDA_ROOT"] == str(tmp_path)
+    monkeypatch.setattr(examination, "DEFAULT_CUDA", tmp_path / "nowhere")
+    assert "CUDA_ROOT" not in examination.environment("scratch")
+    monkeypatch.setenv("CUDA_ROOT", "/mine")
+    monkeypatch.setattr(examination, "DEFAULT_CUDA", tmp_path)
+    assert examination.environment("scratch")["CUDA_ROOT"] == "/mine"
+
+
+# --- The values --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "longformer", "documents", "future"])
+def test_masks_of_the_cases_are_the_formulas(mask):
+    case = cases.Case(mask, time=40)
+    at = np.arange(case.time)
+    ours = cases.our_mask(case)(at[:, None], at[None, :])
+    np.testing.assert_array_equal(ours, cases.allowed(case))
+    assert cases.allowed(case).any()
+
+
+def test_the_cases_cover_what_may_go_wrong():
+    every = cases.CASES
+    assert {case.mask for case in every} == {
+        *("causal", "window", "longformer", "documents", "future")
+    }
+    assert {case.width for case in every} == {16, 48, 64, 80, 128}
+    assert {case.time for case in every} == {1000, 4096}
+    assert {case.dtype for case in every} == {"bfloat16", "float16", "float32"}
+    assert {case.score for case in every} == {"none", "alibi", "cap", "alibi_and_cap"}
+    assert all(case.heads == 4 * case.kv_heads for case in every)
+    assert any(case.rate for case in every)
+    assert any(case.segments for case in every)
+    assert all(not cases.allowed(case)[-1].any() for case in every if case.mask == "future")
+
+
+SMALL = cases.Case("future", 16, "bfloat16", 40, "alibi_and_cap", 0.2, True, 1, 2, 1)
+
+
+def test_a_right_answer_is_good_and_a_wrong_one_is_not(monkeypatch):
+    found = values.examine(values.Job("chunked", SMALL))
+    assert found["errors"].keys() == {"out", "dq", "dk", "dv", "dscore"}
+    plain = values.examine(values.Job("reference", SMALL))
+    assert values.verdict(SMALL, found, plain) == "good"
+    assert values.verdict(SMALL, found | {"repeats": False}, plain) == values.NOT_TO_THE_BIT
+    assert values.verdict(SMALL, found | {"nan": {"dq": 1}}, plain) == "NaN"
+    far = found["errors"] | {"dk": 5 * max(2**-8, plain["errors"]["dk"])}
+    assert values.verdict(SMALL, found | {"errors": far}, plain) == "dk is far"
+    assert values.verdict(SMALL, {"cannot": "why"}, plain) == "cannot: why"
+    # A wrong formula is noticed.
+    monkeypatch.setattr(cases, "CAP", 5.0)
+    right = cases.expected(SMALL, cases.make(SMALL))
+    monkeypatch.setattr(cases, "expected", lambda case, made: right)
+    monkeypatch.setattr(cases, "CAP", 50.0)
+    wrong = values.examine(values.Job("chunked", SMALL))
+    assert values.verdict(SMALL, wrong, plain).endswith("is far")
+
+
+def test_what_an_implementation_comes_to_is_counted():
+    good = {"errors": {"out": 1e-3}, "nan": {"out": 0}, "repeats": True}
+    by_name = {
+        "reference": good,
+        "portable": good | {"repeats": False},
+        "hopper": good | {"nan": {"out": 1}},
+        "cudnn": {"cannot": "why"},
+    }
+    found = values.tables({"one": by_name, "two": {"hopper": {"failed": "it hung"}}}, ONE_AND_TWO)
+    assert found[0]["rows"] == [
+        ["reference", 1, 0, 0, 0],
+        ["portable", 0, 1, 0, 0],
+        ["hopper", 0, 0, 0, 2],
+        ["cudnn", 0, 0, 1, 0],
+    ]
+    assert [row[:3] for row in found[1]["rows"]][-1] == ["two", "hopper", "it hung"]
+
+
+ONE_AND_TWO = {"one": SMALL, "two": SMALL}
+
+
+def test_decoding_from_a_cache_is_the_formula():
+    case = cases.quick(cases.DECODING[1])
+    for implementation in ("reference", "kernel"):
+        found = values.examine(values.Job(f"decoding, {implementation}", case))
+        assert found["errors"].keys() == {"out"}
+        assert values.verdict(case, found, None) == "good"
+
+
+def test_a_process_that_hangs_or_dies_goes_on_after_the_case(tmp_path, monkeypatch):
+    """The jobs are done by a stand-in, which behaves by the implementation's name."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import json, os, sys, time\n"
+        "with open(sys.argv[1], 'a') as file:\n"
+        "    def say(job, **found):\n"
+        "        print(json.dumps({'job': job, **found}), file=file, flush=True)\n"
+        "    for job in json.loads(sys.argv[2]):\n"
+        "        say(job)\n"
+        "        if job[0] == 'hangs': time.sleep(600)\n"
+        "        if job[0] == 'dies': os._exit(9)\n"
+        "        say(job, found={'did': job[0]})\n"
+        f"        if job[0] == 'breaks the device': os._exit({values.DEAD})\n"
+    )
+    names = ("well", "hangs", "dies", "breaks the device", "well again")
+    jobs = [values.Job(name, SMALL) for name in names]
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        values.subprocess,
+        "Popen",
+        lambda command, **more: real([sys.executable, str(script), *command[3:]], **more),
+    )
+    path = tmp_path / "lines"
+    path.write_text("")
+    worker, found = values.Worker(list(jobs), path), {}
+    until = time.monotonic() + 60
+    while worker.process is not None and time.monotonic() < until:
+        time.sleep(0.05)
+        found |= {job.implementation: result for job, result in worker.look(most=3.0)}
+    worker.stop()
+    assert found == {
+        "well": {"did": "well"},
+        "hangs": {"failed": "it hung"},
+        "dies": {"failed": "it ended with status 9"},
+        "breaks the device": {"did": "breaks the device"},
+        "well again": {"did": "well again"},
+    }
+
+
+# --- Everything, at tiny sizes -----------------------------------------------------------------
+
+ABSENT = ("pydantic", "tyro", "tomli_w", "beartype")
+
+
+def without(folder, *names):
+    """The environment of processes in which these packages cannot be imported."""
+    (folder / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {names}:\n"
+        "            raise ModuleNotFoundError(name + ' is not to be had')\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    paths = os.pathsep.join([str(folder), str(ROOT)])
+    return os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
+
+
+def started(*arguments, environment):
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_values_and_attention_need_no_packages_that_read_a_config(tmp_path):
+    environment = without(tmp_path, *ABSENT)
+    out = tmp_path / "values.json"
+    said = started("benchmarks.card.values", "--out", out, "--quick", environment=environment)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.endswith("0 cases are not good; 0 were not reached\n")
+    report = json.loads(out.read_text())
+    (portable,) = (row for row in report["tables"][0]["rows"] if row[0] == "portable")
+    assert portable == ["portable", 2, 0, 0, 0]
+    said = started(
+        *("benchmarks.attention", "--quick", "--masks", "window", "--out", tmp_path / "speed"),
+        environment=environment,
+    )
+    assert said.returncode == 0, said.stderr
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["backward"] for row in rows] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["training", "decoding", "baby_gpt"])
+def test_parts_that_need_absent_packages_say_so_in_a_line(tmp_path, name):
+    said = started(
+        *(f"benchmarks.card.{name}", "--out", tmp_path / "report.json", "--quick"),
+        environment=without(tmp_path, *ABSENT),
+    )
+    assert said.returncode == 77
+    assert said.stdout == "skipped: pydantic, tyro, tomli_w must be installed\n"
+
+
+@pytest.mark.slow
+def test_every_part_runs_at_tiny_sizes(tmp_path):
+    said = started(
+        *("benchmarks.card", "--quick", "--minutes", "10", "--out", tmp_path),
+        environment=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert said.returncode == 0, said.stderr
+    summary = json.loads((tmp_path / "card.json").read_text())
+    assert summary["machine"]["platform"] == "cpu"
+    corpus = (ROOT / ".cache" / "tinyshakespeare.txt").exists()
+    for part in summary["parts"]:
+        wanted = "skipped" if part["name"] == "baby_gpt" and not corpus else "ended"
+        assert part["outcome"] == wanted, (part["name"], part["said"])
+        assert wanted == "skipped" or part["report"]["tables"]
+    assert [part["name"] for part in summary["parts"]] == list(examination.SHARES)
+    assert json.loads((tmp_path / "tuned.json").read_text())
+
+
+# --- The settings of tests on a card -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("marks", "wanted"),
+    [
+        ("gpu", True),
+        ("gpu and not slow", True),
+        ("slow or gpu", True),
+        ("", False),
+        ("not gpu", False),
+        ("not slow", False),
+        ("not slow and not gpu", False),
+        ("not (slow or gpu)", False),
+        ("slow", False),
+    ],
+)
+def test_a_run_is_for_a_card_if_the_tests_that_need_one_are_asked_for(marks, wanted):
+    assert card.is_for_a_card(marks) == wanted
+    # On a card, kernels that are not optimised would spill.
+    assert ("JAX_DISABLE_MOST_OPTIMIZATIONS" not in card.settings(marks)) == wanted
+    assert (card.settings(marks).get("JAX_PLATFORMS") != "cpu") == wanted
+
+
+def test_this_run_is_for_a_cpu():
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+    assert os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
