@@ -218,12 +218,22 @@ def exact(case: Case) -> np.ndarray:
         return jax_run(case, made, attention)(1)()
 
 
-def measure(case: Case, names: list[str], rounds: int, seconds: float) -> dict[str, Any]:
-    """Milliseconds, TFLOP/s and error of each participant, or why there are none."""
+def measure(
+    case: Case,
+    names: list[str],
+    rounds: int,
+    seconds: float,
+    begin: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
+    """Milliseconds, TFLOP/s and error of each participant, or why there are none.
+
+    `begin` is told of each before it runs for the first time.
+    """
     made, expected = make(case), exact(case._replace(dtype="float32", backward=False))
     runs: dict[str, Run] = {}
     results: dict[str, Any] = {}
     for name in names:
+        begin(name)
         try:
             run = PARTICIPANTS[name](case, made)
             out = run(2)()

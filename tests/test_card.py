@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from runs import ROOT
 
 from benchmarks.card import __main__ as examination
-from benchmarks.card import cases, runner, values
+from benchmarks.card import attention, cases, runner, values, workers
 from benchmarks.card.runner import Part
 from benchmarks.card.task import Task
 from tests import card
@@ -206,44 +207,78 @@ def test_decoding_from_a_cache_is_the_formula():
         assert values.verdict(case, found, None) == "good"
 
 
-def test_a_process_that_hangs_or_dies_goes_on_after_the_case(tmp_path, monkeypatch):
-    """The jobs are done by a stand-in, which behaves by the implementation's name."""
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import json, os, sys, time\n"
-        "with open(sys.argv[1], 'a') as file:\n"
-        "    def say(job, **found):\n"
-        "        print(json.dumps({'job': job, **found}), file=file, flush=True)\n"
-        "    for job in json.loads(sys.argv[2]):\n"
-        "        say(job)\n"
-        "        if job[0] == 'hangs': time.sleep(600)\n"
-        "        if job[0] == 'dies': os._exit(9)\n"
-        "        say(job, found={'did': job[0]})\n"
-        f"        if job[0] == 'breaks the device': os._exit({values.DEAD})\n"
-    )
-    names = ("well", "hangs", "dies", "breaks the device", "well again")
-    jobs = [values.Job(name, SMALL) for name in names]
-    real = subprocess.Popen
-    monkeypatch.setattr(
-        values.subprocess,
-        "Popen",
-        lambda command, **more: real([sys.executable, str(script), *command[3:]], **more),
-    )
-    path = tmp_path / "lines"
-    path.write_text("")
-    worker, found = values.Worker(list(jobs), path), {}
-    until = time.monotonic() + 60
+# --- Processes that are started again ----------------------------------------------------------
+
+STAND_IN = """
+import json, os, pathlib, sys, time
+from benchmarks.card.workers import DEAD, Lines
+
+lines = Lines(pathlib.Path(sys.argv[1]))
+for job in json.loads(sys.argv[2]):
+    lines.say(job)
+    for name in [name for name in job[0].split(",") if name not in job[1]]:
+        lines.say(job, at=name)
+        if name == "hangs":
+            time.sleep(600)
+        if name == "dies":
+            os._exit(9)
+        if name == "breaks the device":
+            os._exit(DEAD)
+    lines.say(job, found={"did": job})
+    if job[0] == "told of its failure":
+        os._exit(DEAD)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A module whose jobs are names and who sits out; names behave as they are called."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    return "stand_in"
+
+
+def all_found(worker):
+    found, until = [], time.monotonic() + 60
     while worker.process is not None and time.monotonic() < until:
         time.sleep(0.05)
-        found |= {job.implementation: result for job, result in worker.look(most=3.0)}
+        found += worker.look(most=3.0)
     worker.stop()
-    assert found == {
-        "well": {"did": "well"},
-        "hangs": {"failed": "it hung"},
-        "dies": {"failed": "it ended with status 9"},
-        "breaks the device": {"did": "breaks the device"},
-        "well again": {"did": "well again"},
-    }
+    return found
+
+
+def test_a_process_that_hangs_or_dies_goes_on_after_the_job(tmp_path, stand_in):
+    names = ("well", "hangs", "dies", "told of its failure", "well again")
+    jobs = [[name, []] for name in names]
+    found = all_found(workers.Worker(stand_in, list(jobs), tmp_path / "lines", list))
+    assert found == [
+        (["well", []], {"did": ["well", []]}),
+        (["hangs", []], {"failed": "it hung"}),
+        (["dies", []], {"failed": "it ended with status 9"}),
+        (["told of its failure", []], {"did": ["told of its failure", []]}),
+        (["well again", []], {"did": ["well again", []]}),
+    ]
+
+
+def test_who_breaks_the_card_sits_out_the_rest(tmp_path, stand_in):
+    class Job(NamedTuple):
+        names: str
+        banned: tuple[str, ...] = ()
+
+    def job_of(told):
+        return Job(told[0], tuple(told[1]))
+
+    both = ("ours,breaks the device,others", "breaks the device,dies,others")
+    worker = attention.Attention(
+        stand_in, [Job(names) for names in both], tmp_path / "lines", job_of
+    )
+    found = [result for _, result in all_found(worker)]
+    assert found == [
+        {"banned": "breaks the device", "why": "it ended with status 3"},
+        {"did": [both[0], ["breaks the device"]]},
+        {"banned": "dies", "why": "it ended with status 9"},
+        {"did": [both[1], ["breaks the device", "dies"]]},
+    ]
 
 
 # --- Everything, at tiny sizes -----------------------------------------------------------------

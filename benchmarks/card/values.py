@@ -9,8 +9,6 @@ whole array, and are held against those of the plain softmax in the same type.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any, NamedTuple
 from benchmarks.card import cases
 from benchmarks.card.cases import CASES, DECODING, Case
 from benchmarks.card.task import Task, first_line, part
+from benchmarks.card.workers import DEAD, Lines, Worker, device_answers
 
 # Processes for each implementation: the more, the longer its kernels compile.
 PROCESSES = {"reference": 1, "chunked": 1, "portable": 3, "hopper": 4, "cudnn": 1}
@@ -29,8 +28,6 @@ PRECISION = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-22}
 NAMES = ("out", "dq", "dk", "dv", "dscore")
 RUNS = 3
 CASE_SECONDS = 45.0
-DEAD = 3
-"""The status of a process whose device no longer answers."""
 
 
 class Job(NamedTuple):
@@ -126,97 +123,23 @@ def examine(job: Job) -> dict[str, Any]:
     return found
 
 
-def work(jobs: list[Job], path: Path) -> None:
-    """Does the jobs, a line in the file when one begins and one when it has ended."""
+def work(jobs: list[Job], lines: Lines) -> None:
+    """Does the jobs, and tells of each as it begins and as it ends."""
     from jaxdecoder.errors import UserError
 
-    with path.open("a") as file:
-
-        def say(job: Job, **found: Any) -> None:
-            file.write(json.dumps({"job": job, **found}) + "\n")
-            file.flush()
-
-        for job in jobs:
-            say(job)
-            try:
-                say(job, found=examine(job))
-            except UserError as error:
-                say(job, found={"cannot": first_line(error)})
-            except Exception as error:
-                say(job, found={"failed": first_line(error)})
-                if not answers():
-                    sys.exit(DEAD)
-
-
-def answers() -> bool:
-    """Whether the device still computes: after a fault in a kernel it does not."""
-    import jax.numpy as jnp
-
-    try:
-        return float(jnp.ones(8).sum()) == 8
-    except Exception:
-        return False
+    for job in jobs:
+        lines.say(job)
+        try:
+            lines.say(job, found=examine(job))
+        except UserError as error:
+            lines.say(job, found={"cannot": first_line(error)})
+        except Exception as error:
+            lines.say(job, found={"failed": first_line(error)})
+            if not device_answers():
+                sys.exit(DEAD)
 
 
 # --- In the process that watches them ----------------------------------------------------------
-
-
-class Worker:
-    """A process at its jobs; it is started again after a job that hangs or that it dies of."""
-
-    def __init__(self, jobs: list[Job], path: Path):
-        self.jobs, self.path = jobs, path
-        self.process: subprocess.Popen[bytes] | None = None
-        self.read = 0
-        self.start()
-
-    def start(self) -> None:
-        """Starts a process for the jobs left, if there are any."""
-        self.process, self.heard = None, time.monotonic()
-        if self.jobs:
-            command = [sys.executable, "-m", "benchmarks.card.values", str(self.path)]
-            # The formula is NumPy's work, of many processes at once.
-            environment = os.environ | {"OPENBLAS_NUM_THREADS": "2"}
-            self.process = subprocess.Popen([*command, json.dumps(self.jobs)], env=environment)
-
-    def look(self, most: float = CASE_SECONDS) -> list[tuple[Job, dict[str, Any]]]:
-        """What it has found since the last look; a job may be silent for so many seconds."""
-        if self.process is None:
-            return []
-        ended = self.process.poll() is not None
-        found = self._new_lines()
-        if not ended and time.monotonic() - self.heard <= most:
-            return found
-        self.stop()
-        if self.jobs:  # the first of them is the one it stopped at
-            why = f"it ended with status {self.process.returncode}" if ended else "it hung"
-            # After a failure that was told of, the device is dead and the job is not.
-            if self.process.returncode != DEAD:
-                found.append((self.jobs.pop(0), {"failed": why}))
-        self.start()
-        return found
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
-    def _new_lines(self) -> list[tuple[Job, dict[str, Any]]]:
-        """Whole lines written since; takes the jobs that have ended off the list."""
-        found = []
-        with self.path.open("rb") as file:
-            file.seek(self.read)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self.read += len(line)
-                self.heard = time.monotonic()
-                told = json.loads(line)
-                if "found" in told:
-                    job = job_of(told["job"])
-                    self.jobs.remove(job)
-                    found.append((job, told["found"]))
-        return found
 
 
 def job_of(told: list[Any]) -> Job:
@@ -268,19 +191,16 @@ def tables(results: Results, known: dict[str, Case]) -> list[dict[str, Any]]:
 
 
 def run(task: Task) -> None:
-    folder = task.out.parent / "values"
-    folder.mkdir(parents=True, exist_ok=True)
-    workers = []
-    for number, jobs in enumerate(jobs_of(task.quick)):
-        path = folder / f"{number}.jsonl"
-        path.write_text("")
-        workers.append(Worker(jobs, path))
+    workers = [
+        Worker("benchmarks.card.values", jobs, task.out.parent / f"values/{number}.jsonl", job_of)
+        for number, jobs in enumerate(jobs_of(task.quick))
+    ]
     results: Results = {}
     known: dict[str, Case] = {}
     try:
         while any(w.process is not None for w in workers) and task.left() > 0:
             time.sleep(0.2)
-            for job, found in [pair for worker in workers for pair in worker.look()]:
+            for job, found in [pair for worker in workers for pair in worker.look(CASE_SECONDS)]:
                 known[str(job.case)] = job.case
                 results.setdefault(str(job.case), {})[job.implementation] = found
                 print(f"{job.implementation}: {job.case}: {found}", flush=True)
@@ -296,6 +216,6 @@ def run(task: Task) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
-        work([job_of(job) for job in json.loads(sys.argv[2])], Path(sys.argv[1]))
+        work([job_of(job) for job in json.loads(sys.argv[2])], Lines(Path(sys.argv[1])))
     else:
         part(run)
