@@ -4,15 +4,19 @@
 # make test-cuda  compiles every GPU kernel for an H200; needs no GPU, but 4.5 GB for the compilers
 #                 (TESTS='-m ""' compiles every block size, width and mask)
 # make ablations  every question in configs/ablations on two cores, with verdicts
+# make card       what a few minutes on this machine's GPU tell: values, speed, block sizes
+#                 (MINUTES=8, CARD=runs/card, and the Python that has JAX: see docs/gpu.md)
 # make bench      speed on this machine against PyTorch
 # PYTHON=python3.12 chooses the Python, which is else the newest here that the newest JAX runs on.
-.PHONY: demo check test test-all test-cuda ablations bench clean
+.PHONY: demo check test test-all test-cuda ablations card bench clean
 
 PYTHON ?= $(shell .ci/newest-python)
 VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 PEER = .venv-torch
 CUDA = .venv-cuda
+MINUTES = 8
+CARD = runs/card
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python train.py configs/demo.toml
@@ -34,6 +38,10 @@ test-cuda: $(CUDA)/.installed
 
 ablations: $(INSTALLED)
 	for file in configs/ablations/*.toml; do $(VENV)/bin/python ablate.py $$file || exit 1; done
+
+# Installs nothing: such a machine has JAX for its card, and perhaps no network.
+card:
+	$(PYTHON) -m benchmarks.card --minutes $(MINUTES) --out $(CARD)
 
 bench: $(INSTALLED) $(PEER)/.installed
 	$(VENV)/bin/python benchmarks/train_cpu.py --peer-python $(PEER)/bin/python

@@ -199,6 +199,18 @@ def test_what_an_implementation_comes_to_is_counted():
 ONE_AND_TWO = {"one": SMALL, "two": SMALL}
 
 
+def test_what_ptxas_complains_of_is_counted():
+    log = (
+        "ptxas info: (C7510) Potential Performance Loss: wgmma.mma_async are serialized\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "    8 bytes stack frame, 8 bytes spill stores, 8 bytes spill loads\n"
+    )
+    found = values.complaints(log + log)
+    assert sorted(found.values()) == [2, 2]
+    assert found["kernels that spill registers"] == 2
+    assert not values.complaints("ptxas info: Used 168 registers, 0 bytes spill stores\n")
+
+
 def test_decoding_from_a_cache_is_the_formula():
     case = cases.quick(cases.DECODING[1])
     for implementation in ("reference", "kernel"):

@@ -2,6 +2,7 @@
 
 A worker is `python -m MODULE FILE JOBS`, with its jobs as JSON. It appends lines of JSON to the
 file (`Lines`): one when it begins a job, others on the way if it likes, and one with what it found.
+What it and its compilers print is in the log beside the file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ENVIRONMENT = {
+    # Many of them do NumPy's work at once.
+    "OPENBLAS_NUM_THREADS": "2",
+    # What ptxas says of Mosaic's kernels.
+    "MOSAIC_GPU_DUMP_PTXAS": "1",
+}
 DEAD = 3
 """The status of a worker whose device no longer answers, after a failure that it told of."""
 
@@ -49,6 +56,7 @@ class Worker:
         self.read, self.at = 0, None
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
+        path.with_suffix(".log").write_text("")
         self.start()
 
     def start(self) -> None:
@@ -56,9 +64,10 @@ class Worker:
         self.process, self.heard, self.at = None, time.monotonic(), None
         if self.jobs:
             command = [sys.executable, "-m", self.module, str(self.path), json.dumps(self.jobs)]
-            # The formula is NumPy's work, of many processes at once.
-            environment = os.environ | {"OPENBLAS_NUM_THREADS": "2"}
-            self.process = subprocess.Popen(command, env=environment)
+            with self.path.with_suffix(".log").open("ab") as log:
+                self.process = subprocess.Popen(
+                    command, stdout=log, stderr=log, env=os.environ | ENVIRONMENT
+                )
 
     def look(self, most: float) -> list[tuple[Any, dict[str, Any]]]:
         """What it has found since the last look; it may be silent for so many seconds."""
