@@ -13,9 +13,21 @@ import pytest
 from runs import ROOT
 
 from benchmarks.card import __main__ as examination
-from benchmarks.card import attention, cases, runner, values, workers
+from benchmarks.card import (
+    attention,
+    baby_gpt,
+    cases,
+    machine,
+    runner,
+    sides,
+    training,
+    values,
+    workers,
+)
 from benchmarks.card.runner import Part
 from benchmarks.card.task import Task
+from jaxdecoder.analysis import parameters
+from jaxdecoder.config import ModelConfig
 from tests import card
 
 # --- The runner --------------------------------------------------------------------------------
@@ -119,14 +131,84 @@ def test_reports_hold_what_json_has_no_word_for(tmp_path):
 
 
 def test_children_are_told_where_cuda_is_unless_they_know(tmp_path, monkeypatch):
-    monkeypatch.setattr(examination, "DEFAULT_CUDA", tmp_path)
     monkeypatch.delenv("CUDA_ROOT", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(machine, "DEFAULT_CUDA", tmp_path / "nowhere")
+    assert "CUDA_ROOT" not in examination.environment("scratch")
+    monkeypatch.setattr(machine, "DEFAULT_CUDA", tmp_path)
+    # The folder of pip's packages without ptxas, as PyTorch leaves it, and with it.
+    (tmp_path / "nvidia/cu13/bin").mkdir(parents=True)
     assert examination.environment("scratch")["CUDA_ROOT"] == str(tmp_path)
-    monkeypatch.setattr(examination, "DEFAULT_CUDA", tmp_path / "nowhere")
+    (tmp_path / "nvidia/cu13/bin/ptxas").touch()
     assert "CUDA_ROOT" not in examination.environment("scratch")
     monkeypatch.setenv("CUDA_ROOT", "/mine")
-    monkeypatch.setattr(examination, "DEFAULT_CUDA", tmp_path)
     assert examination.environment("scratch")["CUDA_ROOT"] == "/mine"
+
+
+# --- Speed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA A100-SXM4-80GB", None),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_of_an_unknown_card_is_unknown(name, wanted):
+    assert training.peak(name) == wanted
+
+
+def test_the_peer_has_as_many_parameters():
+    torch_gpt = pytest.importorskip("benchmarks.torch_gpt", exc_type=ImportError)
+    for name in training.SHAPES:
+        shape = training.shape_of(name, quick=True)
+        model = ModelConfig(**{key: n for key, n in shape.items() if key != "batch_size"})
+        theirs = sum(x.numel() for x in torch_gpt.GPT(shape).parameters())
+        assert theirs == parameters(model)["total"]
+
+
+SIDE = """
+import sys
+from benchmarks.card.sides import answering
+
+with answering() as answer:
+    print("what libraries print is no answer")
+    answer(ready=True)
+    for n, line in enumerate(sys.stdin):
+        if sys.argv[1] == "stops" and n == 1:
+            raise ValueError("no more")
+        answer(seconds=float(line) * n)
+"""
+
+
+def test_sides_take_turns_until_one_goes():
+    both = {name: sides.Side([sys.executable, "-c", SIDE, name]) for name in ("stays", "stops")}
+    try:
+        assert [side.answer(60) for side in both.values()] == [{"ready": True}] * 2
+        taken = sides.turns(both, 5, rounds=3, seconds=60)
+        assert taken == {"stays": [0.0, 5.0, 10.0]}
+        with pytest.raises(sides.Gone, match="ended with status 1"):
+            both["stops"].answer(60)
+        with pytest.raises(sides.Gone, match="no answer in 0 s"):
+            both["stays"].answer(0.0)
+    finally:
+        for side in both.values():
+            side.stop()
+
+
+def test_what_is_compiled_is_left_out_of_a_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    written = [{"step": 250 * n, "validation_loss": 2.0, "seconds": 40 + 5 * n} for n in (1, 2, 4)]
+    path.write_text("\n".join(map(json.dumps, written)) + '\n{"step": 1001, "va')
+    assert baby_gpt.lines(path) == written
+    # The first 250 steps took 45 seconds, 5 of them for the steps.
+    assert baby_gpt.without_compilation(written) == 20
+    assert baby_gpt.without_compilation(written[:1]) is None
+    assert baby_gpt.lines(tmp_path / "none") == []
 
 
 # --- The values --------------------------------------------------------------------------------
@@ -146,7 +228,8 @@ def test_the_cases_cover_what_may_go_wrong():
     assert {case.mask for case in every} == {
         *("causal", "window", "longformer", "documents", "future")
     }
-    assert {case.width for case in every} == {16, 48, 64, 80, 128}
+    half = [case for case in every if case.dtype != "float32"]
+    assert {case.width for case in half} == {16, 48, 64, 80, 128}
     assert {case.time for case in every} == {1000, 4096}
     assert {case.dtype for case in every} == {"bfloat16", "float16", "float32"}
     assert {case.score for case in every} == {"none", "alibi", "cap", "alibi_and_cap"}

@@ -15,7 +15,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from benchmarks.card.machine import DEFAULT_CUDA
+from benchmarks.card.machine import cuda_root
 from benchmarks.card.runner import Part, module, run_all, run_part
 from benchmarks.turns import HERE
 
@@ -40,8 +40,8 @@ def environment(scratch: str) -> dict[str, str]:
         "TMPDIR": scratch,
         "PYTHONUNBUFFERED": "1",
     }
-    if "CUDA_ROOT" not in found and DEFAULT_CUDA.is_dir():
-        found["CUDA_ROOT"] = str(DEFAULT_CUDA)
+    if "CUDA_ROOT" not in found and (root := cuda_root()) is not None:
+        found["CUDA_ROOT"] = root
     here = str(HERE.parent)
     paths = [here, *filter(None, [found.get("PYTHONPATH")])]
     return {**found, "PYTHONPATH": os.pathsep.join(paths)}

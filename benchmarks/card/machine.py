@@ -70,6 +70,21 @@ def compilers(jax_says: str | None) -> dict[str, list[str]]:
     return found
 
 
+def cuda_root() -> str | None:
+    """What CUDA_ROOT should be where it is not set: nothing, if JAX finds ptxas by itself."""
+    by_pip = any((Path(entry) / "nvidia/cu13" / FILES["ptxas"]).is_file() for entry in sys.path)
+    return str(DEFAULT_CUDA) if DEFAULT_CUDA.is_dir() and not by_pip else None
+
+
+def release(compiler: str) -> str:
+    """What a compiler says of its version."""
+    try:
+        said = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as error:
+        return first_line(error)
+    return next((line for line in said.stdout.splitlines() if "release" in line), "")
+
+
 def run(task: Task) -> None:
     from benchmarks.turns import machine
 
@@ -80,7 +95,8 @@ def run(task: Task) -> None:
     from jax._src import lib
 
     cuda = getattr(lib, "cuda_path", None)
-    task.write(cuda_as_jax_sees_it=cuda, files=compilers(cuda))
+    found = compilers(cuda)
+    task.write(cuda_as_jax_sees_it=cuda, files=found, ptxas=[*map(release, found["ptxas"])])
     device = jax.devices()[0]
     task.write(platform=device.platform, kind=device.device_kind, devices=jax.device_count())
     for name, value in task.report.items():

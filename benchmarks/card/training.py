@@ -212,6 +212,10 @@ class Comparison:
                 self.peers[name] = peer = None
         return peer
 
+    def seconds(self) -> float:
+        """How long the turns of one variant may take."""
+        return max(1.0, min(8.0, self.task.left()))
+
     def measure(self, variant: Variant, told: dict[str, Any]) -> None:
         """Turns of ours and its peer, and a row."""
         shape, count = self.shapes[variant.shape], self.steps[variant.shape]
@@ -219,7 +223,7 @@ class Comparison:
         sides = {"ours": self.ours[variant]}
         if (peer := self.peer_of(variant.shape)) is not None:
             sides["peer"] = peer
-        taken = turns(sides, count, 3 if self.task.quick else 7, seconds=8)
+        taken = turns(sides, count, 3 if self.task.quick else 7, self.seconds())
         if not taken.get("ours"):
             self.note(str(variant), "it stopped during its turns")
             return
