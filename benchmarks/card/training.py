@@ -224,6 +224,9 @@ class Comparison:
         if (peer := self.peer_of(variant.shape)) is not None:
             sides["peer"] = peer
         taken = turns(sides, count, 3 if self.task.quick else 7, self.seconds())
+        if peer is not None and "peer" not in taken:  # it is asked no more
+            peer.stop()
+            self.peers[variant.shape] = None
         if not taken.get("ours"):
             self.note(str(variant), "it stopped during its turns")
             return
