@@ -4,9 +4,11 @@
 # make test-cuda  compiles every GPU kernel for an H200, with NVIDIA's newest compilers and with those
 #                 of CUDA 13.0; needs no GPU, but 5 GB (TESTS='-m ""': every block size, width, mask)
 # make ablations  every question in configs/ablations on two cores, with verdicts
+# make card       what a few minutes on this machine's GPU tell: values, speed, block sizes
+#                 (MINUTES=8, CARD=runs/card, and the Python that has JAX: see docs/gpu.md)
 # make bench      speed on this machine against PyTorch
 # PYTHON=python3.12 chooses the Python, which is else the newest here that the newest JAX runs on.
-.PHONY: demo check test test-all test-cuda ablations bench clean
+.PHONY: demo check test test-all test-cuda ablations card bench clean
 
 PYTHON ?= $(shell .ci/newest-python)
 VENV ?= .venv
@@ -14,6 +16,8 @@ INSTALLED = $(VENV)/.installed
 PEER = .venv-torch
 CUDA = .venv-cuda
 CUDA_13_0 = $(CUDA)/cuda-13.0
+MINUTES = 8
+CARD = runs/card
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python train.py configs/demo.toml
@@ -38,6 +42,10 @@ test-cuda: $(CUDA)/.installed
 
 ablations: $(INSTALLED)
 	for file in configs/ablations/*.toml; do $(VENV)/bin/python ablate.py $$file || exit 1; done
+
+# Installs nothing: such a machine has JAX for its card, and perhaps no network.
+card:
+	$(PYTHON) -m benchmarks.card --minutes $(MINUTES) --out $(CARD)
 
 bench: $(INSTALLED) $(PEER)/.installed
 	$(VENV)/bin/python benchmarks/train_cpu.py --peer-python $(PEER)/bin/python

@@ -1,18 +1,23 @@
 """Attention on a GPU against its peers, in one run on one card: time and TFLOP/s.
 
-    python -m benchmarks.attention [--times 1024 32768] [--widths 64 128] [--masks causal ...]
+    python -m benchmarks.attention [--minutes 3]      # the cases that matter most, in this order
+    python -m benchmarks.attention --full [--times 1024 32768] [--widths 64] [--masks causal]
     python -m benchmarks.attention --quick            # small sizes, on a CPU too
 
 All that can do a case take turns, in random data of bfloat16 (float32 on a CPU), and the median
 counts. TFLOP/s are those of the allowed entries alone: 4 x width for each forward, and 3.5 times
 that with the backward pass. `error` is the relative distance from a float32 reference, forward.
 Peers that are not installed are left out: Tokamax, and PyTorch, whose scaled_dot_product_attention
-and compiled FlexAttention are used. Writes a table, JSON and a plot.
+and compiled FlexAttention are used. Writes a table, JSON, with what we aim at as ratios, and, of a
+full run, a plot; the full run takes hours.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
+import math
 import os
 import statistics
 import time
@@ -83,10 +88,15 @@ MASKS: dict[str, Callable[[int], masks.Mask]] = {
 
 def make(case: Case) -> Made:
     """The arrays of a case, of which every implementation gets the same."""
-    random = np.random.default_rng(1)
     shape = case.batch, case.time, case.heads, case.width
-    arrays = tuple(random.standard_normal(shape, np.float32) for _ in range(4))
-    return Made(arrays, MASKS[case.mask](case.time), documents(case.time))
+    return Made(normal(shape), MASKS[case.mask](case.time), documents(case.time))
+
+
+@functools.lru_cache(maxsize=1)
+def normal(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Four arrays of random numbers, which take a while and are the same for every mask."""
+    random = np.random.default_rng(1)
+    return tuple(random.standard_normal(shape, np.float32) for _ in range(4))
 
 
 # --- Who takes part ----------------------------------------------------------------------------
@@ -154,6 +164,29 @@ PARTICIPANTS: dict[str, Callable[[Case, Made], Run]] = {
     "torch flex": attention_torch.flex,
 }
 OURS = [name for name in flash.IMPLEMENTATIONS if name not in ("cudnn", "reference")]
+# Who matters, by whether the mask is dense; `chunked` is for CPUs, and FlexAttention for the rest.
+RIVALS = {
+    True: ["hopper", "portable", "cudnn", "tokamax", "torch sdpa"],
+    False: ["hopper", "portable", "cudnn", "torch flex"],
+}
+# What is asked first: mask, length, width, whether with the backward pass.
+FIRST = [
+    ("causal", 16384, 128, False),
+    ("causal", 16384, 128, True),
+    ("window", 32768, 128, True),
+    ("causal", 32768, 128, True),
+    ("documents", 16384, 128, True),
+    ("longformer", 16384, 128, True),
+    ("causal", 16384, 64, False),
+    ("causal", 16384, 64, True),
+    ("window", 32768, 64, True),
+    ("causal", 32768, 64, True),
+    ("documents", 16384, 64, True),
+    ("longformer", 16384, 64, True),
+    ("window", 16384, 128, False),
+    ("causal", 4096, 128, True),
+    ("causal", 1024, 64, True),
+]
 
 
 # --- The measurement ---------------------------------------------------------------------------
@@ -173,20 +206,34 @@ def timed(run: Run, count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def measure(case: Case, names: list[str], rounds: int, seconds: float) -> dict[str, Any]:
-    """Milliseconds, TFLOP/s and error of each participant, or why there are none."""
+@functools.lru_cache(maxsize=2)
+def exact(case: Case) -> np.ndarray:
+    """The output in float32. XLA's plain softmax may have no room, but `chunked` is exact too."""
     made = make(case)
 
-    # At these lengths XLA's plain softmax has no room, but `chunked` is exact as well.
-    def exact(q: Any, k: Any, v: Any) -> Any:
+    def attention(q: Any, k: Any, v: Any) -> Any:
         return flash_attention(q, k, v, mask=made.mask, implementation="chunked")
 
     with jax.default_matmul_precision("highest"):
-        single = case._replace(dtype="float32", backward=False)
-        expected = jax_run(single, made, exact)(1)()
+        return jax_run(case, made, attention)(1)()
+
+
+def measure(
+    case: Case,
+    names: list[str],
+    rounds: int,
+    seconds: float,
+    begin: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
+    """Milliseconds, TFLOP/s and error of each participant, or why there are none.
+
+    `begin` is told of each before it runs for the first time.
+    """
+    made, expected = make(case), exact(case._replace(dtype="float32", backward=False))
     runs: dict[str, Run] = {}
     results: dict[str, Any] = {}
     for name in names:
+        begin(name)
         try:
             run = PARTICIPANTS[name](case, made)
             out = run(2)()
@@ -239,6 +286,34 @@ def table(case: Case, results: dict[str, Any]) -> str:
     return "\n".join(filter(None, [*lines, compared(results)]))
 
 
+def goals(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What we aim at, as far as these rows tell: the rate of the best of our kernels over a peer's.
+
+    Of the window it is the rate of whole rows of queries over our own under the dense causal mask.
+    """
+
+    def best(found: dict[str, Any], names: list[str], measure: Callable[..., float]) -> float:
+        held = [measure(found[n]) for n in names if "milliseconds" in found.get(n, {})]
+        return max(held, default=math.nan)
+
+    def rate(found: dict[str, Any]) -> float:
+        return 1 / found["milliseconds"]
+
+    ratios = {}
+    ours = [name for name in OURS if name != "chunked"]
+    shapes = {(r["mask"], r["time"], r["width"], r["backward"]): r["results"] for r in rows}
+    for (mask, length, width, backward), found in shapes.items():
+        both = "forward+backward" if backward else "forward"
+        peer = "cudnn" if mask == "causal" else "torch flex"
+        where = f"{both}, T {length}, width {width}"
+        ratios[f"{mask} / {peer}, {where}"] = best(found, ours, rate) / best(found, [peer], rate)
+        dense = shapes.get(("causal", length, width, backward))
+        if mask == "window" and dense is not None:
+            own = best(found, ours, rate) / best(dense, ours, rate)
+            ratios[f"window / our dense causal, {where}"] = own
+    return {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """TFLOP/s over the length: a row of panels for each mask, a line for each participant."""
     import matplotlib
@@ -278,15 +353,35 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def cases_of(options: argparse.Namespace, dtype: str) -> list[tuple[Case, list[str]]]:
+    """The cases, and who takes part in each."""
+
+    def case(mask: str, length: int, width: int, backward: bool) -> Case:
+        batch, heads = max(1, options.tokens // length), options.model_width // width
+        return Case(mask, batch, length, heads, width, dtype, backward)
+
+    if options.full or options.quick:
+        shapes = itertools.product(options.widths, options.masks, (False, True), options.times)
+        chosen = [case(mask, time, width, both) for width, mask, both, time in shapes]
+        return [(case, options.only or list(PARTICIPANTS)) for case in chosen]
+    chosen = [case(*shape) for shape in FIRST]
+    return [(case, options.only or RIVALS[case.mask == "causal"]) for case in chosen]
+
+
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, read."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     lengths = [1024, 2048, 4096, 8192, 16384, 32768]
-    parser.add_argument("--times", type=int, nargs="+", default=lengths)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
-    parser.add_argument("--only", nargs="+", choices=PARTICIPANTS, default=list(PARTICIPANTS))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after these")
+    parser.add_argument("--full", action="store_true", help="every length, width and mask")
+    parser.add_argument("--times", type=int, nargs="+", default=lengths, help="of a full run")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128], help="of a full run")
+    parser.add_argument(
+        "--masks", nargs="+", choices=MASKS, default=list(MASKS), help="of a full run"
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTICIPANTS)
     parser.add_argument("--tokens", type=int, default=32768, help="batch x time")
     parser.add_argument("--model-width", type=int, default=2048, help="heads x width")
     parser.add_argument("--rounds", type=int, default=9)
@@ -297,7 +392,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick:
         options.times, options.widths, options.rounds = [512], [64], 3
         options.tokens, options.model_width = 1024, 128
+    return options
 
+
+def main(arguments: list[str] | None = None) -> None:
+    options = options_of(arguments)
+    started = time.monotonic()
     device = jax.devices()[0]
     dtype = "float32" if device.platform == "cpu" else "bfloat16"
     report = {
@@ -305,20 +405,24 @@ def main(arguments: list[str] | None = None) -> None:
         "device": device.device_kind,
         "versions": {"jax": jax.__version__, **attention_torch.versions()},
         "rows": [],
+        "goals": {},
     }
-    print({key: value for key, value in report.items() if key != "rows"}, flush=True)
-    for width in options.widths:
-        for mask in options.masks:
-            for backward in (False, True):
-                for length in options.times:
-                    batch, heads = max(1, options.tokens // length), options.model_width // width
-                    case = Case(mask, batch, length, heads, width, dtype, backward)
-                    results = measure(case, options.only, options.rounds, options.seconds)
-                    print(table(case, results), flush=True)
-                    report["rows"].append({**case._asdict(), "results": results})
-                    turns.write(options.out.with_suffix(".json"), report)
-    plot(report["rows"], options.out.with_suffix(".png"))
-    print(f"wrote {options.out}.json and {options.out}.png")
+    print({name: report[name] for name in report if name not in ("rows", "goals")}, flush=True)
+    turns.write(options.out.with_suffix(".json"), report)
+    for case, names in cases_of(options, dtype):
+        if time.monotonic() - started > 60 * options.minutes:
+            print("the minutes are over")
+            break
+        results = measure(case, names, options.rounds, options.seconds)
+        print(table(case, results), flush=True)
+        report["rows"].append({**case._asdict(), "results": results})
+        report["goals"] = goals(report["rows"])
+        turns.write(options.out.with_suffix(".json"), report)
+    for name, ratio in report["goals"].items():
+        print(f"{ratio:6.2f}  {name}")
+    if report["rows"] and (options.full or options.quick):
+        plot(report["rows"], options.out.with_suffix(".png"))
+    print(f"wrote {options.out.with_suffix('.json')}")
 
 
 if __name__ == "__main__":

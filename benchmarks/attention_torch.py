@@ -5,6 +5,7 @@ Without PyTorch, or without a card that it sees, both sit out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +72,7 @@ def sdpa(case: Any, made: Any) -> Callable[[int], Callable[[], Any]]:
 def flex(case: Any, made: Any) -> Callable[[int], Callable[[], Any]]:
     """FlexAttention, compiled, with its block mask made beforehand."""
     torch = _torch()
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask
 
     documents = torch.from_numpy(made.documents).to("cuda")
 
@@ -87,6 +88,20 @@ def flex(case: Any, made: Any) -> Callable[[int], Callable[[], Any]]:
     blocks = create_block_mask(
         rules[case.mask], None, None, case.time, case.time, device="cuda", _compile=True
     )
-    torch._dynamo.reset()
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = _compiled_flex()
     return _run(case, made, lambda q, k, v: compiled(q, k, v, block_mask=blocks))
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    """One function for all cases, so that none of them compiles what another one has compiled.
+
+    Past its limit of programs for one function PyTorch would run the rest uncompiled.
+    """
+    torch = _torch()
+    from torch.nn.attention.flex_attention import flex_attention
+
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, name, 1000)
+    return torch.compile(flex_attention, dynamic=False)

@@ -1,9 +1,12 @@
 """Finds the best block sizes of our attention kernels on this card, for `kernels/tuned.json`.
 
     python -m benchmarks.tune_attention [--widths 64 128] [--dtypes bfloat16] [--time 8192]
+    python -m benchmarks.tune_attention --minutes 2 --out tuned.json
 
 Every kernel is timed alone with every candidate; all of them take turns, and the medians decide.
 Sizes that do not compile, or do not fit the card, are passed over. Rows of other cards are kept.
+A row is written when all of its kernels have their sizes; when the minutes are over, no other
+kernel is begun.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 import os
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +74,18 @@ def portable_kernels(problem: Problem, operands: Operands, dout: jax.Array) -> d
     return {name: functools.partial(compiled, *launch) for name, launch in launches.items()}
 
 
+class Tuned(NamedTuple):
+    """How an implementation's kernels are tuned."""
+
+    candidates: Callable[[Any], list[Any]]
+    """dtype -> sizes worth a try, tuples of integers"""
+    kernels: Callable[[Problem, Operands, jax.Array], dict[str, Launch]]
+    """(problem, operands, dout) -> each kernel by name: sizes -> a compiled call"""
+
+
+IMPLEMENTATIONS = {"portable": Tuned(portable_candidates, portable_kernels)}
+
+
 def fastest(launch: Launch, candidates: list[Any], rounds: int, count: int) -> tuple[Any, float]:
     """The candidate with the least median, and that median in milliseconds."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -95,9 +112,46 @@ def problem_of(kind: str, shape: tuple[int, ...], dtype: Any) -> tuple[Problem, 
     return *flash.state(q, k, v, mask=KINDS[kind]), dout
 
 
-def main(arguments: list[str] | None = None) -> None:
+class Found(NamedTuple):
+    """The best sizes of one kernel."""
+
+    key: tuning.Key
+    kernel: str
+    sizes: list[int]
+    milliseconds: float
+
+
+def search(options: argparse.Namespace) -> Iterator[Found]:
+    """Tunes one kernel after another, and writes each row when it is whole."""
+    until = time.monotonic() + 60 * options.minutes
+    tuned = dict(tuning.table(options.out)) if options.out.exists() else {}
+    for implementation, dtype, width, kind in itertools.product(
+        options.implementations, options.dtypes, options.widths, KINDS
+    ):
+        shape = (options.batch, options.time, max(1, options.model_width // width), width)
+        problem, operands, dout = problem_of(kind, shape, dtype)
+        key = tuning.key(implementation, problem, operands)
+        assert key.mask == kind
+        how = IMPLEMENTATIONS[implementation]
+        sizes, candidates = {}, how.candidates(jnp.dtype(dtype))[: options.candidates]
+        for name, launch in how.kernels(problem, operands, dout).items():
+            if time.monotonic() > until:
+                print("the minutes are over", flush=True)
+                return
+            winner, milliseconds = fastest(launch, candidates, options.rounds, options.count)
+            sizes[name] = list(winner)
+            yield Found(key, name, sizes[name], milliseconds)
+        tuned[key] = sizes
+        tuning.write(tuned, options.out)
+
+
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, read."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS)
     )
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
@@ -106,26 +160,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model-width", type=int, default=2048, help="heads x width")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--count", type=int, default=10, help="calls in a turn")
+    parser.add_argument("--candidates", type=int, help="try the first so many only")
+    parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--out", type=Path, default=tuning.PATH)
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = options_of(arguments)
     device = jax.devices()[0]
     if device.platform != "gpu":
         raise SystemExit(
             f"tune_attention: block sizes are measured on a GPU, and this is a {device.device_kind}"
         )
-    tuned = dict(tuning.table(options.out))
-    for dtype, width, kind in itertools.product(options.dtypes, options.widths, KINDS):
-        shape = (options.batch, options.time, options.model_width // width, width)
-        problem, operands, dout = problem_of(kind, shape, dtype)
-        key = tuning.key("portable", problem, operands)
-        assert key.mask == kind
-        sizes, candidates = {}, portable_candidates(jnp.dtype(dtype))
-        for name, launch in portable_kernels(problem, operands, dout).items():
-            winner, milliseconds = fastest(launch, candidates, options.rounds, options.count)
-            print(f"{key}: {name} {tuple(winner)} {milliseconds:.3f} ms", flush=True)
-            sizes[name] = list(winner)
-        tuned[key] = sizes
-        tuning.write(tuned, options.out)
+    for found in search(options):
+        print(f"{found.key}: {found.kernel} {found.sizes} {found.milliseconds:.3f} ms", flush=True)
     print(f"wrote {options.out}")
 
 

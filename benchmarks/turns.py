@@ -116,9 +116,11 @@ def trained(config: Any) -> dict[str, Any]:
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
-    """Writes the report as JSON."""
+    """Writes the report as JSON, whole or not at all."""
+    from jaxdecoder.files import write_atomically
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    write_atomically(path, json.dumps(report, indent=2) + "\n")
 
 
 def machine() -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""Settings of the whole test run: annotations are checked, plots need no screen."""
+"""Settings of the whole test run: annotations are checked, plots need no screen, and JAX computes
+on the CPU, unless `-m gpu` asks for the tests that need a card."""
 
 import atexit
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -9,6 +11,8 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
+
+from tests import card
 
 os.environ["MPLBACKEND"] = "Agg"
 
@@ -46,21 +50,25 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # The smallest too: reading one back is quicker than compiling it.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-# Most of the time goes into compiling programs that then run for milliseconds: LLVM is to be quick,
-# and XLA is to fuse operations without MLIR's detour, where it can (jax 0.10; later it cannot).
-# What a test asks of XLA itself, such as how much memory a program takes, does not depend on it.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-    " --xla_cpu_parallel_codegen_split_count=1",
-)
+
+def pytest_configure(config):
+    # JAX is not loaded yet, and the workers inherit it.
+    for name, value in card.settings(config.getoption("markexpr")).items():
+        os.environ.setdefault(name, value)
+
+
+def pytest_ignore_collect(collection_path, config):
+    if collection_path.suffix != ".py" or not card.is_for_a_card(config.getoption("markexpr")):
+        return None
+    return True if not card.has_tests_for_it(collection_path.read_text()) else None
+
 
 # Before anything of the package is imported: shapes and types in its annotations are checked.
 # The numeric tower is PEP 484's: an int will do for a float.
-install_import_hook(
-    "jaxdecoder", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-)
+if importlib.util.find_spec("beartype") is not None:
+    install_import_hook(
+        "jaxdecoder", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    )
 
 settings.register_profile(
     "tests",

@@ -17,6 +17,93 @@ def test_a_case_is_measured_or_refused():
     assert "cannot do this" in found["cudnn"]["cannot"]
 
 
+def test_by_default_it_asks_what_matters_and_takes_minutes():
+    chosen = attention.cases_of(attention.options_of([]), "bfloat16")
+    case, names = chosen[0]
+    assert (case.mask, case.time, case.width, case.backward) == ("causal", 16384, 128, False)
+    assert "cudnn" in names
+    assert len(chosen) < 20
+    for case, names in chosen:
+        # FlexAttention compiles for many seconds, and tells something of sparse masks alone.
+        assert ("torch flex" in names) == (case.mask != "causal")
+    full = attention.cases_of(attention.options_of(["--full"]), "bfloat16")
+    assert len(full) == 96
+    assert full[0][1] == list(attention.PARTICIPANTS)
+    (only,) = {
+        tuple(n)
+        for _, n in attention.cases_of(attention.options_of(["--only", "hopper"]), "bfloat16")
+    }
+    assert only == ("hopper",)
+
+
+def row(mask, length, backward, **milliseconds):
+    results = {name.replace("_", " "): {"milliseconds": ms} for name, ms in milliseconds.items()}
+    return {
+        "mask": mask,
+        "time": length,
+        "width": 128,
+        "backward": backward,
+        "results": {**results, "tokamax": {"cannot": "it is not installed"}},
+    }
+
+
+def test_goals_are_ratios_of_the_best_of_our_kernels():
+    rows = [
+        row("causal", 16384, False, hopper=2.0, portable=4.0, cudnn=1.0, chunked=0.1),
+        row("window", 32768, True, hopper=3.0, portable=1.5, torch_flex=3.0),
+        row("causal", 32768, True, hopper=12.0),
+    ]
+    assert attention.goals(rows) == {
+        "causal / cudnn, forward, T 16384, width 128": 0.5,
+        "window / torch flex, forward+backward, T 32768, width 128": 2.0,
+        "window / our dense causal, forward+backward, T 32768, width 128": 8.0,
+    }
+
+
+def test_no_case_begins_after_the_minutes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attention, "measure", None)
+    attention.main(["--quick", "--minutes", "0", "--full", "--out", str(tmp_path / "speed")])
+    assert "the minutes are over" in capsys.readouterr().out
+
+
+TINY = (
+    *("--widths", "16", "--dtypes", "float32", "--time", "384", "--batch", "1"),
+    *("--model-width", "16", "--rounds", "1", "--count", "1", "--candidates", "2"),
+)
+
+
+def kernels(names):
+    """A stand-in for an implementation: a kernel takes as long as its first size says."""
+
+    def launches(problem, operands, dout):
+        return dict.fromkeys(names, lambda chosen: chosen)
+
+    return tune_attention.Tuned(lambda dtype: [(2, 1), (1, 5), (0, 0)], launches)
+
+
+def test_tuning_writes_a_file_that_is_not_there_and_only_whole_rows(tmp_path, monkeypatch):
+    out = tmp_path / "tuned.json"
+    monkeypatch.setattr(tune_attention, "IMPLEMENTATIONS", {"portable": kernels(portable.KERNELS)})
+    monkeypatch.setattr(tune_attention, "timed", lambda run, count: run[0])
+    options = tune_attention.options_of([*TINY, "--out", str(out)])
+    search = tune_attention.search(options)
+    next(search), next(search), next(search)
+    assert not out.exists()  # the last kernel of the row is told of before it is written
+    assert next(search).key.mask == "partial"
+    (key,) = written = tuning.table(out)
+    assert key.mask == "full"
+    assert written[key] == {name: [1, 5] for name in portable.KERNELS}
+    search.close()
+
+
+def test_tuning_begins_no_kernel_after_the_minutes(tmp_path):
+    options = tune_attention.options_of(
+        [*TINY, "--minutes", "0", "--out", str(tmp_path / "tuned.json")]
+    )
+    assert list(tune_attention.search(options)) == []
+    assert not options.out.exists()
+
+
 def test_block_sizes_are_not_tuned_on_a_cpu():
     with pytest.raises(SystemExit, match="are measured on a GPU"):
         tune_attention.main([])

@@ -6,12 +6,14 @@ import contextlib
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxdecoder.config import Config
 from jaxdecoder.errors import UserError
+
+if TYPE_CHECKING:  # whoever asks for the processor's name needs no packages that read a config
+    from jaxdecoder.config import Config
 
 
 def set_up(config: Config) -> None:
