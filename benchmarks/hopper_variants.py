@@ -1,6 +1,6 @@
 """What NVIDIA's assembler makes of every variant of the Hopper kernels; it needs no GPU.
 
-    JAX_PLATFORMS=cpu .venv-cuda/bin/python -m benchmarks.hopper_variants [--widths 64 128]
+    .venv-cuda/bin/python -m benchmarks.hopper_variants [--widths 64 128]
 
 For each kernel of causal attention, and each way to cut and order it (`hopper.launch.Sizes`):
 registers of a thread while it computes, bytes of shared memory of a block, bytes spilled to memory,
@@ -16,13 +16,10 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +134,7 @@ HEADER = (
 def main(arguments: list[str] | None = None) -> None:
     """Prints and writes a row for each width, kernel and variant."""
     sys.path.insert(0, str(HERE.parent / "tests"))
+    jax.config.update("jax_platforms", "cpu")  # it compiles, and runs nothing
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -4,9 +4,9 @@
     python -m benchmarks.tune_attention --minutes 2 --out tuned.json
 
 Every kernel is timed alone with every candidate; all of them take turns, and the medians decide.
-Sizes that do not compile, or do not fit the card, are passed over. Rows of other cards are kept.
-A row is written when all of its kernels have their sizes; when the minutes are over, no other
-kernel is begun.
+Sizes that do not compile, do not fit the card or give other values than plain XLA are passed over.
+Rows of other cards are kept. A row is written when all of its kernels have their sizes; when the
+minutes are over, no other kernel is begun.
 """
 
 from __future__ import annotations
@@ -27,89 +27,196 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import hopper_variants
 from benchmarks.attention import timed
-from jaxdecoder.kernels import flash, masks, portable, tuning
-from jaxdecoder.kernels.problem import Operands, Problem
+from jaxdecoder.kernels import chunked, flash, hopper, masks, portable, tuning
+from jaxdecoder.kernels.problem import Operands, Problem, current_device
+
+# Of arrays in half precision, relative to their norm.
+LARGEST_DISTANCE = 0.02
 
 # One mask for each kind that `tuning.mask_kind` tells apart.
 KINDS = {
     "full": masks.causal(),
     "partial": masks.causal() & (masks.sliding_window(128) | masks.strided(128)),
 }
+# What is tuned for the Hopper kernels must be quick to compute (`hopper.is_plain`).
+PLAIN_KINDS = {**KINDS, "partial": masks.causal() & masks.sliding_window(128)}
 
-Launch = Callable[..., Any]
+Arrays = dict[str, jax.Array]
+Kernel = tuple[Callable[..., Arrays], tuple[Any, ...]]
+"""(*arguments, sizes) -> what a kernel computes, by name; and its arguments, which are arrays."""
 
 
-def portable_candidates(dtype: Any) -> list[portable.Sizes]:
+class Call(NamedTuple):
+    """A compiled kernel."""
+
+    run: Callable[[int], None]
+    """Computes that many times, and waits."""
+    found: Arrays
+
+
+def compiled(kernel: Kernel, sizes: Any) -> Call:
+    """With sizes that may be too large for the card: whatever is raised then."""
+    function, arguments = kernel
+    call = jax.jit(functools.partial(function, sizes=sizes)).lower(*arguments).compile()
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            result = call(*arguments)
+        jax.block_until_ready(result)
+
+    return Call(run, call(*arguments))
+
+
+# --- The implementations -----------------------------------------------------------------------
+
+
+def portable_candidates(kernel: str, problem: Problem, operands: Operands) -> list[portable.Sizes]:
     """Sizes worth a try; float32 has no matrix unit here, and its blocks must be small."""
-    single = dtype == jnp.float32
+    single = operands.q.dtype == jnp.float32
     queries, keys = ((16, 32, 64), (16, 32)) if single else ((64, 128), (32, 64, 128))
     stages = (1, 2) if single else (2, 3)
     return [portable.Sizes(*sizes) for sizes in itertools.product(queries, keys, (4, 8), stages)]
 
 
-def portable_kernels(problem: Problem, operands: Operands, dout: jax.Array) -> dict[str, Launch]:
-    """Each kernel by name, as a function of its sizes that gives a compiled call."""
-    out, logsumexp = jax.jit(functools.partial(portable.forward, problem))(operands)
-    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    gradients = (operands, dout, logsumexp, delta)
-    launches = {
-        "forward": (portable.forward, (operands,)),
-        "queries": (portable.gradient_of_queries, gradients),
-        "keys": (portable.gradient_of_keys, gradients),
+def portable_kernels(problem: Problem, known: Known) -> dict[str, Kernel]:
+    logsumexp = jnp.where(known.logsumexp == -jnp.inf, jnp.inf, known.logsumexp)
+    delta = jnp.sum(known.out.astype(jnp.float32) * known.dout.astype(jnp.float32), axis=-1)
+    gradients = (known.operands, known.dout, logsumexp, delta.swapaxes(1, 2))
+
+    def forward(operands: Operands, sizes: Any) -> Arrays:
+        return {"out": portable.forward(problem, operands, sizes)[0]}
+
+    def queries(*arguments: Any, sizes: Any) -> Arrays:
+        return {"q": portable.gradient_of_queries(problem, *arguments, sizes)[0]}
+
+    def keys(*arguments: Any, sizes: Any) -> Arrays:
+        return dict(zip("kv", portable.gradient_of_keys(problem, *arguments, sizes), strict=True))
+
+    return {
+        "forward": (forward, (known.operands,)),
+        "queries": (queries, gradients),
+        "keys": (keys, gradients),
     }
 
-    def compiled(function: Launch, arguments: Any, chosen: portable.Sizes) -> Callable[[int], Any]:
-        call = jax.jit(functools.partial(function, problem, chosen=chosen))
-        call = call.lower(*arguments).compile()
 
-        def run(count: int) -> None:
-            for _ in range(count):
-                result = call(*arguments)
-            jax.block_until_ready(result)
+def hopper_kernels(problem: Problem, known: Known) -> dict[str, Kernel]:
+    rows = hopper.rows_of_queries(known.operands, known.out, known.logsumexp, known.dout)
+    gradients = (known.operands, known.dout, rows)
 
-        run(1)
-        return run
+    def forward(operands: Operands, sizes: Any) -> Arrays:
+        return {"out": hopper.forward(problem, operands, chosen=sizes)[0]}
 
-    return {name: functools.partial(compiled, *launch) for name, launch in launches.items()}
+    def queries(*arguments: Any, sizes: Any) -> Arrays:
+        return {"q": hopper.gradient_of_queries(problem, *arguments, chosen=sizes)[0]}
+
+    def keys(wanted: str, *arguments: Any, sizes: Any) -> Arrays:
+        return hopper.gradient_of_keys(problem, *arguments, wanted, chosen=sizes)
+
+    return {
+        "forward": (forward, (known.operands,)),
+        "queries": (queries, gradients),
+        **{name: (functools.partial(keys, name), gradients) for name in hopper.KEYS},
+    }
 
 
 class Tuned(NamedTuple):
     """How an implementation's kernels are tuned."""
 
-    candidates: Callable[[Any], list[Any]]
-    """dtype -> sizes worth a try, tuples of integers"""
-    kernels: Callable[[Problem, Operands, jax.Array], dict[str, Launch]]
-    """(problem, operands, dout) -> each kernel by name: sizes -> a compiled call"""
+    candidates: Callable[[str, Problem, Operands], list[Any]]
+    """(kernel, problem, operands) -> sizes worth a try"""
+    kernels: Callable[[Problem, Known], dict[str, Kernel]]
+    """Each kernel by name."""
+    kinds: dict[str, masks.Mask]
+    whole: tuple[tuple[str, ...], ...]
+    """Kernels that do all together; if there are several ways, the quickest is taken."""
+    unordered: tuple[tuple[str, ...], ...] = ()
+    """Further ways, whose last digits differ from run to run."""
 
 
-IMPLEMENTATIONS = {"portable": Tuned(portable_candidates, portable_kernels)}
+IMPLEMENTATIONS = {
+    "hopper": Tuned(
+        hopper_variants.candidates,
+        hopper_kernels,
+        PLAIN_KINDS,
+        (("forward", "queries", "kv"), ("forward", "queries", "k", "v")),
+        (("forward", "qkv"),),
+    ),
+    "portable": Tuned(portable_candidates, portable_kernels, KINDS, (portable.KERNELS,)),
+}
 
 
-def fastest(launch: Launch, candidates: list[Any], rounds: int, count: int) -> tuple[Any, float]:
-    """The candidate with the least median, and that median in milliseconds."""
+# --- The measurement ---------------------------------------------------------------------------
+
+
+class Known(NamedTuple):
+    """A problem's random operands, and what another implementation makes of them."""
+
+    operands: Operands
+    dout: jax.Array
+    out: jax.Array
+    logsumexp: jax.Array
+    right: Arrays
+    """The output and the gradients of q, k and v, by `out` and those names."""
+
+
+def problem_of(mask: masks.Mask, shape: tuple[int, ...], dtype: Any) -> tuple[Problem, Known]:
+    """Attention in random data of that shape, (batch, time, heads, width)."""
+    random = np.random.default_rng(0)
+    q, k, v, dout = (jnp.asarray(random.standard_normal(shape), dtype) for _ in range(4))
+    problem, operands = flash.state(q, k, v, mask=mask)
+    out, logsumexp = jax.jit(functools.partial(chunked.forward, problem))(operands)
+    gradients = jax.jit(functools.partial(chunked.backward, problem))(
+        operands, out, logsumexp, dout
+    )
+    right = {"out": out, "q": gradients.q, "k": gradients.k, "v": gradients.v}
+    return problem, Known(operands, dout, out, logsumexp, right)
+
+
+def is_right(found: Arrays, right: Arrays) -> bool:
+    """Whether half precision may make of the one the other."""
+
+    def distance(name: str) -> float:
+        a, b = (np.asarray(x[name], np.float32) for x in (found, right))
+        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+    return all(distance(name) <= LARGEST_DISTANCE for name in found)
+
+
+def fastest(
+    kernel: Kernel, candidates: list[Any], right: Arrays, rounds: int, count: int
+) -> tuple[Any, float] | None:
+    """The right candidate with the least median, and that median in milliseconds."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting = {chosen: pool.submit(launch, chosen) for chosen in candidates}
+        waiting = {sizes: pool.submit(compiled, kernel, sizes) for sizes in candidates}
     runs = {}
-    for chosen, future in waiting.items():
-        if future.exception() is None:
-            runs[chosen] = future.result()
-        else:  # too large for the card, in one of several ways
-            print(f"    {tuple(chosen)}: {type(future.exception()).__name__}", flush=True)
-    taken = {chosen: [timed(run, count) for _ in range(3)] for chosen, run in runs.items()}
-    best = sorted(runs, key=lambda chosen: statistics.median(taken[chosen]))[:5]
+    for sizes, future in waiting.items():
+        if future.exception() is not None:  # too large for the card, in one of several ways
+            print(f"    {tuple(sizes)}: {type(future.exception()).__name__}", flush=True)
+        elif not is_right(future.result().found, right):
+            print(f"    {tuple(sizes)}: wrong values", flush=True)
+        else:
+            runs[sizes] = future.result().run
+    taken = {sizes: [timed(run, count) for _ in range(3)] for sizes, run in runs.items()}
+    best = sorted(runs, key=lambda sizes: statistics.median(taken[sizes]))[:5]
     for _ in range(rounds):
-        for chosen in best:
-            taken[chosen].append(timed(runs[chosen], count))
-    winner = min(best, key=lambda chosen: statistics.median(taken[chosen]))
+        for sizes in best:
+            taken[sizes].append(timed(runs[sizes], count))
+    if not best:
+        return None
+    winner = min(best, key=lambda sizes: statistics.median(taken[sizes]))
     return winner, 1e3 * statistics.median(taken[winner])
 
 
-def problem_of(kind: str, shape: tuple[int, ...], dtype: Any) -> tuple[Problem, Operands, Any]:
-    """A problem of that kind, its random operands and the gradient of its output."""
-    random = np.random.default_rng(0)
-    q, k, v, dout = (jnp.asarray(random.standard_normal(shape), dtype) for _ in range(4))
-    return *flash.state(q, k, v, mask=KINDS[kind]), dout
+def chosen_of(how: Tuned, found: dict[str, Found], unordered: bool) -> dict[str, list[Any]] | None:
+    """The sizes of the quickest way to do it all, if any is whole."""
+    ways = [*how.whole, *(how.unordered if unordered else ())]
+    whole = [way for way in ways if all(name in found for name in way)]
+    if not whole:
+        return None
+    best = min(whole, key=lambda way: sum(found[name].milliseconds for name in way))
+    return {name: found[name].sizes for name in best}
 
 
 class Found(NamedTuple):
@@ -117,7 +224,7 @@ class Found(NamedTuple):
 
     key: tuning.Key
     kernel: str
-    sizes: list[int]
+    sizes: list[Any]
     milliseconds: float
 
 
@@ -125,24 +232,34 @@ def search(options: argparse.Namespace) -> Iterator[Found]:
     """Tunes one kernel after another, and writes each row when it is whole."""
     until = time.monotonic() + 60 * options.minutes
     tuned = dict(tuning.table(options.out)) if options.out.exists() else {}
-    for implementation, dtype, width, kind in itertools.product(
-        options.implementations, options.dtypes, options.widths, KINDS
+    for dtype, width, implementation in itertools.product(
+        options.dtypes, options.widths, options.implementations
     ):
-        shape = (options.batch, options.time, max(1, options.model_width // width), width)
-        problem, operands, dout = problem_of(kind, shape, dtype)
-        key = tuning.key(implementation, problem, operands)
-        assert key.mask == kind
         how = IMPLEMENTATIONS[implementation]
-        sizes, candidates = {}, how.candidates(jnp.dtype(dtype))[: options.candidates]
-        for name, launch in how.kernels(problem, operands, dout).items():
-            if time.monotonic() > until:
-                print("the minutes are over", flush=True)
-                return
-            winner, milliseconds = fastest(launch, candidates, options.rounds, options.count)
-            sizes[name] = list(winner)
-            yield Found(key, name, sizes[name], milliseconds)
-        tuned[key] = sizes
-        tuning.write(tuned, options.out)
+        for kind, mask in how.kinds.items():
+            shape = (options.batch, options.time, max(1, options.model_width // width), width)
+            problem, known = problem_of(mask, shape, dtype)
+            key = tuning.key(implementation, problem, known.operands)
+            assert key.mask == kind
+            refuses = flash.IMPLEMENTATIONS[implementation].refuses
+            why_not = refuses(problem, known.operands, current_device())
+            if why_not is not None:
+                print(f"{implementation} is not tuned, because {why_not}", flush=True)
+                break
+            found: dict[str, Found] = {}
+            for name, kernel in how.kernels(problem, known).items():
+                if time.monotonic() > until:
+                    print("the minutes are over", flush=True)
+                    return
+                candidates = how.candidates(name, problem, known.operands)[: options.candidates]
+                best = fastest(kernel, candidates, known.right, options.rounds, options.count)
+                if best is not None:
+                    found[name] = Found(key, name, list(best[0]), best[1])
+                    yield found[name]
+            sizes = chosen_of(how, found, options.unordered)
+            if sizes is not None:
+                tuned[key] = sizes
+                tuning.write(tuned, options.out)
 
 
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -162,6 +279,11 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=10, help="calls in a turn")
     parser.add_argument("--candidates", type=int, help="try the first so many only")
     parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument(
+        "--unordered",
+        action="store_true",
+        help="also choose what adds up in any order, and differs in its last digits each time",
+    )
     parser.add_argument("--out", type=Path, default=tuning.PATH)
     return parser.parse_args(arguments)
 

@@ -1,10 +1,14 @@
 """The benchmarks of attention count right, and take part or say why not."""
 
+import functools
+
+import jax
 import numpy as np
 import pytest
 
 from benchmarks import attention, tune_attention
-from jaxdecoder.kernels import flash, portable, tuning
+from jaxdecoder.kernels import flash, hopper, portable, scores, tuning
+from jaxdecoder.kernels.hopper.launch import Sizes
 
 
 def test_a_case_is_measured_or_refused():
@@ -72,20 +76,36 @@ TINY = (
 )
 
 
-def kernels(names):
-    """A stand-in for an implementation: a kernel takes as long as its first size says."""
+def way(names, monkeypatch, wrong=None, unordered=()):
+    """A stand-in for an implementation: a kernel takes as long as its sizes and its name say."""
 
-    def launches(problem, operands, dout):
-        return dict.fromkeys(names, lambda chosen: chosen)
+    def launches(problem, known):
+        def right(q, sizes):
+            return {"out": known.right["out"] + (sizes == wrong)}
 
-    return tune_attention.Tuned(lambda dtype: [(2, 1), (1, 5), (0, 0)], launches)
+        return dict.fromkeys(names, (right, (known.operands.q,)))
+
+    def compiled(kernel, sizes):
+        if sizes == (0, 0):
+            raise ValueError("too large")
+        return tune_attention.Call(sizes, kernel[0](*kernel[1], sizes=sizes))
+
+    monkeypatch.setattr(tune_attention, "compiled", compiled)
+    monkeypatch.setattr(tune_attention, "timed", lambda run, count: run[0])
+    return tune_attention.Tuned(
+        lambda *_: [(2, 1), (1, 5), (0, 0)],
+        launches,
+        tune_attention.KINDS,
+        (tuple(names),),
+        unordered,
+    )
 
 
 def test_tuning_writes_a_file_that_is_not_there_and_only_whole_rows(tmp_path, monkeypatch):
     out = tmp_path / "tuned.json"
-    monkeypatch.setattr(tune_attention, "IMPLEMENTATIONS", {"portable": kernels(portable.KERNELS)})
-    monkeypatch.setattr(tune_attention, "timed", lambda run, count: run[0])
-    options = tune_attention.options_of([*TINY, "--out", str(out)])
+    made = way(portable.KERNELS, monkeypatch)
+    monkeypatch.setattr(tune_attention, "IMPLEMENTATIONS", {"portable": made})
+    options = tune_attention.options_of([*TINY, "--out", str(out), "--candidates", "3"])
     search = tune_attention.search(options)
     next(search), next(search), next(search)
     assert not out.exists()  # the last kernel of the row is told of before it is written
@@ -94,6 +114,62 @@ def test_tuning_writes_a_file_that_is_not_there_and_only_whole_rows(tmp_path, mo
     assert key.mask == "full"
     assert written[key] == {name: [1, 5] for name in portable.KERNELS}
     search.close()
+
+
+def test_what_computes_something_else_is_passed_over(monkeypatch, capsys):
+    made = way(["forward"], monkeypatch, wrong=(1, 5))
+    problem, known = tune_attention.problem_of(
+        tune_attention.KINDS["full"], (1, 8, 1, 16), "float32"
+    )
+    kernel = made.kernels(problem, known)["forward"]
+    found = tune_attention.fastest(kernel, made.candidates(), known.right, 1, 1)
+    assert found == ((2, 1), 2000.0)
+    said = capsys.readouterr().out
+    assert "(1, 5): wrong values" in said
+    assert "(0, 0): ValueError" in said
+
+
+def test_the_quickest_way_to_do_it_all_is_taken():
+    def found(**milliseconds):
+        return {n: tune_attention.Found(None, n, [ms], ms) for n, ms in milliseconds.items()}
+
+    hopper = tune_attention.IMPLEMENTATIONS["hopper"]
+    times = found(forward=1, queries=4, kv=6, k=3, v=2, qkv=8)
+    chosen = tune_attention.chosen_of(hopper, times, False)
+    assert chosen == {"forward": [1], "queries": [4], "k": [3], "v": [2]}
+    assert tune_attention.chosen_of(hopper, times, True) == {"forward": [1], "qkv": [8]}
+    del times["v"]
+    assert tune_attention.chosen_of(hopper, times, False)["kv"] == [6]
+    assert tune_attention.chosen_of(hopper, found(forward=1, queries=4), True) is None
+
+
+@pytest.mark.parametrize("implementation", tune_attention.IMPLEMENTATIONS)
+def test_the_kernels_that_are_tuned_compute_what_the_implementation_does(implementation):
+    """In each way to do it all, everything that a layer asks for is computed once."""
+    how = tune_attention.IMPLEMENTATIONS[implementation]
+    problem, known = tune_attention.problem_of(how.kinds["full"], (1, 64, 1, 128), "bfloat16")
+    kernels = how.kernels(problem, known)
+    for names in (*how.whole, *how.unordered):
+        computed = []
+        for name in names:
+            function, arguments = kernels[name]
+            sizes = how.candidates(name, problem, known.operands)[0]
+            shapes = jax.eval_shape(functools.partial(function, sizes=sizes), *arguments)
+            computed += shapes
+            for array, shape in shapes.items():
+                assert shape.shape == known.right[array].shape
+                assert shape.dtype == known.right[array].dtype
+        assert sorted(computed) == ["k", "out", "q", "v"]
+
+
+@pytest.mark.parametrize("implementation", tune_attention.IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", tune_attention.KINDS)
+def test_kinds_are_what_they_are_called(implementation, kind):
+    mask = tune_attention.IMPLEMENTATIONS[implementation].kinds[kind]
+    problem, known = tune_attention.problem_of(mask, (1, 2048, 1, 64), "bfloat16")
+    assert tuning.key(implementation, problem, known.operands).mask == kind
+    if implementation == "hopper":
+        assert hopper.is_plain(problem)
 
 
 def test_tuning_begins_no_kernel_after_the_minutes(tmp_path):
@@ -112,7 +188,9 @@ def test_block_sizes_are_not_tuned_on_a_cpu():
 @pytest.mark.parametrize("kind", tune_attention.KINDS)
 def test_tuned_sizes_are_found_again(kind, tmp_path, monkeypatch):
     """From the tuner's key, through the file, to the kernel's choice."""
-    problem, operands, _ = tune_attention.problem_of(kind, (1, 2048, 1, 32), "float32")
+    mask = tune_attention.KINDS[kind]
+    problem, known = tune_attention.problem_of(mask, (1, 2048, 1, 32), "float32")
+    operands = known.operands
     key = tuning.key("portable", problem, operands)
     assert (key.mask, key.width) == (kind, 64)
     sizes = dict(
@@ -123,6 +201,20 @@ def test_tuned_sizes_are_found_again(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "table", lambda: written)
     found = portable.sizes(problem, operands)
     assert {name: list(chosen) for name, chosen in found.items()} == sizes
+
+
+def test_tuned_variants_of_hopper_are_found_again_where_they_were_tuned(tmp_path, monkeypatch):
+    mask = tune_attention.PLAIN_KINDS["full"]
+    problem, known = tune_attention.problem_of(mask, (1, 256, 1, 128), "bfloat16")
+    operands = known.operands
+    sizes = {"forward": [128, 2, 2, True, "early"], "qkv": [64, 2, 2, False, "late"]}
+    tuning.write({tuning.key("hopper", problem, operands): sizes}, tmp_path / "tuned.json")
+    written = tuning.table(tmp_path / "tuned.json")
+    monkeypatch.setattr(tuning, "table", lambda: written)
+    assert hopper.sizes(problem, operands)["forward"] == Sizes(128, 2, 2, True, "early")
+    q = operands.q
+    scored, _ = flash.state(q, q, q, mask=mask, score=scores.soft_cap(3.0))
+    assert hopper.sizes(scored, operands) == hopper.OTHERS[128]
 
 
 def test_every_row_names_an_implementation():

@@ -42,6 +42,8 @@ def environment(scratch: str) -> dict[str, str]:
     }
     if "CUDA_ROOT" not in found and (root := cuda_root()) is not None:
         found["CUDA_ROOT"] = root
+    if "CUDA_ROOT" in found:  # Mosaic takes the first ptxas on the PATH
+        found["PATH"] = os.pathsep.join([str(Path(found["CUDA_ROOT"]) / "bin"), found["PATH"]])
     here = str(HERE.parent)
     paths = [here, *filter(None, [found.get("PYTHONPATH")])]
     return {**found, "PYTHONPATH": os.pathsep.join(paths)}

@@ -3,6 +3,7 @@
 JAX looks for CUDA's compilers in CUDA_ROOT, else among the packages that pip installed. Where those
 lack ptxas it takes the word "None" for a folder, hands it to XLA (`xla_gpu_cuda_data_dir`) and to
 Mosaic (`MOSAIC_GPU_CUDA_ROOT`), and what they then find is left to chance: so it is printed.
+Mosaic's kernels are compiled by the first ptxas on the PATH, if there is one.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ def run(task: Task) -> None:
 
     cuda = getattr(lib, "cuda_path", None)
     found = compilers(cuda)
+    on_path = shutil.which("ptxas")
     task.write(cuda_as_jax_sees_it=cuda, files=found, ptxas=[*map(release, found["ptxas"])])
+    task.write(ptxas_of_mosaic=on_path and [on_path, release(on_path)])
     device = jax.devices()[0]
     task.write(platform=device.platform, kind=device.device_kind, devices=jax.device_count())
     for name, value in task.report.items():
