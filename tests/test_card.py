@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from runs import ROOT
@@ -28,6 +29,7 @@ from benchmarks.card.runner import Part
 from benchmarks.card.task import Task
 from jaxdecoder.analysis import parameters
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.kernels import flash, hopper, masks
 from tests import card
 
 # --- The runner --------------------------------------------------------------------------------
@@ -140,6 +142,8 @@ def test_children_are_told_where_cuda_is_unless_they_know(tmp_path, monkeypatch)
     # The folder of pip's packages without ptxas, as PyTorch leaves it, and with it.
     (tmp_path / "nvidia/cu13/bin").mkdir(parents=True)
     assert examination.environment("scratch")["CUDA_ROOT"] == str(tmp_path)
+    first, *_ = examination.environment("scratch")["PATH"].split(os.pathsep)
+    assert first == str(tmp_path / "bin")
     (tmp_path / "nvidia/cu13/bin/ptxas").touch()
     assert "CUDA_ROOT" not in examination.environment("scratch")
     monkeypatch.setenv("CUDA_ROOT", "/mine")
@@ -282,6 +286,25 @@ def test_what_an_implementation_comes_to_is_counted():
 
 
 ONE_AND_TWO = {"one": SMALL, "two": SMALL}
+
+
+def test_variants_of_the_hopper_kernels_are_ordered_as_their_names_say():
+    default = hopper.sizes
+    x = jax.ShapeDtypeStruct((1, 256, 2, 128), "bfloat16")
+    problem, operands = flash.state(x, x, x, mask=masks.causal())
+    try:
+        chosen = {}
+        for name in (*values.VARIANTS, "hopper"):
+            values.order_hopper(name)
+            chosen[name] = hopper.sizes(problem, operands)
+    finally:
+        hopper.sizes = default
+    assert chosen["hopper"] == default(problem, operands)
+    assert all(sizes.rotated for sizes in chosen["hopper, rotated"].values())
+    assert all(sizes.turns == "early" for sizes in chosen["hopper, early"].values())
+    assert all(sizes.consumers == 3 for sizes in chosen["hopper, three"].values())
+    assert chosen["hopper, whole"].keys() == {"forward", "qkv"}
+    assert {case.width for case in values.cases_for("hopper, whole")} == {64, 128}
 
 
 def test_what_ptxas_complains_of_is_counted():

@@ -64,6 +64,8 @@ CASES = (
     Case("documents", 48, "float32", rate=0.2, segments=True),
     Case("future", 16, "float32", score="cap"),
 )
+# What the kernels are ordered otherwise for.
+OF_VARIANTS = (*CASES[:4], Case(width=128, time=4096, heads=4, kv_heads=1))
 # A query of each row, to a cache with holes.
 CACHE = Case("cache", q_time=1, batch=2)
 DECODING = (

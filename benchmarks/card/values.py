@@ -8,6 +8,7 @@ whole array, and are held against those of the plain softmax in the same type.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -17,13 +18,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.card import cases
-from benchmarks.card.cases import CASES, DECODING, Case
+from benchmarks.card.cases import CASES, DECODING, OF_VARIANTS, Case
 from benchmarks.card.task import Task, first_line, part
 from benchmarks.card.workers import DEAD, Lines, Worker, device_answers
 
 # Processes for each implementation: the more, the longer its kernels compile.
 PROCESSES = {"reference": 1, "chunked": 1, "portable": 3, "hopper": 6, "cudnn": 1}
 PROCESSES |= {"decoding, reference": 1, "decoding, kernel": 1}
+# Other ways to order the Hopper kernels (`hopper.launch.Sizes`), or one kernel for all gradients.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "hopper, rotated": {"rotated": True, "turns": "early"},
+    "hopper, early": {"turns": "early"},
+    "hopper, three": {"consumers": 3, "turns": "none"},
+    "hopper, whole": {},
+}
+PROCESSES |= dict.fromkeys(VARIANTS, 1)
 # Of the plain softmax's error, or of the type's own precision, an implementation may make so many;
 # but no more than is ever right, or a fault that all have in common would be permitted. Products of
 # float32 may be rounded to TF32.
@@ -43,6 +52,8 @@ class Job(NamedTuple):
 
 
 def cases_for(implementation: str) -> tuple[Case, ...]:
+    if implementation in VARIANTS:
+        return OF_VARIANTS
     return DECODING if implementation.startswith("decoding") else CASES
 
 
@@ -61,6 +72,24 @@ def jobs_of(quick: bool) -> list[list[Job]]:
 # --- In a process of its own -------------------------------------------------------------------
 
 
+def order_hopper(variant: str) -> None:
+    """Makes the Hopper kernels do as a name in VARIANTS says, or as they do by default."""
+    from jaxdecoder.kernels import hopper
+    from jaxdecoder.kernels.hopper.launch import Sizes
+
+    default = getattr(hopper.sizes, "__wrapped__", hopper.sizes)
+
+    @functools.wraps(default)
+    def sizes(problem: Any, operands: Any) -> dict[str, Any]:
+        found = default(problem, operands)
+        if variant == "hopper, whole" and operands.q.shape[-1] == 128 and not any(problem.learned):
+            return {"forward": found["forward"], "qkv": Sizes(64, 2)}
+        changes = VARIANTS.get(variant, {})
+        return {name: chosen._replace(**changes) for name, chosen in found.items()}
+
+    hopper.sizes = sizes
+
+
 def attended(job: Job, made: cases.Made) -> Any:
     """A compiled function without arguments, that gives the output and the gradients by name."""
     import jax
@@ -70,7 +99,8 @@ def attended(job: Job, made: cases.Made) -> Any:
     from jaxdecoder.kernels.decode import decode_attention
 
     case, decoding = job.case, job.implementation.startswith("decoding")
-    _, _, implementation = job.implementation.rpartition(" ")
+    implementation = job.implementation.removeprefix("decoding, ").partition(",")[0]
+    order_hopper(job.implementation)
     qkv, slopes = [jnp.asarray(x) for x in made[:3]], jnp.asarray(made.slopes)
 
     def decode(q: Any, k: Any, v: Any, allowed: Any) -> Any:
