@@ -15,6 +15,7 @@ import importlib.util
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -109,6 +110,8 @@ class Record(NamedTuple):
     """Mosaic's, Triton's and XLA's own; one compiled before in this process is not there again"""
     log: str
     """what the compilers printed, with the machine code (SASS) of the Mosaic kernels"""
+    seconds: float
+    """that compiling took, tracing left out"""
 
 
 @functools.cache
@@ -120,11 +123,16 @@ def _mesh(n_devices: int) -> Mesh:
 
 
 def compile_for_h200(
-    function: Callable[..., Any], *shapes: Any, n_devices: int = 1, spec: P | None = None
+    function: Callable[..., Any],
+    *shapes: Any,
+    n_devices: int = 1,
+    spec: P | None = None,
+    **of_jit: Any,
 ) -> Record:
     """Compiles `function` of pytrees of arrays, or of what has a shape and a dtype.
 
     On several devices, the arrays are laid out by `spec` over the mesh axis x, or all on each.
+    `of_jit`: what `jax.jit` takes besides, such as `donate_argnums`.
     """
     mesh = _mesh(n_devices)
     sharding = NamedSharding(mesh, P() if spec is None else spec)
@@ -136,9 +144,17 @@ def compile_for_h200(
     # Triton's lowering asks the mesh which device it is for, and so does `implementation="auto"`.
     abstract = H200.update(axis_sizes=(n_devices,))
     with jax.sharding.use_abstract_mesh(abstract), _printed() as log:
-        compiled = jax.jit(function).lower(*arguments).compile()
-    text = log[0]
-    return Record(compiled.memory_analysis(), compiled.as_text(), _kernels(text), text)
+        lowered = jax.jit(function, **of_jit).lower(*arguments)
+        start = time.perf_counter()
+        compiled = lowered.compile()
+        seconds = time.perf_counter() - start
+    return Record(
+        compiled.memory_analysis(),
+        compiled.as_text(),
+        _kernels(log[0]),
+        log[0],
+        seconds,
+    )
 
 
 @contextlib.contextmanager

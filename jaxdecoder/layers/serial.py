@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels.dropout import Rate
+from jaxdecoder.kernels.problem import current_device
 from jaxdecoder.layers.block import Block, empty_cache
 from jaxdecoder.layers.cache import Caches, Cursor
 from jaxdecoder.layers.depth import (
@@ -107,7 +108,7 @@ class Serial(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
                 length=periods(c),
-                unroll=periods(c) if jax.default_backend() == "cpu" else 1,
+                unroll=periods(c) if current_device().platform == "cpu" else 1,
             )(c, self.dtype, name="blocks")
             x, trail = blocks(x, positions, None, None, dropout)
             return Passed(norm(x), None, *self._trained(norm, trail))
