@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +21,19 @@ class ActivationFunction(NamedTuple):
 
     function: Callable[[jax.Array], jax.Array]
     gated: bool = False
+
+    def __call__(self, x: jax.Array, *gated: jax.Array) -> jax.Array:
+        """The hidden units, of these or, when `gated`, of the gate and what it multiplies.
+
+        In half precision the backward pass computes them again from these, which is quicker than
+        to write down and to read what else it needs.
+        """
+
+        def hidden(x: jax.Array, *gated: jax.Array) -> jax.Array:
+            return math.prod(gated, start=self.function(x))
+
+        half = jnp.dtype(x.dtype).itemsize < 4
+        return (jax.checkpoint(hidden) if half else hidden)(x, *gated)
 
 
 def squared_relu(x: jax.Array) -> jax.Array:
@@ -60,10 +74,8 @@ class FeedForward(nn.Module):
         d_ff = self.d_ff or c.d_ff
         assert d_ff is not None
         inner = partial(linear, c, width, d_ff, bias=c.bias, dtype=self.dtype)
-        if activation.gated:
-            hidden = activation.function(inner(name="gate")(x)) * inner(name="up")(x)
-        else:
-            hidden = activation.function(inner(name="up")(x))
+        names = ("gate", "up") if activation.gated else ("up",)
+        hidden = activation(*(inner(name=name)(x) for name in names))
         if not c.feed_forward_projection:
             return hidden
         down = linear(
