@@ -113,7 +113,7 @@ def test_is_the_textbooks_when_the_vocabulary_is_filled_up(chunk, bias, softcap)
     # its exponential would overflow.
     features[..., 0], kernel[0] = 1, -100
     arrays = (features, kernel, biases, *rest)
-    assert_close(ours(*arrays, softcap, chunk, 8), reference(*arrays, softcap), 1e-4)
+    assert_close(ours(*arrays, softcap, chunk, 8), reference(*arrays, softcap), 1e-3)
 
 
 @pytest.mark.parametrize("chunk", [None, 16])
