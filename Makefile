@@ -30,7 +30,7 @@ test-all: check
 	$(VENV)/bin/python -m pytest -n 2 -m "not gpu" $(TESTS)
 
 test-cuda: $(CUDA)/.installed
-	JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest -n 2 $(TESTS) $(wildcard tests/test_*compile*.py)
+	JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest -n 2 $(TESTS) $(wildcard tests/test_*compile*.py) tests/test_step_memory.py
 
 ablations: $(INSTALLED)
 	for file in configs/ablations/*.toml; do $(VENV)/bin/python ablate.py $$file || exit 1; done

@@ -31,11 +31,11 @@ def slope(function, x):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_keep_their_inputs_alone_in_half_precision(name, dtype):
+def test_recomputed_activations_keep_their_inputs_alone_in_half_precision(name, dtype):
     draw = np.random.default_rng(0)
     inputs = [jnp.asarray(draw.normal(size=(50, 4)), dtype) for _ in range(2)]
     inputs = inputs if ACTIVATIONS[name].gated else inputs[:1]
-    if dtype != "float32":
+    if ACTIVATIONS[name].recomputed and dtype != "float32":
         assert kept(ACTIVATIONS[name], *inputs) == [(dtype, (50, 4))] * len(inputs)
 
     exact = [np.asarray(x, np.float64) for x in inputs]
