@@ -94,10 +94,9 @@ def test_counts_one_step():
 @needs_cuda_packages
 def test_counts_one_step_for_an_h200():
     model = dataclasses.replace(SMALL, d_model=64, n_heads=1, context_length=64)
-    config = Config(model=model, train=TrainConfig(batch_size=2))
-    figures = step_memory.measure(config, "h200")
-    twice = step_memory.measure(
-        dataclasses.replace(config, train=TrainConfig(batch_size=4)), "h200"
+    figures, twice = (
+        step_memory.measure(Config(model=model, train=TrainConfig(batch_size=rows)), "h200")
+        for rows in (64, 128)
     )
     assert figures["moved"] < twice["moved"] < 2 * figures["moved"]
     assert twice["teraflops"] == pytest.approx(2 * figures["teraflops"])
