@@ -36,8 +36,8 @@ test-all: check
 
 test-cuda: $(CUDA)/.installed
 	for root in "" $(CURDIR)/$(CUDA_13_0)/nvidia/cu13; do \
-		env -u CUDA_ROOT $${root:+CUDA_ROOT=$$root} JAX_PLATFORMS=cpu \
-			$(CUDA)/bin/python -m pytest -n 2 $(TESTS) $(wildcard tests/test_*compile*.py) || exit 1; \
+		env -u CUDA_ROOT $${root:+CUDA_ROOT=$$root} JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest -n 2 \
+			$(TESTS) $(wildcard tests/test_*compile*.py) tests/test_step_memory.py || exit 1; \
 	done
 
 ablations: $(INSTALLED)

@@ -15,6 +15,7 @@ import importlib.util
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,6 +131,8 @@ class Record(NamedTuple):
     """what the compilers printed, with the machine code (SASS) of the Mosaic kernels"""
     ptxas: frozenset[str]
     """the versions of ptxas that were used, such as 13.0.88"""
+    seconds: float
+    """that compiling took, tracing left out"""
 
 
 @functools.cache
@@ -141,11 +144,16 @@ def _mesh(n_devices: int) -> Mesh:
 
 
 def compile_for_h200(
-    function: Callable[..., Any], *shapes: Any, n_devices: int = 1, spec: P | None = None
+    function: Callable[..., Any],
+    *shapes: Any,
+    n_devices: int = 1,
+    spec: P | None = None,
+    **of_jit: Any,
 ) -> Record:
     """Compiles `function` of pytrees of arrays, or of what has a shape and a dtype.
 
     On several devices, the arrays are laid out by `spec` over the mesh axis x, or all on each.
+    `of_jit`: what `jax.jit` takes besides, such as `donate_argnums`.
     """
     mesh = _mesh(n_devices)
     sharding = NamedSharding(mesh, P() if spec is None else spec)
@@ -157,10 +165,14 @@ def compile_for_h200(
     # Triton's lowering asks the mesh which device it is for, and so does `implementation="auto"`.
     abstract = H200.update(axis_sizes=(n_devices,))
     with jax.sharding.use_abstract_mesh(abstract), _printed() as log:
-        compiled = jax.jit(function).lower(*arguments).compile()
+        lowered = jax.jit(function, **of_jit).lower(*arguments)
+        start = time.perf_counter()
+        compiled = lowered.compile()
+        seconds = time.perf_counter() - start
     text = log[0]
     versions = frozenset(re.findall(r"Using \S*/ptxas with version (\S+)", text))
-    return Record(compiled.memory_analysis(), compiled.as_text(), _kernels(text), text, versions)
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    return Record(memory, hlo, _kernels(text), text, versions, seconds)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdecoder.kernels.cross_entropy import ACCELERATOR, CPU, cross_entropy
+from jaxdecoder.kernels import cross_entropy as module
+from jaxdecoder.kernels.cross_entropy import ACCELERATOR, CPU, TILE, cross_entropy, head_logits
+from jaxdecoder.kernels.problem import Device
 
 
 def inputs(batch, time, width, vocab, *, bias=True, seed=0):
@@ -43,12 +45,22 @@ def reference(features, kernel, bias, targets, weights, softcap=None):
 
 
 def differentiated(
-    features, kernel, bias, targets, weights, softcap=None, chunk=None, wrapped_by=lambda f: f
+    features,
+    kernel,
+    bias,
+    targets,
+    weights,
+    softcap=None,
+    chunk=None,
+    tile=None,
+    wrapped_by=lambda f: f,
 ):
     """The same of the operation."""
 
     def weighed(features, kernel, bias):
-        losses = cross_entropy(features, kernel, bias, targets, logit_softcap=softcap, chunk=chunk)
+        losses = cross_entropy(
+            features, kernel, bias, targets, logit_softcap=softcap, chunk=chunk, tile=tile
+        )
         return jnp.sum(losses * weights), losses
 
     gradients, losses = jax.grad(wrapped_by(weighed), (0, 1, 2), has_aux=True)(
@@ -57,7 +69,7 @@ def differentiated(
     return losses, gradients
 
 
-ours = jax.jit(differentiated, static_argnums=(5, 6))
+ours = jax.jit(differentiated, static_argnums=(5, 6, 7))
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -90,6 +102,89 @@ def test_is_the_textbooks_for_many_shapes_and_chunks(shape, chunk, bias, softcap
 def test_is_the_textbooks_in_chunks_the_last_of_which_is_short(bias, softcap):
     arrays = inputs(2, 5, 7, 38, bias=bias)
     assert_close(ours(*arrays, softcap, 11), reference(*arrays, softcap))
+
+
+# A vocabulary of 38 in tiles of 8: whole, in two chunks of 24 and in five of 8.
+@pytest.mark.parametrize("chunk", [None, 20, 8])
+@pytest.mark.parametrize(("bias", "softcap"), [(True, 2.0), (False, None)])
+def test_is_the_textbooks_when_the_vocabulary_is_filled_up(chunk, bias, softcap):
+    features, kernel, biases, *rest = inputs(2, 5, 7, 38, bias=bias)
+    # Logits so low that one of 0, as a column of zeros has it, would be all that counts, and that
+    # its exponential would overflow.
+    features[..., 0], kernel[0] = 1, -100
+    arrays = (features, kernel, biases, *rest)
+    assert_close(ours(*arrays, softcap, chunk, 8), reference(*arrays, softcap), 1e-3)
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_filled_up_bfloat16_is_summed_in_float32(chunk):
+    features, *rest = inputs(2, 16, 64, 38)
+    rounded = [x.astype(jnp.bfloat16) for x in (features, *rest[:2])]
+    losses, gradients = ours(jnp.asarray(rounded[0]), *rest, None, chunk, 8)
+    assert [x.dtype.name for x in (losses, *gradients)] == ["float32", "bfloat16", *["float32"] * 2]
+    exact = reference(*(x.astype(np.float32) for x in rounded), *rest[2:])
+    assert_close(losses, exact[0], 1e-5)
+    assert_close(gradients, exact[1], 1e-2)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What is traced is traced for a GPU."""
+    monkeypatch.setattr(module, "current_device", lambda: Device("gpu", "NVIDIA H200"))
+
+
+def product_widths(jaxpr):
+    """The columns of every product, loops looked into."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0].aval.shape[-1]
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                yield from product_widths(getattr(value, "jaxpr", value))
+
+
+def is_jaxpr(value):
+    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+
+
+@pytest.mark.parametrize(("vocab", "chunk"), [(65, None), (50_257, None), (50_257, 10_000)])
+def test_a_gpus_products_have_whole_tiles(gpu, vocab, chunk):
+    arrays = inputs(1, TILE, TILE, 5)
+    kernel, bias = jnp.zeros((TILE, vocab)), jnp.zeros(vocab)
+    traced = jax.make_jaxpr(functools.partial(differentiated, chunk=chunk))(
+        arrays[0], kernel, bias, *arrays[3:]
+    )
+    widths = list(product_widths(traced.jaxpr))
+    assert len(widths) == 3 if chunk is None else len(widths) == 4
+    assert all(width % TILE == 0 for width in widths)
+    if chunk is not None:
+        assert max(widths) <= chunk + TILE
+
+
+def test_the_logits_of_a_gpu_have_the_true_vocabulary(gpu):
+    features, kernel, bias, *_ = inputs(2, TILE, 7, 65)
+    assert set(product_widths(jax.make_jaxpr(head_logits)(features, kernel, bias).jaxpr)) == {TILE}
+    logits = jax.jit(head_logits)(features, kernel, bias)
+    assert logits.shape == (2, TILE, 65)
+    assert_close(logits, features.astype(np.float64) @ kernel + bias)
+    # Decoding has few rows, and reads the kernel where it is.
+    few = jax.make_jaxpr(head_logits)(features[:, :3], kernel, bias)
+    assert set(product_widths(few.jaxpr)) == {65}
+
+
+class Card:
+    platform = "gpu"
+
+    def __init__(self, stats):
+        self.memory_stats = lambda: stats
+
+
+@pytest.mark.parametrize("stats", [None, {}, {"bytes_limit": 60_000_000_000}])
+def test_a_gpus_limits_are_shares_of_its_memory(gpu, monkeypatch, stats):
+    monkeypatch.setattr(jax, "local_devices", lambda: [Card(stats)])
+    assert module.device_limits() == (937_500_000, 117_187_500)
+    monkeypatch.setattr(jax, "local_devices", lambda: [Card({"bytes_limit": 6_400_000})])
+    assert module.device_limits() == (100_000, 12_500)
 
 
 def test_is_right_where_the_exponentials_would_overflow():
@@ -179,7 +274,7 @@ def test_takes_few_logits_in_one_piece():
     vocab = CPU.whole // 256
     assert "scan" not in str(jaxpr(256, vocab))
     assert "scan" in str(jaxpr(256, 2 * vocab))
-    assert CPU.chunk < CPU.whole < ACCELERATOR.whole
+    assert CPU.chunk < CPU.whole < ACCELERATOR.whole < module.USUAL_MEMORY // 64
 
 
 def jaxpr(tokens, vocab):

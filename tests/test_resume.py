@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from jaxdecoder.config import load
-from jaxdecoder.training.checkpoints import open_checkpoints, restore_latest
-from jaxdecoder.training.loop import boundary, steps_a_call, train
+from jaxdecoder.training import loop
+from jaxdecoder.training.checkpoints import open_checkpoints, restore_latest, steps_in
+from jaxdecoder.training.loop import boundary, saves, steps_a_call, train
 from jaxdecoder.training.runs import read_config
 from jaxdecoder.training.step import init_state
 from tests.runs import losses, script, write_config
@@ -102,6 +103,61 @@ def test_calls_end_where_the_step_alone_says(tmp_path):
         ends.append(step)
     assert ends == [4, 7, 8, 12, 14, 16, 20, 21, 24, 28, 30]
     assert all(boundary(inside, config, 7) == end for end in ends for inside in (end - 1,))
+
+
+@pytest.mark.parametrize(
+    ("every", "saved"),
+    [
+        (0, [10, 20, 30, 40, 50, 60, 70, 80, 90]),
+        (5, [10, 20, 30, 40, 50, 60, 70, 80, 90]),
+        (25, [30, 35, 60, 70, 90]),  # the next evaluation is no more than that away
+        (1000, [35, 70]),
+    ],
+)
+def test_better_models_are_saved_no_more_often_than_asked(tmp_path, every, saved):
+    given = {"steps": 95, "evaluate-every": 10, "checkpoint-every": 35, "best-every": every}
+    config = load(
+        write_config(tmp_path), [f"--train.{name}={value}" for name, value in given.items()]
+    )
+    evaluated = [*range(10, 95, 10)]
+    better = [step for step in [*evaluated, 35, 70] if saves(step, config, better=True)]
+    assert sorted({*better}) == sorted({*saved, 35, 70})
+    assert [step for step in [*evaluated, 35, 95] if saves(step, config, better=False)] == [
+        70,
+        35,
+        95,
+    ]
+
+
+def test_a_better_model_is_better_than_those_that_were_saved(tmp_path, monkeypatch):
+    """Step 4 is the best, but not saved; step 6 is, which a run resumed after 4 does as well."""
+    validation = iter([3.0, 1.0, 2.0, 4.0])  # after 2, 4, 6 and 8 steps; at the end 5.0
+    monkeypatch.setattr(loop, "make_evaluator", lambda _: lambda *_: next(validation, 5.0))
+    given = {"steps": 8, "evaluate-every": 2, "checkpoint-every": 100, "best-every": 6}
+    overrides = [f"--train.{name}={value}" for name, value in given.items()]
+    summary = train(load(write_config(tmp_path), overrides))
+    assert steps_in(tmp_path / "run" / "checkpoints") == [8, 6]
+    assert summary["best_validation_loss"] == 2.0
+
+
+@pytest.mark.slow
+def test_a_resumed_run_saves_better_models_at_the_same_steps(tmp_path):
+    """Evaluated every 2 steps and saved every 6 if better: cut anywhere, it keeps the same."""
+    config = write_config(tmp_path)
+    given = ["--train.evaluate-every", "2", "--train.checkpoint-every", "8"]
+    given += ["--train.best-every", "5", "--train.keep", "100"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(load(config, [*given, "--train.out", str(whole)]))
+    expected = steps_in(whole / "checkpoints")
+    assert set(expected) <= {6, 8, 12, 16, 18, 24}
+    assert {6, 12} & set(expected)
+    train(load(config, [*given, "--train.out", str(cut)]))
+    for step in expected[1:3]:
+        shutil.rmtree(cut / "checkpoints" / str(step))
+    shutil.rmtree(cut / "checkpoints" / str(expected[0]))
+    train(load(config, [*given, "--train.out", str(cut)]))
+    assert steps_in(cut / "checkpoints") == expected
+    assert_same_bits(final_state(cut), final_state(whole))
 
 
 @pytest.mark.parametrize(

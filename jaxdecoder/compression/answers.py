@@ -35,6 +35,7 @@ from jaxdecoder.config import Config, ConfigError
 from jaxdecoder.data import batches
 from jaxdecoder.data.tokens import Corpus, cache_key
 from jaxdecoder.errors import UserError
+from jaxdecoder.kernels.problem import current_device
 from jaxdecoder.training.runs import Model
 from jaxdecoder.training.step import compute_dtype
 
@@ -179,7 +180,7 @@ def _ask(decoder: Any, top_k: int, temperature: float, params: Any, tokens: jax.
         logits = decoder.apply({"params": params}, features, method="logits")
         return answer(logits, top_k, temperature)
 
-    chunk = at_once(tokens.shape[0], decoder.config.vocab_size, jax.default_backend())
+    chunk = at_once(tokens.shape[0], decoder.config.vocab_size, current_device().platform)
     answers = over_time(some, features, chunk)
     return answers._replace(log_probabilities=jnp.maximum(answers.log_probabilities, LEAST))
 

@@ -30,6 +30,7 @@ from jaxdecoder.data.tokenizers import Tokenizer
 from jaxdecoder.data.tokens import Corpus, prepare
 from jaxdecoder.decoder import Decoder
 from jaxdecoder.errors import UserError
+from jaxdecoder.kernels.problem import current_device
 from jaxdecoder.sampling.generate import show_sample
 from jaxdecoder.training.runs import Model, load_model
 from jaxdecoder.training.step import Objective, compute_dtype, make_decoder, next_token
@@ -155,7 +156,7 @@ def lesson(
                 total += share * (soft * apart + hard * own)
             return total
 
-        chunk = at_once(len(tokens), student.config.vocab_size or 1, jax.default_backend())
+        chunk = at_once(len(tokens), student.config.vocab_size or 1, current_device().platform)
         heads = [features for _, features in passed.heads]
         losses = over_time(mixed, (heads, said, batch.targets), chunk) + passed.penalty
         if d.matching != "none":

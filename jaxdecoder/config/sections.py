@@ -138,6 +138,9 @@ class TrainConfig:
     """Fixed validation batches of each evaluation; the end evaluates the whole split."""
     checkpoint_every: Positive = 500
     """Steps between checkpoints."""
+    best_every: Count = 0
+    """Steps between two checkpoints of better models, at least, besides those of checkpoint_every;
+    0: every better one is saved."""
     keep: Positive = 2
     """Last checkpoints kept, besides the best."""
     log_every: Positive = 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +21,18 @@ class ActivationFunction(NamedTuple):
 
     function: Callable[[jax.Array], jax.Array]
     gated: bool = False
+    recomputed: bool = False
+    """Whether the backward pass, in half precision, computes it again from its inputs, where XLA
+    would keep more for it. (It keeps no more of the others: benchmarks/step_memory.py.)"""
+
+    def __call__(self, x: jax.Array, *gated: jax.Array) -> jax.Array:
+        """The hidden units, of these or, when `gated`, of the gate and what it multiplies."""
+
+        def hidden(x: jax.Array, *gated: jax.Array) -> jax.Array:
+            return math.prod(gated, start=self.function(x))
+
+        again = self.recomputed and jnp.dtype(x.dtype).itemsize < 4
+        return (jax.checkpoint(hidden) if again else hidden)(x, *gated)
 
 
 def squared_relu(x: jax.Array) -> jax.Array:
@@ -32,12 +45,13 @@ gelu_exact = partial(jax.nn.gelu, approximate=False)
 
 ACTIVATIONS: dict[str, ActivationFunction] = {
     "relu": ActivationFunction(jax.nn.relu),
-    "gelu": ActivationFunction(gelu),  # arXiv 1606.08415, the tanh form of GPT-2
-    "gelu_exact": ActivationFunction(gelu_exact),
+    "gelu": ActivationFunction(gelu, recomputed=True),  # arXiv 1606.08415, the tanh form of GPT-2
+    "gelu_exact": ActivationFunction(gelu_exact, recomputed=True),
     "swish": ActivationFunction(jax.nn.silu),  # arXiv 1710.05941
     "relu2": ActivationFunction(squared_relu),
-    "swiglu": ActivationFunction(jax.nn.silu, gated=True),  # arXiv 2002.05202, as the next two
-    "geglu": ActivationFunction(gelu, gated=True),
+    # arXiv 2002.05202, as the next two
+    "swiglu": ActivationFunction(jax.nn.silu, gated=True, recomputed=True),
+    "geglu": ActivationFunction(gelu, gated=True, recomputed=True),
     "reglu": ActivationFunction(jax.nn.relu, gated=True),
 }
 
@@ -60,10 +74,8 @@ class FeedForward(nn.Module):
         d_ff = self.d_ff or c.d_ff
         assert d_ff is not None
         inner = partial(linear, c, width, d_ff, bias=c.bias, dtype=self.dtype)
-        if activation.gated:
-            hidden = activation.function(inner(name="gate")(x)) * inner(name="up")(x)
-        else:
-            hidden = activation.function(inner(name="up")(x))
+        names = ("gate", "up") if activation.gated else ("up",)
+        hidden = activation(*(inner(name=name)(x) for name in names))
         if not c.feed_forward_projection:
             return hidden
         down = linear(

@@ -16,31 +16,39 @@ from jaxdecoder.config import ModelConfig
 
 def _standardised(
     x: Float[Array, "*rows width"], epsilon: float
-) -> tuple[Float[Array, "*rows width"], Float[Array, "*rows 1"]]:
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+) -> tuple[Float[Array, "*rows width"], Float[Array, "*rows 1"], Float[Array, "*rows 1"]]:
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    centred = x - mean
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
-    return centred * inverse, inverse
+    return centred * inverse, mean, inverse
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def standardise(x: Float[Array, "*rows width"], epsilon: float) -> Float[Array, "*rows width"]:
-    """x with mean 0 and variance 1 over its last axis.
+    """x with mean 0 and variance 1 over its last axis, in float32.
 
     The gradient rule is by hand, for it needs less than what automatic differentiation keeps: the
-    result itself and one number a row.
+    result itself and one number a row, or of x in half precision, which is smaller than the result,
+    x and two numbers a row.
     """
     return _standardised(x, epsilon)[0]
 
 
 def _standardise_forward(x: jax.Array, epsilon: float) -> tuple[jax.Array, Any]:
-    out, inverse = _standardised(x, epsilon)
-    return out, (out, inverse)
+    out, mean, inverse = _standardised(x, epsilon)
+    if x.dtype.itemsize < 4:
+        # Else XLA computes both again from x, row by row, which keeps what uses them apart.
+        return out, (x, *jax.lax.optimization_barrier((mean, inverse)))
+    return out, (out, None, inverse)
 
 
 def _standardise_backward(epsilon: float, kept: Any, g: jax.Array) -> tuple[jax.Array]:
-    out, inverse = kept
+    held, mean, inverse = kept
+    out = held if mean is None else (held.astype(jnp.float32) - mean) * inverse
     slope = jnp.mean(g * out, axis=-1, keepdims=True)
-    return (inverse * (g - jnp.mean(g, axis=-1, keepdims=True) - out * slope),)
+    d_x = inverse * (g - jnp.mean(g, axis=-1, keepdims=True) - out * slope)
+    return (d_x.astype(held.dtype),)
 
 
 standardise.defvjp(_standardise_forward, _standardise_backward)
@@ -56,7 +64,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
         width = x.shape[-1:]
-        out = standardise(x.astype(jnp.float32), self.epsilon)
+        out = standardise(x, self.epsilon)
         out = out * self.param("scale", nn.initializers.ones, width)
         if self.use_bias:
             out = out + self.param("bias", nn.initializers.zeros, width)

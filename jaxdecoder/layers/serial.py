@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels.dropout import Rate
+from jaxdecoder.kernels.problem import current_device
 from jaxdecoder.layers.block import Block, empty_cache
 from jaxdecoder.layers.cache import Caches, Cursor
 from jaxdecoder.layers.depth import (
@@ -80,6 +81,8 @@ class Serial(nn.Module):
     `nn.scan` stacks the blocks' parameters along a leading axis, so one layout serves every depth
     and removing a layer is a slice. Decoding reads every weight for every token, and a slice would
     be a copy: `unrolled` takes them as `unroll` lays them out, each its own array.
+
+    In training the blocks are a loop only where `loops` says so.
     """
 
     config: ModelConfig
@@ -107,7 +110,7 @@ class Serial(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
                 length=periods(c),
-                unroll=periods(c) if jax.default_backend() == "cpu" else 1,
+                unroll=1 if loops(c) else periods(c),
             )(c, self.dtype, name="blocks")
             x, trail = blocks(x, positions, None, None, dropout)
             return Passed(norm(x), None, *self._trained(norm, trail))
@@ -149,6 +152,16 @@ class Serial(nn.Module):
         if trail.penalty is None:
             return exits, 0.0
         return exits, c.mod_loss_weight / routed * jnp.sum(trail.penalty, axis=0)
+
+
+def loops(config: ModelConfig) -> bool:
+    """Whether training goes through the blocks in a loop of the compiled program.
+
+    A loop stacks what each turn keeps for the backward pass, which moves and holds more memory
+    than the same blocks one after another; those take longer to compile. Recomputed activations
+    stay in a loop: outside one, XLA would see that it has them already, and keep them.
+    """
+    return config.remat or current_device().platform not in ("cpu", "gpu")
 
 
 def _remat(dropout: Rate | None) -> Any:

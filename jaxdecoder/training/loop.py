@@ -129,6 +129,19 @@ def boundary(step: int, config: Config, per_call: int) -> int:
     return min(t.steps, *((step // every + 1) * every for every in periods if every))
 
 
+def saves(step: int, config: Config, *, better: bool) -> bool:
+    """Whether there is a checkpoint of this step, which was evaluated.
+
+    `better`: than all saved before it. Where better models are saved is a function of the step
+    alone: a resumed run saves at the same steps.
+    """
+    t = config.train
+    if step % t.checkpoint_every == 0 or step == t.steps:
+        return True
+    every = -(-t.best_every // t.evaluate_every) * t.evaluate_every
+    return better and (not every or step % every == 0)
+
+
 def _train(
     run: Path, config: Config, corpus: Corpus, sampler: Sampler | None, objective: Objective
 ) -> dict[str, Any]:
@@ -172,9 +185,9 @@ def _train(
                     log.write(step, validation_loss=loss, seconds=record.seconds())
                     # What is still to become sparse is not held against what is.
                     better = step >= settles_at and loss < best
-                    if better or step % t.checkpoint_every == 0 or step == t.steps:
+                    if saves(step, config, better=better):
                         checkpoints.save(manager, state, loss)
-                    best = loss if better else best
+                        best = loss if better else best
                 if sampler is not None and t.sample_every and step % t.sample_every == 0:
                     text = sampler(config, evaluated_params(state), corpus.tokenizer)
                     _show_sample(log, run, step, text)
@@ -225,7 +238,7 @@ def summary_of(
     bigram_loss: float,
     seconds: float,
 ) -> dict[str, Any]:
-    """What summary.json ends with; losses in nats a token."""
+    """What summary.json ends with; losses in nats a token, the best that of the best checkpoint."""
     targets = predicted(config, corpus.validation)
     return {
         "parameters": parameters,

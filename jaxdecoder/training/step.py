@@ -14,6 +14,7 @@ from jaxdecoder.config import Config, ConfigError
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.decoder import Decoder
 from jaxdecoder.kernels.dropout import Rate
+from jaxdecoder.kernels.problem import current_device
 from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.training.optimizers import (
     Numbers,
@@ -86,10 +87,10 @@ def next_token(config: Config, dropout: Rate | None = None) -> Objective:
 
 
 def compute_dtype(config: Config) -> Any:
-    """The dtype of the model's compute on this machine."""
+    """The dtype of the model's compute on the device that is traced for."""
     named = config.train.compute_dtype
     if named == "auto":
-        named = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        named = "float32" if current_device().platform == "cpu" else "bfloat16"
     return jnp.dtype(named)
 
 
