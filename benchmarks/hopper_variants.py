@@ -7,7 +7,8 @@ registers of a thread while it computes, bytes of shared memory of a block, byte
 instructions in all, and of those the matrix products (HGMMA), the special functions (MUFU) and the
 floating-point ones. Instructions of every loop are counted once, however often it runs. A variant
 that spills, or whose products are made to wait for one another, is marked. `CUDA_ROOT` chooses the
-compilers (`make test-cuda` has two). Writes JSON and a table to benchmarks/results/.
+compilers (`make test-cuda` has two). Writes JSON and a table to benchmarks/results/, by the version
+of the assembler.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--kernels", nargs="+", choices=hopper.KERNELS, default=[*hopper.KERNELS])
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "hopper_variants")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="a folder")
     options = parser.parse_args(arguments)
     from benchmarks.turns import write
 
@@ -155,10 +156,12 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append({**row, **dataclasses.asdict(found)})
             lines.append(line(rows[-1]))
             print(lines[-1], flush=True)
-    about = {"jax": jax.__version__, "ptxas": sorted(versions), "card": "H200, not there"}
-    write(options.out.with_suffix(".json"), {**about, "rows": rows})
+    assembler = " and ".join(sorted(versions))
+    about = {"jax": jax.__version__, "ptxas": assembler, "target": "H200"}
+    out = options.out / f"hopper_variants_ptxas_{assembler.replace(' ', '_')}"
+    write(out.with_name(f"{out.name}.json"), {**about, "rows": rows})
     said = ", ".join(f"{name} {value}" for name, value in about.items())
-    options.out.with_suffix(".md").write_text(f"{said}\n\n" + "\n".join(lines) + "\n")
+    out.with_name(f"{out.name}.md").write_text(f"{said}\n\n" + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 `launch.py` cuts a problem into blocks and gives the warpgroups their roles, `tiles.py` is what the
 kernels share inside, `forward.py` and `backward.py` are the kernels. Given `interpret`, parameters
 of Mosaic's interpreter, they run on a CPU; factors that the tensor cores would take from registers
-then go by way of shared memory. The compiler is allowed the card's approximate functions (2^x,
-log, tanh).
+then go by way of shared memory. The compiler is allowed the card's approximate functions (2^x and
+log to some 2^-22); tanh is made of the first, because the card's own is off by 2^-11.
+
+How a kernel is cut and ordered is a `Sizes`: which is quickest, a card must tell
+(`benchmarks/tune_attention.py`).
 """
 
 from __future__ import annotations
