@@ -318,6 +318,20 @@ def test_every_variant_lowers_for_a_gpu(name):
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.parametrize(
+    ("sizes", "why"),
+    [
+        (Sizes(64, 2, 3), "only two warpgroups take turns"),
+        (Sizes(64, 1, rotated=True), "two steps are held at a time"),
+    ],
+)
+def test_sizes_that_would_hang_are_refused(sizes, why):
+    x = jnp.zeros((1, 256, 2, 64), jnp.bfloat16)
+    problem, operands = flash.state(x, x, x, mask=masks.causal())
+    with pytest.raises(ValueError, match=why):
+        Launch(hopper.KERNELS["forward"], problem, operands, sizes, None).shared_bytes()
+
+
 @needs_interpreter  # nor has jax 0.10 a place for results that start as zeros
 def test_one_backward_kernel_lowers_for_a_gpu():
     case = WHOLE[1]
@@ -329,8 +343,12 @@ def test_one_backward_kernel_lowers_for_a_gpu():
     assert text.count("output_operand_aliases = [#") == 1
 
 
-def test_lowers_inside_vmap_scan_remat_and_shard_map():
-    x = jax.ShapeDtypeStruct((2, 2, 64, 4, 64), jnp.bfloat16)
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=needs_interpreter)])
+def test_lowers_inside_vmap_scan_remat_and_shard_map(whole, monkeypatch):
+    x = jax.ShapeDtypeStruct((2, 2, 64, 4, 128), jnp.bfloat16)
+    if whole:
+        sizes = {"forward": Sizes(128, 2), "qkv": Sizes(64, 2)}
+        monkeypatch.setattr(hopper, "sizes", lambda *_: sizes)
 
     def attended(q, k, v):
         return flash.flash_attention(q, k, v, mask=masks.causal(), implementation="hopper")

@@ -199,17 +199,24 @@ def gradient_of_keys(
     run; the score has no learned numbers then, and widths are multiples of 128 (two warpgroups).
     """
     chosen = chosen or sizes(problem, operands)[wanted]
-    launch = Launch(KEYS[wanted], problem, operands, chosen, interpret)
-    arrays = launch.arrays(operands, dout, of_queries)
     owned = wanted.replace("q", "")
-    results, sums = [launch.like(arrays.k)] * len(owned), []
-    if "q" in wanted:
-        shape = (launch.batch, launch.q_whole, launch.heads, launch.width)
-        sums = [result(shape, jnp.float32, operands.q)]
-    gradients = launch(operands, arrays, results, sums)
-    found = {name: x[:, : launch.k_time] for name, x in zip(owned, gradients, strict=False)}
-    if "q" in wanted:
-        found["q"] = gradients[-1][:, : launch.q_time].astype(operands.q.dtype)
+
+    def gradients(operands: Operands, dout: jax.Array, of_queries: jax.Array) -> Any:
+        launch = Launch(KEYS[wanted], problem, operands, chosen, interpret)
+        arrays = launch.arrays(operands, dout, of_queries)
+        results, sums = [launch.like(arrays.k)] * len(owned), []
+        if "q" in wanted:
+            shape = (launch.batch, launch.q_whole, launch.heads, launch.width)
+            sums = [result(shape, jnp.float32, operands.q)]
+        found = launch(operands, arrays, results, sums)
+        by_name = {name: x[:, : launch.k_time] for name, x in zip(owned, found, strict=False)}
+        if "q" in wanted:
+            by_name["q"] = found[-1][:, : launch.q_time].astype(operands.q.dtype)
+        return by_name
+
+    if "q" in wanted:  # what all blocks add to has no axis more under vmap
+        gradients = jax.custom_batching.sequential_vmap(gradients)
+    found: dict[str, jax.Array] = gradients(operands, dout, of_queries)
     return found
 
 

@@ -40,6 +40,8 @@ class _Memory(NamedTuple):
 
 
 def _memory(launch: Launch) -> _Memory:
+    if launch.consumers != 2 and launch.sizes.turns != "none":
+        raise ValueError(f"{launch.sizes}: only two warpgroups take turns")
     return _Memory(
         queries=launch.own(q=launch.owned(), segments=launch.owned_segments()),
         keys=launch.ring(k=launch.streamed(), segments=launch.streamed_segments()),

@@ -77,6 +77,8 @@ class Launch:
     def __init__(
         self, kernel: Kernel, problem: Problem, operands: Operands, sizes: Sizes, interpret: Any
     ):
+        if sizes.rotated and sizes.depth < 2:
+            raise ValueError(f"{sizes}: two steps are held at a time where they are rotated")
         self.kernel, self.problem, self.sizes, self.interpret = kernel, problem, sizes, interpret
         self.batch, self.q_time, self.heads, self.width = operands.q.shape
         self.k_time, self.kv_heads = operands.k.shape[1:3]
