@@ -5,7 +5,8 @@
 #                 of CUDA 13.0; needs no GPU, but 5 GB (TESTS='-m ""': every block size, width, mask)
 # make ablations  every question in configs/ablations on two cores, with verdicts
 # make card       what a few minutes on this machine's GPU tell: values, speed, block sizes
-#                 (MINUTES=8, CARD=runs/card, and the Python that has JAX: see docs/gpu.md)
+#                 (MINUTES=8, CARD=runs/card, QUICK=1 for tiny sizes, on a CPU too, and the
+#                 Python that has JAX: see docs/gpu.md)
 # make bench      speed on this machine against PyTorch
 # PYTHON=python3.12 chooses the Python, which is else the newest here that the newest JAX runs on.
 .PHONY: demo check test test-all test-cuda ablations card bench clean
@@ -45,7 +46,7 @@ ablations: $(INSTALLED)
 
 # Installs nothing: such a machine has JAX for its card, and perhaps no network.
 card:
-	$(PYTHON) -m benchmarks.card --minutes $(MINUTES) --out $(CARD)
+	$(PYTHON) -m benchmarks.card --minutes $(MINUTES) --out $(CARD) $(if $(QUICK),--quick)
 
 bench: $(INSTALLED) $(PEER)/.installed
 	$(VENV)/bin/python benchmarks/train_cpu.py --peer-python $(PEER)/bin/python
