@@ -87,15 +87,21 @@ class Found:
     floating: int
 
 
-def measure(kernel: str, width: int, sizes: Sizes) -> tuple[Found, frozenset[str]]:
-    """It, and the versions of the assembler that was used."""
+def compiled(kernel: str, width: int, sizes: Sizes) -> tuple[Any, Any, str]:
+    """All that was said (`gpu_compile.Record`), of the kernel alone, and its machine code."""
     from gpu_compile import compile_for_h200
 
     x = jax.ShapeDtypeStruct((1, TIME, HEADS, width), jnp.bfloat16)
     record = compile_for_h200(functools.partial(call, kernel, masks.causal(), sizes), x, x, x, x)
     [report] = {k for k in record.kernels if "mosaic" in k.name}
     code = dict(part.split(",", 1) for part in record.log.split(".section\t.text.")[1:])
-    text = code[report.name]
+    return record, report, code[report.name]
+
+
+def measure(kernel: str, width: int, sizes: Sizes) -> tuple[Found, frozenset[str]]:
+    """It, and the versions of the assembler that was used."""
+    record, report, text = compiled(kernel, width, sizes)
+    x = jax.ShapeDtypeStruct((1, TIME, HEADS, width), jnp.bfloat16)
     problem, operands = flash.state(x, x, x, mask=masks.causal())
     found = Found(
         registers=REGISTERS[sizes.consumers][1],

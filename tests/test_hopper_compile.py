@@ -1,6 +1,7 @@
 """The Hopper kernels compile for an H200: with tensor core instructions, and without spills."""
 
 import functools
+import itertools
 import re
 import subprocess
 
@@ -110,6 +111,24 @@ def test_variants_spill_nothing_and_wait_for_nothing(width, kernel, sizes):
     assert found.products
     assert not found.spilled_bytes
     assert not found.serialized
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rotated", [False, True])
+def test_an_early_turn_is_handed_over_while_the_product_is_under_way(rotated):
+    """In the machine code: products, the signal, and only then the wait for the products."""
+
+    def order(turns):
+        sizes = Sizes(128, 2, rotated=rotated, turns=turns)
+        code = hopper_variants.compiled("forward", 128, sizes)[2]
+        steps = re.findall(r"HGMMA|SYNCS\.ARRIVE|WARPGROUP\.DEPBAR", code)
+        return [step for step, _ in itertools.groupby(steps)]
+
+    under_way = ["HGMMA", "SYNCS.ARRIVE", "WARPGROUP.DEPBAR"]
+    for turns, wanted in {"early": True, "late": False}.items():
+        steps = order(turns)
+        found = [steps[i : i + 3] == under_way for i in range(len(steps))]
+        assert any(found) == wanted
 
 
 @pytest.mark.slow
