@@ -30,7 +30,8 @@ import numpy as np
 from benchmarks import hopper_variants
 from benchmarks.attention import timed
 from jaxdecoder.kernels import chunked, flash, hopper, masks, portable, tuning
-from jaxdecoder.kernels.problem import Operands, Problem, current_device
+from jaxdecoder.kernels.device import current_device
+from jaxdecoder.kernels.problem import Operands, Problem
 
 # Of arrays in half precision, relative to their norm.
 LARGEST_DISTANCE = 0.02

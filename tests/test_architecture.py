@@ -2,6 +2,9 @@
 
 import ast
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -155,3 +158,23 @@ def test_every_field_says_what_it_means():
                 field = f"{section.name}.{ast.unparse(statement.target)}"
                 assert isinstance(following, ast.Expr), field
                 assert isinstance(following.value, ast.Constant), field
+
+
+def test_a_model_on_a_cpu_loads_no_kernels_of_a_gpu():
+    """JAX's corners that they need change from version to version, and load slowly."""
+    kernels = [f"jaxdecoder.kernels.{name}" for name in ("hopper", "portable", "decode_kernel")]
+    unwanted = ("jax.experimental.pallas", *kernels)
+    program = f"""
+import sys
+import jax.numpy as jnp
+import jaxdecoder.training.loop
+from jaxdecoder.config import ModelConfig
+from jaxdecoder.decoder import Decoder
+config = ModelConfig(vocab_size=9, context_length=256, d_model=16, n_layers=1, n_heads=1)
+tokens = jnp.zeros((1, 256), jnp.int32)
+params = Decoder(config).init(__import__("jax").random.key(0), tokens)
+loaded = [name for name in sys.modules if name.startswith({unwanted})]
+assert not loaded, loaded
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)

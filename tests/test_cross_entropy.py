@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxdecoder.kernels import cross_entropy as module
 from jaxdecoder.kernels.cross_entropy import ACCELERATOR, CPU, TILE, cross_entropy, head_logits
-from jaxdecoder.kernels.problem import Device
+from jaxdecoder.kernels.device import Device
 
 
 def inputs(batch, time, width, vocab, *, bias=True, seed=0):

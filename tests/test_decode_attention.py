@@ -7,7 +7,7 @@ import pytest
 from gpu_compile import H200
 
 from jaxdecoder.errors import UserError
-from jaxdecoder.kernels import decode, masks, reference, scores
+from jaxdecoder.kernels import decode, decode_kernel, masks, reference, scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
 
@@ -62,7 +62,9 @@ def expected(q, k, v, allowed, at, held, scale, formula):
 )
 @pytest.mark.parametrize("implementation", decode.IMPLEMENTATIONS)
 def test_is_the_formula(implementation, q_time, slots, score, monkeypatch):
-    monkeypatch.setattr(decode, "PROGRAMS", 18)  # three parts of a batch of 3 with 2 key heads
+    monkeypatch.setattr(
+        decode_kernel, "PROGRAMS", 18
+    )  # three parts of a batch of 3 with 2 key heads
     q, k, v, allowed, at, held = a_cache(q_time, slots)
     ours, formula = SCORES[score]
     found = jax.jit(
@@ -97,7 +99,7 @@ def test_positions_default_to_the_order():
 
 def test_a_cpu_keeps_the_plain_form(monkeypatch):
     q, k, v, allowed, *_ = a_cache(1, 40)
-    monkeypatch.setattr(decode, "_parts", None)
+    monkeypatch.setattr(decode_kernel, "_parts", None)
     found = decode.decode_attention(q, k, v, allowed, scale=1.0)
     np.testing.assert_array_equal(found, reference.attention(q, k, v, allowed, scale=1.0))
 

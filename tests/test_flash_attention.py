@@ -22,7 +22,7 @@ from models import slow
 from jaxdecoder.config import model
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import chunked, flash, flash_attention, masks, portable, scores
-from jaxdecoder.kernels.problem import Device
+from jaxdecoder.kernels.device import Device
 from tests.runs import devices
 
 ON_CPU = ("reference", "chunked", "portable")

@@ -12,7 +12,7 @@ from naive import ACTIVATIONS as NAIVE
 from naive import GATES
 
 from jaxdecoder import Decoder
-from jaxdecoder.kernels.problem import Device
+from jaxdecoder.kernels.device import Device
 from jaxdecoder.layers import serial
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.norms import LayerNorm, standardise

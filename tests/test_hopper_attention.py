@@ -31,10 +31,10 @@ from test_flash_attention import (
 )
 
 from jaxdecoder.kernels import flash, hopper, masks, scores
+from jaxdecoder.kernels.device import Device
 from jaxdecoder.kernels.dropout import scaled
 from jaxdecoder.kernels.hopper import tiles
 from jaxdecoder.kernels.hopper.launch import Launch, Sizes
-from jaxdecoder.kernels.problem import Device
 
 H200 = Device("gpu", "NVIDIA H200")
 PHASES = (Phase.explicit, Phase.generate)  # to shrink an example would take an hour

@@ -35,7 +35,7 @@ from jaxdecoder.config import Config, ConfigError
 from jaxdecoder.data import batches
 from jaxdecoder.data.tokens import Corpus, cache_key
 from jaxdecoder.errors import UserError
-from jaxdecoder.kernels.problem import current_device
+from jaxdecoder.kernels.device import current_device
 from jaxdecoder.training.runs import Model
 from jaxdecoder.training.step import compute_dtype
 

@@ -30,7 +30,7 @@ from jaxdecoder.data.tokenizers import Tokenizer
 from jaxdecoder.data.tokens import Corpus, prepare
 from jaxdecoder.decoder import Decoder
 from jaxdecoder.errors import UserError
-from jaxdecoder.kernels.problem import current_device
+from jaxdecoder.kernels.device import current_device
 from jaxdecoder.sampling.generate import show_sample
 from jaxdecoder.training.runs import Model, load_model
 from jaxdecoder.training.step import Objective, compute_dtype, make_decoder, next_token

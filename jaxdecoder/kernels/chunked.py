@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdecoder.kernels.device import Device
 from jaxdecoder.kernels.dropout import keep
 from jaxdecoder.kernels.masks import BlockLists, block_lists
 from jaxdecoder.kernels.problem import (
-    Device,
     Gradients,
     Implementation,
     LogSumExp,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxdecoder.kernels.flash import current_device
+from jaxdecoder.kernels.device import current_device
 from jaxdecoder.kernels.packing import Packed
 from jaxdecoder.kernels.quantized import packed_product
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxdecoder.kernels.device import Device
 from jaxdecoder.kernels.masks import Mask
-from jaxdecoder.kernels.problem import Device, Implementation, Operands, Problem
+from jaxdecoder.kernels.problem import Implementation, Operands, Problem
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 

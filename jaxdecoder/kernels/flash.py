@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from typing import Any, NamedTuple, no_type_check
 
 import jax
@@ -13,25 +14,38 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxdecoder.errors import UserError
-from jaxdecoder.kernels import chunked, cudnn, hopper, masks, portable, reference, scores
+from jaxdecoder.kernels import masks, scores
+from jaxdecoder.kernels.device import Device, current_device
 from jaxdecoder.kernels.dropout import Rate, drops, scaled, threshold
-from jaxdecoder.kernels.problem import (
-    Device,
-    Gradients,
-    Implementation,
-    Operands,
-    Problem,
-    alike,
-    current_device,
-)
+from jaxdecoder.kernels.problem import Gradients, Implementation, Operands, Problem, alike
 
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "reference": reference.IMPLEMENTATION,
-    "chunked": chunked.IMPLEMENTATION,
-    "portable": portable.IMPLEMENTATION,
-    "hopper": hopper.IMPLEMENTATION,
-    "cudnn": cudnn.IMPLEMENTATION,
-}
+
+class Implementations(Mapping[str, Implementation]):
+    """Modules beside this one, by name, each loaded when it is first asked for.
+
+    So no CPU run loads the kernels of a GPU, which need corners of JAX that change.
+    """
+
+    def __init__(self, *names: str):
+        self.names = names
+
+    def __getitem__(self, name: str) -> Implementation:
+        if name not in self.names:
+            raise KeyError(name)
+        found: Implementation = import_module(f"jaxdecoder.kernels.{name}").IMPLEMENTATION
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+IMPLEMENTATIONS = Implementations("reference", "chunked", "portable", "hopper", "cudnn")
 # Below this length, a plain softmax over all scores is the quickest.
 SHORT = 128
 

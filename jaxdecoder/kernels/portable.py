@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxdecoder.kernels import masks, scores, tuning
+from jaxdecoder.kernels.device import Device
 from jaxdecoder.kernels.dropout import keep
 from jaxdecoder.kernels.partitioning import over_devices
 from jaxdecoder.kernels.portable_launch import Inputs, Sizes, Tiling, triton
 from jaxdecoder.kernels.problem import (
-    Device,
     Gradients,
     Implementation,
     LogSumExp,

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int8
 
 from jaxdecoder.kernels import masks, scores
+from jaxdecoder.kernels.device import Device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,25 +121,6 @@ class Gradients(NamedTuple):
     v: Any
     score: tuple[Any, ...] = ()
     """One for each score operand; anything, None too, where it is not learned."""
-
-
-class Device(NamedTuple):
-    platform: str
-    """cpu, gpu or tpu"""
-    kind: str
-    """What the maker calls it, such as NVIDIA H200."""
-
-
-def current_device() -> Device:
-    """What the computation being traced will run on, as far as can be known."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is not None:
-        return Device(abstract.platform or jax.default_backend(), abstract.device_kind)
-    chosen = getattr(jax.config, "jax_default_device", None)
-    if isinstance(chosen, str):
-        chosen = jax.devices(chosen)[0]
-    device = jax.devices()[0] if chosen is None else chosen
-    return Device(device.platform, device.device_kind)
 
 
 LogSumExp = Float[Array, "batch heads q_time"]

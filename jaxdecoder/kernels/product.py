@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdecoder.kernels.flash import current_device
+from jaxdecoder.kernels.device import current_device
 
 
 def product(

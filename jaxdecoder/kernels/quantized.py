@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdecoder.kernels.device import current_device
 from jaxdecoder.kernels.packing import Packed, spread
-from jaxdecoder.kernels.problem import current_device
 from jaxdecoder.kernels.product import product
 
 FEW_ROWS = 4

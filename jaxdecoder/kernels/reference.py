@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from jaxdecoder.kernels.device import Device
 from jaxdecoder.kernels.dropout import Rate, drops, keep, scaled, threshold
-from jaxdecoder.kernels.problem import Device, Implementation, LogSumExp, Operands, Problem
+from jaxdecoder.kernels.problem import Implementation, LogSumExp, Operands, Problem
 from jaxdecoder.kernels.scores import Score
 
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdecoder.kernels import masks
-from jaxdecoder.kernels.problem import Operands, Problem, current_device
+from jaxdecoder.kernels.device import current_device
+from jaxdecoder.kernels.problem import Operands, Problem
 
 PATH = Path(__file__).with_name("tuned.json")
 SMALLEST_WIDTH = 64

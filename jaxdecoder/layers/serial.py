@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.kernels.device import current_device
 from jaxdecoder.kernels.dropout import Rate
-from jaxdecoder.kernels.problem import current_device
 from jaxdecoder.layers.block import Block, empty_cache
 from jaxdecoder.layers.cache import Caches, Cursor
 from jaxdecoder.layers.depth import (

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 from jaxdecoder.config import Config, ConfigError
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.decoder import Decoder
+from jaxdecoder.kernels.device import current_device
 from jaxdecoder.kernels.dropout import Rate
-from jaxdecoder.kernels.problem import current_device
 from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.training.optimizers import (
     Numbers,

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdecoder.kernels import masks, tuning
+from jaxdecoder.kernels.device import Device
 from jaxdecoder.kernels.hopper import tiles
 from jaxdecoder.kernels.hopper.backward import KEYS, QUERIES
 from jaxdecoder.kernels.hopper.forward import FORWARD
@@ -28,7 +29,6 @@ from jaxdecoder.kernels.hopper.launch import REGISTERS, Launch, Sizes, padded, u
 from jaxdecoder.kernels.hopper.tiles import ROWS
 from jaxdecoder.kernels.partitioning import over_devices
 from jaxdecoder.kernels.problem import (
-    Device,
     Gradients,
     Implementation,
     LogSumExp,
