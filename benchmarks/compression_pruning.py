@@ -30,7 +30,7 @@ from jaxdecoder.compression.options import Prune
 from jaxdecoder.compression.passes import Made, run_pass
 from jaxdecoder.compression.pruning import prune, recovery
 from jaxdecoder.config import ModelConfig, load
-from jaxdecoder.data import batches
+from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import Corpus, prepare
 from jaxdecoder.layers.serial import periods
 from jaxdecoder.sampling.generate import encode_prompt, generate, show_sample
@@ -150,7 +150,7 @@ def measured(row: dict[str, Any], dense: Model, chosen: argparse.Namespace) -> d
     """Speeds of a smaller model and the dense one, in turns."""
     smaller = load_model(row["out"])
     corpus = prepare(dense.config.data)
-    (batch,) = batches.fixed(dense.config, corpus, "validation", 1)
+    (batch,) = Feed.of(dense.config, corpus, "validation").fixed(1)
     count = 20 if chosen.quick else chosen.tokens
     kinds = {
         "decode": (decoding, count, 1),

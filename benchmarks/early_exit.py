@@ -23,7 +23,7 @@ import matplotlib
 import numpy as np
 
 from benchmarks.turns import HERE, Turn, alternate, describe, write
-from jaxdecoder.data.batches import evaluation_batches
+from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import prepare
 from jaxdecoder.sampling.generate import encode_prompt, generate
 from jaxdecoder.training.evaluation import decoded_losses
@@ -54,14 +54,9 @@ def sweep(model: Model, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each threshold."""
     data, config = model.config.data, model.config.model
     corpus = prepare(data)
-    (batch,) = evaluation_batches(
-        corpus.validation,
-        data,
-        batch_size=options.texts,
-        context_length=config.context_length,
-        count=1,
-        end_token=corpus.tokenizer.end_token,
-    )
+    end = corpus.tokenizer.end_token
+    feed = Feed(corpus.validation, data, options.texts, config.context_length, 0, end)
+    (batch,) = feed.fixed(1)
 
     def side(**changes: Any) -> Any:
         return model.decoder.clone(config=dataclasses.replace(config, **changes))

@@ -36,7 +36,7 @@ import numpy as np
 from benchmarks.turns import HERE, describe, write
 from jaxdecoder.ablation.population import arrays_of, make_program
 from jaxdecoder.config import load
-from jaxdecoder.data import batches
+from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import prepare
 from jaxdecoder.training.devices import cores, one_device_a_core, stay_on
 from jaxdecoder.training.loop import complete
@@ -157,7 +157,7 @@ def measure(way: str, members: int, core: int, steps: int = 100) -> float:
     config = load(PRESET)
     corpus = prepare(config.data)
     config = complete(config, corpus)
-    batch = batches.of_steps(config, corpus, 0, steps)
+    batch = Feed.of(config, corpus, "train").at(0, steps)
     state = jax.jit(lambda: init_state(config))()
     if way == "one_run":
         members, arguments = 1, (state, batch)

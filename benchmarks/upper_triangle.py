@@ -64,19 +64,14 @@ def train(config: Any, corpus: Any, seeing: Any, every: int) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from jaxdecoder.data import batches
+    from jaxdecoder.data.batches import Feed
     from jaxdecoder.training.evaluation import make_evaluator
     from jaxdecoder.training.step import fuse, init_state, make_decoder, make_step
 
-    size = {
-        "batch_size": config.train.batch_size,
-        "context_length": config.model.context_length,
-        "end_token": corpus.tokenizer.end_token,
-    }
+    feed = Feed.of(config, corpus, "train")
 
     def validation() -> Any:
-        count = config.train.evaluation_batches
-        return batches.evaluation_batches(corpus.validation, config.data, count=count, **size)
+        return Feed.of(config, corpus, "validation").fixed(config.train.evaluation_batches)
 
     step = jax.jit(fuse(make_step(config)), donate_argnums=0)
     state = jax.jit(lambda: init_state(config))()
@@ -85,10 +80,7 @@ def train(config: Any, corpus: Any, seeing: Any, every: int) -> dict[str, Any]:
     with seeing():
         evaluate = make_evaluator(make_decoder(config))
         for start in range(0, config.train.steps, every):
-            stacked = batches.stack(
-                corpus.train, config.data, seed=config.train.seed, step=start, count=every, **size
-            )
-            state, metrics = step(state, stacked)
+            state, metrics = step(state, feed.at(start, every))
             train_losses += np.asarray(metrics.train_loss).tolist()
             validation_losses[start + every] = evaluate(state.params, validation())
     causal = make_evaluator(make_decoder(config))(state.params, validation())

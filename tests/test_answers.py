@@ -13,7 +13,7 @@ from scipy.special import log_softmax, logsumexp
 from jaxdecoder.compression import answers
 from jaxdecoder.compression.divergences import soften
 from jaxdecoder.config import ConfigError, DistillationConfig
-from jaxdecoder.data import batches
+from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.training.runs import load_model
@@ -64,7 +64,7 @@ def test_files_hold_what_the_teacher_says_of_the_very_windows_of_each_step(taugh
     assert sorted(path.name for path in folder.iterdir()) == sorted(answers.FILES)
     assert said.tokens.nbytes + said.log_probabilities.nbytes == answers.needed(config)
     assert answers.needed(config) == 160 * (4 * 4 + 2)
-    batch = batches.of_steps(config, corpus, 3, 1)
+    batch = Feed.of(config, corpus, "train").at(3)
     logits = jax.jit(model.decoder.apply)({"params": model.params}, batch.inputs[0])
     exact = answers.answer(logits, 4, 2.0)
     np.testing.assert_array_equal(said.tokens[3], exact.tokens)
@@ -79,16 +79,16 @@ def test_files_hold_what_the_teacher_says_of_the_very_windows_of_each_step(taugh
 def test_a_cache_that_was_cut_short_goes_on_and_ends_the_same(taught, monkeypatch):
     config, corpus, model = taught
     config = with_lesson(config, temperature=1.5)
-    drawn = batches.of_steps
+    drawn = Feed.at
 
-    def stops(config, corpus, step, count):
+    def stops(feed, step):
         if step == 3:
             raise KeyboardInterrupt
-        return drawn(config, corpus, step, count)
+        return drawn(feed, step)
 
     folder = answers.folder_of(config)
     with monkeypatch.context() as patch:
-        patch.setattr(batches, "of_steps", stops)
+        patch.setattr(Feed, "at", stops)
         with pytest.raises(KeyboardInterrupt):
             answers.prepare(config, corpus, lambda: model)
     assert not folder.exists()
@@ -98,12 +98,12 @@ def test_a_cache_that_was_cut_short_goes_on_and_ends_the_same(taught, monkeypatc
         file.write(b"half")
     asked = []
 
-    def noted(config, corpus, step, count):
+    def noted(feed, step):
         asked.append(step)
-        return drawn(config, corpus, step, count)
+        return drawn(feed, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(batches, "of_steps", noted)
+        patch.setattr(Feed, "at", noted)
         cut = answers.prepare(config, corpus, lambda: model)
     assert asked == [3, 4]
     whole = answers.prepare(

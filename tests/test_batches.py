@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxdecoder.config import DataConfig
 from jaxdecoder.data import batches
-from jaxdecoder.data.batches import Batch
+from jaxdecoder.data.batches import Batch, Feed
 from jaxdecoder.data.tokens import Split
 from jaxdecoder.errors import UserError
 
@@ -37,7 +37,9 @@ def documents(*lengths: int) -> Split:
 
 def take(split: Split, data: DataConfig, step: int, **fields: Any) -> Batch:
     defaults: dict[str, Any] = {"batch_size": 8, "context_length": 4, "seed": 0, "end_token": END}
-    return batches.batch(split, data, step=step, **(defaults | fields))
+    given = defaults | fields
+    rows = given.pop("rows", slice(None))
+    return Batch(*(array[0] for array in Feed(split, data, **given).at(step, rows=rows)))
 
 
 def assert_same(a: Batch, b: Batch) -> None:
@@ -84,17 +86,7 @@ class TestEveryMode:
 
     @pytest.mark.parametrize("rows", [slice(None), slice(2, 5)])
     def test_a_stack_is_its_steps(self, split: Split, data: DataConfig, rows: slice) -> None:
-        stacked = batches.stack(
-            split,
-            data,
-            batch_size=8,
-            context_length=4,
-            seed=0,
-            step=11,
-            count=9,
-            end_token=END,
-            rows=rows,
-        )
+        stacked = Feed(split, data, 8, 4, 0, END).at(11, 9, rows)
         for number in range(9):
             step = Batch(*(array[number] for array in stacked))
             assert_same(step, take(split, data, 11 + number, rows=rows))
@@ -239,8 +231,8 @@ class TestPadded:
 
 
 def evaluate(split: Split, data: DataConfig, count: int | None, **fields: Any) -> list[Batch]:
-    defaults: dict[str, Any] = {"batch_size": 3, "context_length": 4, "end_token": END}
-    return list(batches.evaluation_batches(split, data, count=count, **(defaults | fields)))
+    feed = Feed(split, data, batch_size=3, context_length=4, seed=0, end_token=END)
+    return list(feed.fixed(count, **fields))
 
 
 class TestEvaluation:

@@ -29,7 +29,7 @@ from jaxdecoder.compression.pruning import (
 from jaxdecoder.compression.sensitivity import sensitivity
 from jaxdecoder.compression.sparsity import CRITERIA
 from jaxdecoder.config import CompressionConfig, to_toml
-from jaxdecoder.data import batches
+from jaxdecoder.data.batches import Feed
 from jaxdecoder.errors import UserError
 from jaxdecoder.training.evaluation import make_evaluator
 from jaxdecoder.training.loop import train
@@ -262,7 +262,7 @@ def test_the_scan_tells_what_each_matrix_and_each_part_costs_alone(tiny_run, giv
     size = np.abs(kernel[1])
     kernel[1][size < np.median(size)] = 0
     up["kernel"] = kernel
-    text = list(batches.fixed(model.config, corpus, "validation", 2))
+    text = list(Feed.of(model.config, corpus, "validation").fixed(2))
     loss = make_evaluator(model.decoder)(params, text)
     (row,) = [row for row in rows if (row.layer, row.part) == ("1", "up")]
     assert row.loss == pytest.approx(loss, abs=1e-6)

@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,8 @@ from jaxdecoder.ablation.population import (
     program_key,
 )
 from jaxdecoder.config import Config, to_dict
-from jaxdecoder.data import batches, tokenizers
+from jaxdecoder.data import tokenizers
+from jaxdecoder.data.batches import Batch, Feed
 from jaxdecoder.data.tokens import Corpus, cache_key, prepare
 from jaxdecoder.training import checkpoints, runs
 from jaxdecoder.training.logging import keep_metrics
@@ -196,7 +197,7 @@ def _shapes(config: Config, program: Program, members: int, per_call: int) -> An
     each = (
         jax.eval_shape(partial(init_state, config)),
         jax.eval_shape(partial(arrays_of, config)),
-        batches.Batch(tokens, tokens, jax.ShapeDtypeStruct(shape, jnp.float32)),  # type: ignore[arg-type]
+        Batch(tokens, tokens, jax.ShapeDtypeStruct(shape, jnp.float32)),  # type: ignore[arg-type]
     )
     return jax.tree.map(
         lambda s: jax.ShapeDtypeStruct((members, *s.shape), s.dtype, sharding=program.sharding),
@@ -212,7 +213,7 @@ def _evaluation_shapes(config: Config, program: Program, members: int) -> Any:
         jax.ShapeDtypeStruct(shape, dtype, sharding=program.everywhere)
         for dtype in (jnp.int32, jnp.float32)
     )
-    return evaluated_params(state), batches.Batch(tokens, tokens, weights)  # type: ignore[arg-type]
+    return evaluated_params(state), Batch(tokens, tokens, weights)  # type: ignore[arg-type]
 
 
 def _batches_a_call(config: Config) -> int:
@@ -256,7 +257,7 @@ class _Together:
         t = self.longest.train
         for config, run in zip(self.members, self.runs, strict=True):
             run.mkdir(parents=True, exist_ok=True)
-            runs.write_config(run, config, cache_key(config.data))
+            runs.write_config(run, config, self.corpus.key)
             tokenizers.save(self.corpus.tokenizer, run / "tokenizer.json")
         manager = checkpoints.open_checkpoints(self.folder, keep=1)
         step, state = self._first_state(manager)
@@ -285,9 +286,11 @@ class _Together:
         manager.close()
         return results
 
-    def evaluate(self, state: State, split: str, count: int | None) -> list[float]:
+    def evaluate(
+        self, state: State, split: Literal["train", "validation"], count: int | None
+    ) -> list[float]:
         """Every member's mean loss over (the first `count`) fixed batches of a split."""
-        each = batches.fixed(self.longest, self.corpus, split, count)
+        each = Feed.of(self.longest, self.corpus, split).fixed(count)
         at_once, call = _batches_a_call(self.longest), self.evaluation(len(self.padded))
         params, losses, weights = evaluated_params(state), [], []
         while several := list(islice(each, at_once)):
@@ -334,7 +337,7 @@ class _Together:
     def _batches(self, step: int, count: int) -> Any:
         """Batches (member, step, batch, time); members with one seed see the same ones."""
         by_seed = {
-            seed: batches.of_steps(with_seed(self.longest, seed), self.corpus, step, count)
+            seed: Feed.of(with_seed(self.longest, seed), self.corpus, "train").at(step, count)
             for seed in {config.train.seed for config in self.padded}
         }
         return self._place([by_seed[config.train.seed] for config in self.padded])

@@ -32,7 +32,7 @@ from rich.progress import track
 
 from jaxdecoder.compression.divergences import at_once, over_time, soften
 from jaxdecoder.config import Config, ConfigError
-from jaxdecoder.data import batches
+from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import Corpus, cache_key
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels.device import current_device
@@ -155,6 +155,7 @@ def _write(config: Config, corpus: Corpus, teacher: Model, folder: Path) -> None
     decoder = teacher.decoder.clone(dtype=compute_dtype(config))
     ask = jax.jit(functools.partial(_ask, decoder, k, temperature))
     dtypes = [dtype for _, dtype in shapes(config)]
+    feed = Feed.of(config, corpus, "train")
     if done:
         print(f"going on with the teacher's answers at step {done}")
     with paths[0].open("r+b") as first, paths[1].open("r+b") as second:
@@ -163,7 +164,7 @@ def _write(config: Config, corpus: Corpus, teacher: Model, folder: Path) -> None
             file.truncate(len(header) + done * size)
             file.seek(0, os.SEEK_END)
         for step in track(range(done, config.train.steps), description="the teacher's answers"):
-            batch = batches.of_steps(config, corpus, step, 1)
+            batch = feed.at(step)
             given = ask(teacher.params, batch.inputs[0])
             for file, array, dtype in zip(files, given, dtypes, strict=True):
                 file.write(np.asarray(array).astype(dtype).tobytes())

@@ -21,8 +21,7 @@ from jaxtyping import Array, Float
 from rich.progress import track
 
 from jaxdecoder.config import Config
-from jaxdecoder.data import batches
-from jaxdecoder.data.batches import Batch
+from jaxdecoder.data.batches import Batch, Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
 from jaxdecoder.layers.depth import Routed
@@ -54,7 +53,7 @@ def calibration_batches(
     if config.data.mode == "padded":
         a_row = have / len(corpus.train.starts)
     count = math.ceil(tokens / a_row / config.train.batch_size)
-    chosen = list(batches.fixed(config, corpus, "train", count))
+    chosen = list(Feed.of(config, corpus, "train").fixed(count))
     if (total := weighty(chosen)) < inputs:
         raise UserError(
             f"--calibration-tokens {tokens}: the widest layer has {inputs:,} inputs, and {total:,} "

@@ -26,7 +26,7 @@ from jaxdecoder import analysis
 from jaxdecoder.compression.options import Chart
 from jaxdecoder.compression.passes import corpus_of, sizes
 from jaxdecoder.config import Config
-from jaxdecoder.data import batches
+from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
 from jaxdecoder.files import as_png, write_atomically, write_csv
@@ -153,7 +153,7 @@ def _measure(subject: _Subject, tokens_per_second: float) -> Point:
     start = config.model.context_length - 1
     if subject.threshold is None:
         evaluate = make_evaluator(subject.model.decoder)
-        loss = evaluate(params, batches.fixed(config, corpus, "validation", None))
+        loss = evaluate(params, Feed.of(config, corpus, "validation").fixed(None))
         flops = analysis.flops_per_token(config.model).decode["total"]
     else:
         # As the model is used: each token stops at its own depth.
@@ -175,7 +175,7 @@ def _measure(subject: _Subject, tokens_per_second: float) -> Point:
 def _decoded(subject: _Subject, config: Config) -> tuple[float, float]:
     """Mean loss and depth of validation text that is decoded token by token."""
     total = weight = depth = 0.0
-    for batch in batches.fixed(config, subject.corpus, "validation", 4):
+    for batch in Feed.of(config, subject.corpus, "validation").fixed(4):
         losses, depths = decoded_losses(subject.model.decoder, subject.model.params, batch)
         total += float(np.sum(losses * batch.weights))
         depth += float(np.sum(depths * batch.weights))

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxdecoder.config import Config, DistillationConfig
-from jaxdecoder.data import batches, tokenizers
-from jaxdecoder.data.tokens import Corpus, cache_key, prepare
+from jaxdecoder.data import tokenizers
+from jaxdecoder.data.batches import Feed
+from jaxdecoder.data.tokens import Corpus, prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.files import write_atomically
 from jaxdecoder.kernels import packing
@@ -89,7 +90,7 @@ def corpus_of(model: runs.Model, source: Path) -> tuple[Config, Corpus]:
 def loss_of(config: Config, corpus: Corpus, params: Any) -> float:
     """The validation loss over the whole split, in nats a token."""
     evaluate = make_evaluator(make_decoder(config))
-    return evaluate(params, batches.fixed(config, corpus, "validation", None))
+    return evaluate(params, Feed.of(config, corpus, "validation").fixed(None))
 
 
 def sizes(params: Any) -> dict[str, int]:
@@ -135,7 +136,7 @@ def _begin(
         **made.notes,
     }
     with runs.lock(run), checkpoints.full_disk_explained(run):
-        runs.write_config(run, new, cache_key(new.data))
+        runs.write_config(run, new, corpus.key)
         tokenizers.save(corpus.tokenizer, run / "tokenizer.json")
         write_atomically(run / "samples.txt", f"--- {source} ---\n{text}\n")
         write_atomically(run / "compression.json", json.dumps(told, indent=2) + "\n")

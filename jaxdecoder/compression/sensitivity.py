@@ -17,8 +17,7 @@ from jaxdecoder.compression.parts import BLOCKS, PARTS
 from jaxdecoder.compression.passes import corpus_of
 from jaxdecoder.compression.sparsity import CRITERIA, apply, mask
 from jaxdecoder.config import ModelConfig
-from jaxdecoder.data import batches
-from jaxdecoder.data.batches import Batch
+from jaxdecoder.data.batches import Batch, Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
 from jaxdecoder.files import as_png, write_atomically, write_csv
@@ -88,7 +87,7 @@ def sensitivity(options: Sensitivity, command: str) -> list[Row]:
 
 def scan(options: Sensitivity, model: Model, corpus: Corpus) -> list[Row]:
     """A row for every layer, part and sparsity."""
-    text = list(batches.fixed(model.config, corpus, "validation", options.batches))
+    text = list(Feed.of(model.config, corpus, "validation").fixed(options.batches))
     evaluate = make_evaluator(model.decoder)
     base = evaluate(model.params, text)
     print(f"{options.run}: {base:.4f} nats a token over {len(text)} batches")

@@ -1,4 +1,4 @@
-"""Batches as pure functions: `batch(split, ..., seed, step)` needs no iterator state.
+"""Batches as pure functions of the step: a `Feed` has no iterator state.
 
 A resumed run asks for the next step and gets what it would have had, and a host of many asks for
 its rows of the global batch. Nothing here allocates more than the batch itself.
@@ -7,7 +7,8 @@ its rows of the global batch. Nothing here allocates more than the batch itself.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt64
@@ -28,129 +29,119 @@ class Batch(NamedTuple):
     weights: Float32[np.ndarray, "*steps batch time"]
 
 
-def batch(
-    split: Split,
-    data: DataConfig,
-    *,
-    batch_size: int,
-    context_length: int,
-    seed: int,
-    step: int,
-    end_token: int | None = None,
-    rows: slice = slice(None),
-) -> Batch:
-    """The batch of one step, or those `rows` of it that this host feeds.
+@dataclass(frozen=True)
+class Feed:
+    """One split of a corpus, as batches of a run.
 
-    The same (seed, step) gives the same global batch on any number of hosts.
+    A host of many asks for its `rows` of the global batch, which is the same on any number of them.
     """
-    stacked = stack(
-        split,
-        data,
-        batch_size=batch_size,
-        context_length=context_length,
-        seed=seed,
-        step=step,
-        count=1,
-        end_token=end_token,
-        rows=rows,
-    )
-    return Batch(*(array[0] for array in stacked))
 
+    split: Split
+    data: DataConfig
+    batch_size: int
+    context_length: int
+    seed: int
+    end_token: int | None = None
 
-def stack(
-    split: Split,
-    data: DataConfig,
-    *,
-    batch_size: int,
-    context_length: int,
-    seed: int,
-    step: int,
-    count: int,
-    end_token: int | None = None,
-    rows: slice = slice(None),
-) -> Batch:
-    """The batches of steps `step` to `step + count - 1`, stacked to (count, batch, time).
-
-    One gather serves them all, so fused steps of tiny models do not wait for the host.
-    """
-    if data.mode == "packed":
-        order = _offsets(split, data, batch_size, context_length, seed, step, count, rows)
-        flat = _windows(split, order.ravel(), context_length)
-    else:
-        n = len(split.starts)
-        order = _order(data, n, batch_size, seed, step, count, rows)[0]
-        flat = _documents(split, order.ravel(), context_length, _end(data, end_token))
-    return Batch(*(array.reshape(*order.shape, context_length) for array in flat))
-
-
-def evaluation_batches(
-    split: Split,
-    data: DataConfig,
-    *,
-    batch_size: int,
-    context_length: int,
-    count: int | None,
-    end_token: int | None = None,
-    rows: slice = slice(None),
-) -> Iterator[Batch]:
-    """Fixed batches to measure a loss on: `count` of them spread evenly, or the whole split.
-
-    Over the whole split every token but the first, which has no context, is a target exactly
-    once in packed mode. A last batch is filled up with rows of weight 0, so that all have one
-    shape. A split too short for `count` batches gives all it has.
-    """
-    if len(split.tokens) < 2:
-        raise UserError(
-            f"this split of the data has {len(split.tokens)} token(s), and a loss needs one to see "
-            "and one to predict; raise data.validation_fraction or give more text"
+    @classmethod
+    def of(cls, config: Config, corpus: Corpus, split: Literal["train", "validation"]) -> Feed:
+        """What a run of a complete config learns from, or what it is measured on."""
+        return cls(
+            split=corpus.train if split == "train" else corpus.validation,
+            data=config.data,
+            batch_size=config.train.batch_size,
+            context_length=config.model.context_length,
+            seed=config.train.seed,
+            end_token=corpus.tokenizer.end_token,
         )
-    if data.mode == "packed":
-        whole = -(-(len(split.tokens) - 1) // context_length)
-    else:
-        whole = len(split.starts)
-    wanted = whole if count is None else min(whole, count * batch_size)
-    for first in range(0, wanted, batch_size):
-        places = np.arange(first, first + batch_size)[rows]
-        # Rows past the end repeat the last one, at weight 0.
-        chosen = np.minimum(places, wanted - 1) * whole // wanted
-        if data.mode == "packed":
-            filled = _windows_to_the_end(split, chosen * context_length, context_length)
+
+    def at(self, step: int, count: int = 1, rows: slice = slice(None)) -> Batch:
+        """Batches of steps `step` to `step + count - 1`, (count, rows, context_length).
+
+        One gather serves them all, so fused steps of tiny models do not wait for the host.
+        """
+        t = self.context_length
+        if self.data.mode == "packed":
+            order = self._offsets(step, count, rows)
+            flat = _windows(self.split, order.ravel(), t)
         else:
-            filled = _documents(split, chosen, context_length, _end(data, end_token))
-        real = (places < wanted).astype(np.float32)
-        yield filled._replace(weights=filled.weights * real[:, None])
+            order = self._order(len(self.split.starts), step, count, rows)[0]
+            flat = _documents(self.split, order.ravel(), t, self._end())
+        return Batch(*(array.reshape(*order.shape, t) for array in flat))
 
+    def fixed(self, count: int | None, rows: slice = slice(None)) -> Iterator[Batch]:
+        """Batches to measure a loss on, (rows, context_length): `count` spread evenly, or all.
 
-def of_steps(
-    config: Config, corpus: Corpus, step: int, count: int, rows: slice = slice(None)
-) -> Batch:
-    """What a run's steps `step` to `step + count - 1` train on, see `stack`."""
-    return stack(
-        corpus.train,
-        config.data,
-        batch_size=config.train.batch_size,
-        context_length=config.model.context_length,
-        seed=config.train.seed,
-        step=step,
-        count=count,
-        end_token=corpus.tokenizer.end_token,
-        rows=rows,
-    )
+        Over the whole split every token but the first, which has no context, is a target exactly
+        once in packed mode. A last batch is filled up with rows of weight 0, so that all have one
+        shape. A split too short for `count` batches gives all it has.
+        """
+        split, t = self.split, self.context_length
+        if len(split.tokens) < 2:
+            raise UserError(
+                f"this split of the data has {len(split.tokens)} token(s), and a loss needs one to "
+                "see and one to predict; raise data.validation_fraction or give more text"
+            )
+        packed = self.data.mode == "packed"
+        whole = -(-(len(split.tokens) - 1) // t) if packed else len(split.starts)
+        wanted = whole if count is None else min(whole, count * self.batch_size)
+        for first in range(0, wanted, self.batch_size):
+            places = np.arange(first, first + self.batch_size)[rows]
+            # Rows past the end repeat the last one, at weight 0.
+            chosen = np.minimum(places, wanted - 1) * whole // wanted
+            if packed:
+                filled = _windows_to_the_end(split, chosen * t, t)
+            else:
+                filled = _documents(split, chosen, t, self._end())
+            real = (places < wanted).astype(np.float32)
+            yield filled._replace(weights=filled.weights * real[:, None])
 
+    def _end(self) -> int | None:
+        """The end token, if the documents of this corpus were given one."""
+        return self.end_token if self.data.end_of_text else None
 
-def fixed(
-    config: Config, corpus: Corpus, split: str, count: int | None, rows: slice = slice(None)
-) -> Iterator[Batch]:
-    """What a run is measured on: `split` is train or validation; see `evaluation_batches`."""
-    return evaluation_batches(
-        getattr(corpus, split),
-        config.data,
-        batch_size=config.train.batch_size,
-        context_length=config.model.context_length,
-        count=count,
-        end_token=corpus.tokenizer.end_token,
-        rows=rows,
-    )
+    def _offsets(self, step: int, count: int, rows: slice) -> Int64[np.ndarray, "steps rows"]:
+        """Where in the stream each row's window starts."""
+        n, t = len(self.split.tokens), self.context_length
+        if n < t + 1:
+            raise UserError(
+                f"model.context_length = {t}: a window is {t + 1:,} tokens, but this split of the "
+                f"data has only {n:,}; make model.context_length at most {max(1, n - 1):,} or give "
+                "more text (data.path, data.stories_bytes, data.train_fraction, "
+                "data.validation_fraction)"
+            )
+        if self.data.sampling == "random":
+            return self._random(n - t, step, count, rows)
+        # A fixed number of windows an epoch, so that the epoch of a step is a division; one fewer
+        # than fit, so that they can start in at least t places and every token comes to be a
+        # target.
+        windows = max(1, (n - t) // t)
+        phases = n - windows * t
+        chosen, keys = self._order(windows, step, count, rows)
+        return chosen * t + (keys % np.uint64(phases)).astype(np.int64)
+
+    def _order(
+        self, size: int, step: int, count: int, rows: slice
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which of `size` things stand in the rows of some steps, and the phase key of each."""
+        if self.data.sampling == "random":
+            chosen = self._random(size, step, count, rows)
+            return chosen, np.zeros(chosen.shape, np.uint64)
+        steps = np.arange(step, step + count, dtype=np.int64)
+        place = (steps[:, None] * self.batch_size + np.arange(self.batch_size)[rows]).ravel()
+        epoch, index = np.divmod(place, size)
+        keys = _epoch_keys(self.seed, epoch)
+        chosen = permute(index, size, keys[:ROUNDS])
+        return chosen.reshape(count, -1), keys[ROUNDS].reshape(count, -1)
+
+    def _random(
+        self, size: int, step: int, count: int, rows: slice
+    ) -> Int64[np.ndarray, "steps rows"]:
+        """Uniform draws from range(size); every host draws the whole batch and keeps its rows."""
+        keys = [np.array([self.seed % 2**64, at], np.uint64) for at in range(step, step + count)]
+        sources = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+        draws = [source.integers(size, size=self.batch_size) for source in sources]
+        return np.stack(draws)[:, rows]
 
 
 def permute(
@@ -201,66 +192,6 @@ def _epoch_keys(seed: int, epoch: Int64[np.ndarray, "n"]) -> UInt64[np.ndarray, 
     return _mix(_mix(of_seed ^ (epoch.astype(np.uint64) * golden + golden)) + numbers * golden)
 
 
-def _order(
-    data: DataConfig,
-    size: int,
-    batch_size: int,
-    seed: int,
-    step: int,
-    count: int,
-    rows: slice,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `size` things stand in the rows of `count` steps, and the phase key of each."""
-    if data.sampling == "random":
-        chosen = _random(size, batch_size, seed, step, count, rows)
-        return chosen, np.zeros(chosen.shape, np.uint64)
-    steps = np.arange(step, step + count, dtype=np.int64)
-    place = (steps[:, None] * batch_size + np.arange(batch_size)[rows]).ravel()
-    epoch, index = np.divmod(place, size)
-    keys = _epoch_keys(seed, epoch)
-    chosen = permute(index, size, keys[:ROUNDS])
-    return chosen.reshape(count, -1), keys[ROUNDS].reshape(count, -1)
-
-
-def _random(
-    size: int, batch_size: int, seed: int, step: int, count: int, rows: slice
-) -> Int64[np.ndarray, "steps rows"]:
-    """Uniform draws from range(size); every host draws the whole batch and keeps its rows."""
-    keys = [np.array([seed % 2**64, at], np.uint64) for at in range(step, step + count)]
-    sources = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
-    draws = [source.integers(size, size=batch_size) for source in sources]
-    return np.stack(draws)[:, rows]
-
-
-def _offsets(
-    split: Split,
-    data: DataConfig,
-    batch_size: int,
-    context_length: int,
-    seed: int,
-    step: int,
-    count: int,
-    rows: slice,
-) -> Int64[np.ndarray, "steps rows"]:
-    """Where in the stream each row's window starts."""
-    n, t = len(split.tokens), context_length
-    if n < t + 1:
-        raise UserError(
-            f"model.context_length = {t}: a window is {t + 1:,} tokens, but this split of the "
-            f"data has only {n:,}; make model.context_length at most {max(1, n - 1):,} or give "
-            "more text (data.path, data.stories_bytes, data.train_fraction, "
-            "data.validation_fraction)"
-        )
-    if data.sampling == "random":
-        return _random(n - t, batch_size, seed, step, count, rows)
-    # A fixed number of windows an epoch, so that the epoch of a step is a division; one fewer than
-    # fit, so that they can start in at least t places and every token comes to be a target.
-    windows = max(1, (n - t) // t)
-    phases = n - windows * t
-    chosen, keys = _order(data, windows, batch_size, seed, step, count, rows)
-    return chosen * t + (keys % np.uint64(phases)).astype(np.int64)
-
-
 def _windows(split: Split, offsets: Int64[np.ndarray, "n"], context_length: int) -> Batch:
     """The windows that start at `offsets`, all of them inside the split."""
     tokens = np.asarray(split.tokens)
@@ -305,8 +236,3 @@ def _documents(
     if end is not None:
         rows[:, 0] = end
     return Batch(rows[:, :-1], rows[:, 1:], inside[:, 1:].astype(np.float32))
-
-
-def _end(data: DataConfig, end_token: int | None) -> int | None:
-    """The end token, if the documents of this corpus were given one."""
-    return end_token if data.end_of_text else None

@@ -65,6 +65,8 @@ class Corpus:
     tokenizer: Tokenizer
     train: Split
     validation: Split
+    key: str = ""
+    """What text, tokenizer and split it is known by (`cache_key`)."""
 
 
 def prepare(data: DataConfig, *, progress: bool = True) -> Corpus:
@@ -72,13 +74,14 @@ def prepare(data: DataConfig, *, progress: bool = True) -> Corpus:
 
     `progress` shows a bar on the terminal's error stream.
     """
-    folder = Path(data.cache) / "tokens" / cache_key(data)
+    key = cache_key(data)  # it may read the whole text
+    folder = Path(data.cache) / "tokens" / key
     if not folder.is_dir():
         with _lock(folder, progress):
             if not folder.is_dir():  # another process may have been faster
                 _write(data, folder, progress)
     corpus = _open(folder)
-    return replace(corpus, train=first(corpus.train, data.train_fraction))
+    return replace(corpus, train=first(corpus.train, data.train_fraction), key=key)
 
 
 def cache_key(data: DataConfig) -> str:

@@ -9,14 +9,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from jaxdecoder.config import Config, ConfigError
-from jaxdecoder.data import batches, tokenizers
-from jaxdecoder.data.tokens import Corpus, cache_key, prepare
+from jaxdecoder.data import tokenizers
+from jaxdecoder.data.batches import Feed
+from jaxdecoder.data.tokens import Corpus, prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import packing
 from jaxdecoder.training import checkpoints, runs
@@ -64,12 +65,12 @@ def train(
     with runs.lock(run) if first else contextlib.nullcontext():
         runs.check_same_config(run, config)
         config = with_source_tokenizer(config)
-        corpus, key = prepare(config.data), cache_key(config.data)
-        runs.check_same_corpus(run, key)
+        corpus = prepare(config.data)
+        runs.check_same_corpus(run, corpus.key)
         config = complete(config, corpus)
         with checkpoints.full_disk_explained(run):
             if first:
-                runs.write_config(run, config, key)
+                runs.write_config(run, config, corpus.key)
                 tokenizers.save(corpus.tokenizer, run / "tokenizer.json")
             return _train(run, config, corpus, sampler, objective(config))
 
@@ -345,16 +346,16 @@ def _feed(
 ) -> Any:
     """The batches of `count` steps on the devices, each host giving its rows."""
     rows = _rows_of_this_host(config.train.batch_size)
-    stacked = batches.of_steps(config, corpus, step, count, rows)
+    stacked = Feed.of(config, corpus, "train").at(step, count, rows)
     return _place(objective.feed(stacked, step, rows), batch_sharding(mesh, 1))
 
 
 def _evaluation_batches(config: Config, corpus: Corpus, mesh: Any) -> Callable[..., Any]:
     """A function from a split's name and a count to fixed batches on the devices."""
 
-    def fixed(name: str, count: int | None) -> Any:
+    def fixed(name: Literal["train", "validation"], count: int | None) -> Any:
         rows = _rows_of_this_host(config.train.batch_size)
-        each = batches.fixed(config, corpus, name, count, rows)
+        each = Feed.of(config, corpus, name).fixed(count, rows)
         return (_place(batch, batch_sharding(mesh)) for batch in each)
 
     return fixed
