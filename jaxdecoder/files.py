@@ -1,7 +1,8 @@
-"""Writing files: whole or not at all, and what a full disk looks like."""
+"""Writing files: whole or not at all, what they hold, and what a full disk looks like."""
 
 from __future__ import annotations
 
+import base64
 import csv
 import errno
 import io
@@ -41,6 +42,21 @@ def as_png(figure: Figure, dpi: int = 110) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi)
     return buffer.getvalue()
+
+
+def as_page(template: Path, **values: Any) -> str:
+    """What the file of a web page would hold: a Jinja template with its values, escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template.parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    return environment.get_template(template.name).render(values)
 
 
 def disk_is_full(error: BaseException | None) -> bool:

@@ -5,7 +5,9 @@ import itertools
 import os
 import subprocess
 import sys
+import tomllib
 from dataclasses import fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import get_args
 
@@ -86,6 +88,16 @@ def test_a_module_imports_its_own_room_and_those_below(path):
 
 def test_the_package_has_no_other_rooms():
     assert {room(path) for path in modules()} <= set(ROOMS)
+
+
+def test_files_that_are_no_code_are_installed_as_well():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    data = settings["tool"]["setuptools"]["package-data"]
+    for path in PACKAGE.rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            package = ".".join(path.parent.relative_to(ROOT).parts)
+            patterns = [*data.get("*", ()), *data.get(package, ())]
+            assert any(fnmatch(path.name, pattern) for pattern in patterns), path
 
 
 def test_nothing_imports_a_script():

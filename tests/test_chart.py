@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import csv
+import html
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
 
-from jaxdecoder.compression.chart import COSTS, Point, front
+from jaxdecoder.compression import chart
+from jaxdecoder.compression.chart import COSTS, Point, as_html, front
 from jaxdecoder.config import DataConfig
 from jaxdecoder.data import tokenizers
-from tests.runs import here
+from jaxdecoder.files import as_page
+from tests.runs import here, script
 
 small = st.integers(1, 4)
 
@@ -52,6 +57,22 @@ def runs(tiny_run, tmp_path_factory):
     letters = tokenizers.build(DataConfig(tokenizer="char"), lambda: [text])
     tokenizers.save(letters, folder / "letters" / "tokenizer.json")
     return folder
+
+
+def test_a_page_shows_the_text_as_it_is():
+    odd = """<b> & 'c' "d" {{ e }}"""
+    page = as_html([Point(odd, *[1] * 6)], "loss", b"picture", odd)
+    assert "<b>" not in page
+    assert html.unescape(page).count(odd) == 2  # the model and the command
+    template = Path(chart.__file__).with_name("chart.html.jinja")
+    with pytest.raises(UndefinedError, match="note"):
+        as_page(template, picture=b"", headings=[], rows=[])
+
+
+def test_what_makes_pages_is_loaded_only_then():
+    code = "import sys, jaxdecoder.ablation.report, jaxdecoder.compression.chart"
+    said = script("-c", f"{code}; print('jinja2' in sys.modules)")
+    assert said.output == "False\n"
 
 
 def table(path):

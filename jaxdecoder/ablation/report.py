@@ -6,8 +6,6 @@ command and config that give it all again.
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from jaxdecoder.ablation.grid import METRICS, Ablation, Arm
 from jaxdecoder.ablation.population import MAPPINGS
 from jaxdecoder.ablation.statistics import POWER, Estimate, estimate
 from jaxdecoder.ablation.training import Result
-from jaxdecoder.files import as_png, write_csv
+from jaxdecoder.files import as_page, as_png, write_csv
 from jaxdecoder.training.devices import processor
 from jaxdecoder.training.logging import read_metrics
 
@@ -228,18 +226,6 @@ def _markdown_row(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; font-size: 0.85rem; }
-th, td { text-align: right; padding: 0.3rem 0.5rem; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
-img { max-width: 100%; }
-pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; }
-.verdict { border-left: 0.4rem solid #999; padding-left: 0.8rem; margin: 1rem 0; }
-.supported { border-color: #2a9d3a; } .refuted { border-color: #c8372d; }
-"""
-
-
 def as_html(
     ablation: Ablation,
     rows: Sequence[Row],
@@ -249,26 +235,16 @@ def as_html(
     source: str,
 ) -> str:
     """The report as one HTML file that needs nothing beside it."""
-    e = html.escape
-    verdict_blocks = "".join(
-        f'<div class="verdict {v.verdict}"><b>{e(v.claim)}</b>: {v.verdict}.'
-        f"<br>{e(sentence(v))}</div>"
-        for v in verdicts
-    )
-    head = "".join(f"<th>{e(name)}</th>" for name in HEADINGS)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{e(cell)}</td>" for cell in cells(ablation, row)) + "</tr>"
-        for row in rows
-    )
-    images = "".join(
-        f'<p><img alt="{e(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-        for name, data in pictures.items()
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{e(title(ablation))}</title>'
-        f"<style>{STYLE}</style><h1>{e(title(ablation))}</h1><p>{e(about(ablation))}</p>"
-        f"{verdict_blocks}<h2>Arms</h2><table><tr>{head}</tr>{body}</table>{images}"
-        f"<h2>Again</h2><pre>{e(command)}</pre><pre>{e(source)}</pre></html>\n"
+    return as_page(
+        Path(__file__).with_name("report.html.jinja"),
+        title=title(ablation),
+        about=about(ablation),
+        verdicts=[(v.claim, v.verdict, sentence(v)) for v in verdicts],
+        headings=HEADINGS,
+        rows=[cells(ablation, row) for row in rows],
+        pictures=pictures,
+        command=command,
+        source=source,
     )
 
 

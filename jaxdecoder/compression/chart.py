@@ -7,8 +7,6 @@ better.
 
 from __future__ import annotations
 
-import base64
-import html
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +27,7 @@ from jaxdecoder.config import Config
 from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
-from jaxdecoder.files import as_png, write_atomically, write_csv
+from jaxdecoder.files import as_page, as_png, write_atomically, write_csv
 from jaxdecoder.sampling.generate import encode_prompt, generate
 from jaxdecoder.training.evaluation import (
     bits_per_byte,
@@ -254,19 +252,13 @@ def markdown(points: Sequence[Point], loss: str) -> str:
 def as_html(points: Sequence[Point], loss: str, picture: bytes, command: str) -> str:
     """One page that needs nothing beside it."""
     heading, *body = rows(points, loss)
-
-    def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    encoded = base64.b64encode(picture).decode()
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>What models cost</title>'
-        "<style>body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; }"
-        " td, th { text-align: right; padding: 0.3rem 0.6rem; border-bottom: 1px solid #ddd; }"
-        " td:first-child, th:first-child { text-align: left; } img { max-width: 100%; }</style>"
-        f'<h1>What models cost</h1><img alt="chart" src="data:image/png;base64,{encoded}">'
-        f"<table>{line(heading, 'th')}{''.join(line(cells, 'td') for cells in body)}</table>"
-        f"<p>{NOTE}</p><pre>{html.escape(command)}</pre></html>\n"
+    return as_page(
+        Path(__file__).with_name("chart.html.jinja"),
+        picture=picture,
+        headings=heading,
+        rows=body,
+        note=NOTE,
+        command=command,
     )
 
 

@@ -1,6 +1,6 @@
 """The words of the story generator: who lives in the stories, where, and what befalls them.
 
-Every string here is a template in the small notation that `stories.Teller` explains: `{he}`,
+Every string here is a template in the notation that `jaxdecoder.data.stories` explains: `{he}`,
 `{him}`, `{his}` and `{himself}` are the hero's pronouns, `{she}`, `{her}` and `{hers}` ("her bag")
 the friend's, and `[a|b]` is a choice.
 """
@@ -1087,3 +1087,37 @@ EAGER = Trait(
 )
 CLOUD_HOMES = ("in the wide blue sky", "above the hills", "high over the sea")
 CLOUD = Kind("cloud", ("little", "small", "white", "gray", "fluffy"), CLOUD_HOMES)
+
+# --- In any plot ---------------------------------------------------------------------------------
+
+# Passages by name, which an outline may give instead of its own wordings.
+COMMON = {
+    "HELLO": (
+        'Just then {his_friend} came by. "Why are you so [sad|upset|quiet]?" {she} asked.',
+        '"[Hello|Good day], {hero}!" called {his_friend}. "[Why the long face|Are you all right]?"',
+        '{his_friend} saw {him} and came over. "What is the matter?" asked {friend}.',
+        'Soon {his_friend} came along. "What happened, {hero}?" {she} asked.',
+        '"What is wrong?" asked a voice. It was {his_friend}.',
+    ),
+    "THANKS": (
+        '"Thank you, {friend}!" said {hero}.',
+        '"Thank you for your help," said {hero}, and {he} hugged {friend}.',
+        '"I could not have done it without you," {hero} told {friend}.',
+        "{hero} thanked {friend} again and again.",
+        '"What would I do without you?" {hero} asked. {friend} only [smiled|laughed|winked].',
+        '{hero} [beamed|grinned]. "You are the best, {friend}," {he} said.',
+    ),
+    "ON THE WAY": (
+        "On the way, {he} [hummed a tune|sang a song|counted the birds|waved to the baker].",
+        "On the way, {he} [picked a daisy|met a snail|jumped over a puddle|saw a butterfly].",
+        "{hero} [hopped|skipped|whistled] all the way.",
+        "{His} [heart was light|step was quick] that {time}.",
+    ),
+    "HOMEWARD": (
+        "{close}, they walked home together.",
+        "{close}, they went home, happy and tired.",
+        "{close}, {hero} and {friend} sat side by side and laughed about it.",
+        "{close}, {hero} told the whole [town|family|village] what had happened.",
+        "{close}, they [sang|sat by the fire|rested under a tree] and were glad.",
+    ),
+}

@@ -1,0 +1,77 @@
+"""A built-in corpus: an endless, seeded supply of small, grammatical stories.
+
+Each story has a hero with a name, a pronoun and a trait, a friend, something the hero wants,
+trouble, a first attempt that fails and a second that works, and an ending that remembers the
+beginning. To predict one well, a model has to carry names, pronouns, objects and places over
+hundreds of characters, and yet the language is small enough for a model of a million parameters.
+
+A plot, in `plots`, reads as the outline of its stories. `t.tell(...)` tells one of the given
+paraphrases; in them `{hero}` is a fact of this story and `[big|huge]` a free choice. The friend's
+pronoun always differs from the hero's, so every "he" and "she" has one owner: `{he} {him} {his}
+{himself}` are the hero's words and `{she} {her} {hers}` the friend's, whatever their genders.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jaxdecoder.data.stories.plots import PLOTS
+from jaxdecoder.data.stories.telling import Teller, upper_first
+from jaxdecoder.data.stories.world import EVERYTHING, World, world_of
+from jaxdecoder.errors import UserError
+
+__all__ = [
+    "EVERYTHING",
+    "PLOTS",
+    "VERSION",
+    "Story",
+    "Teller",
+    "World",
+    "stories",
+    "tell_story",
+    "upper_first",
+    "world_of",
+]
+
+VERSION = 3  # part of the cache key of tokenised text: raise it when any story changes
+
+
+def stories(n_bytes: int, seed: int = 0, world: World = EVERYTHING) -> Iterator[str]:
+    """Yields whole stories until at least `n_bytes` bytes have been yielded.
+
+    The order depends on `seed` and `world` alone: asking for more continues the same sequence.
+    Paragraphs are separated by one newline, so that a caller can separate stories by two.
+
+    Raises:
+        UserError: if the world has a plot that nobody knows.
+    """
+    unknown = [plot for plot in world.plots if plot not in PLOTS]
+    if unknown:
+        raise UserError(
+            f"data.stories_plots: {json.dumps(unknown[0])} should be one of {', '.join(PLOTS)}"
+        )
+    rng = random.Random(seed)
+    told = 0
+    while told < n_bytes:
+        text = tell_story(rng, world).text
+        told += len(text)  # ASCII only: one byte a character
+        yield text
+
+
+@dataclass(frozen=True)
+class Story:
+    text: str
+    plot: str
+    hero: str
+    cast: tuple[tuple[str, str], ...]  # (name, pronoun) of everyone who is ever a pronoun
+    facts: dict[str, str]  # what each `{slot}` of the wordings came to be
+    phrases: tuple[tuple[str, str], ...]  # (fact, its wording), or ("", the wording of a sentence)
+
+
+def tell_story(rng: random.Random, world: World = EVERYTHING) -> Story:
+    t = Teller(rng, world)
+    plot = t.pick(world.plots or tuple(PLOTS))
+    PLOTS[plot](t)
+    cast, phrases = tuple(t.cast), tuple(t.phrases)
+    return Story(t.text(), plot, t.facts["hero"], cast, dict(t.facts), phrases)
