@@ -45,7 +45,7 @@ from jaxdecoder.training.loop import train
 from jaxdecoder.training.runs import load_model, read_config
 from jaxdecoder.training.sparsity import SCOPES, body_matrices, count_of
 from jaxdecoder.training.step import init_state
-from tests.runs import here, losses
+from tests.runs import here, losses, script
 from tests.test_resume import assert_same_bits, final_state
 
 COMMAND = "python compress.py prune RUN NEW"
@@ -92,7 +92,7 @@ def asked(run, method="wanda", **options):
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_every_criterion_is_a_method_and_ranks_groups(name, tiny_run, given):
-    """Each with its own default scope, and by nothing but its own scores."""
+    """Within its own scope, if none is given; weights that stay are as they were."""
     model = given[0]
     halved = made(asked(tiny_run, name, sparsity=0.5), *given)
     told = halved.notes["pruning"]
@@ -270,6 +270,12 @@ def test_each_method_has_its_own_options_and_help(method):
         assert said.returncode == 2
         assert f"Unrecognized options: {flag}" in said.output
         assert f"--method {method}" in said.output
+
+
+def test_options_are_read_without_jax():
+    read = "import sys, jaxdecoder.compression.options; assert 'jax' not in sys.modules"
+    said = script("-c", read)
+    assert said.returncode == 0, said.output
 
 
 @pytest.mark.parametrize(
