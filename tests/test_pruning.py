@@ -281,12 +281,18 @@ def test_options_are_read_without_jax():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((), "Missing from compress.py prune --method wanda"),
-        (("--method", "neuron", "--importance", "gates"), "argument --method: invalid choice"),
+        ("", "Missing from compress.py prune --method wanda"),
+        ("--method neuron --importance gates", "argument --method: invalid choice"),
+        ("--method n-m --sparsity 0.5", "Unrecognized options: --sparsity"),
+        ("--method heads --sparsity 0.5 --scope global", "Unrecognized options: --scope"),
+        ("--method layers --sparsity 0.5 --importance gates", "Unrecognized options: --importance"),
+        ("--method magnitude --sparsity 0.5 --seed 1", "Unrecognized options: --seed"),
+        ("--sparsity 0.5 --gradual", "Unrecognized options: --gradual"),
+        ("--sparsity 0.5 --seed 1", "Unrecognized options: --seed"),
     ],
 )
-def test_a_command_that_lacks_its_share_or_has_no_such_method_is_refused(given, message):
-    said = here("compress.py", "prune", "run", "out", *given)
+def test_a_command_that_its_method_does_not_know_is_refused(given, message):
+    said = here("compress.py", "prune", "run", "out", *given.split())
     assert said.returncode == 2
     assert message in said.output
 
