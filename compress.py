@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
 from typing import Any
 
+import tyro
 from tyro.extras import subcommand_cli_from_dict
 
 from jaxdecoder.compression.options import (
+    PRUNING,
     Chart,
     Dequantize,
     Distill,
@@ -28,10 +31,21 @@ COMMANDS: dict[str, Any] = {
 }
 
 
+def read(arguments: list[str]) -> Any:
+    """The options of the command; those of prune are its method's."""
+    if arguments[:1] != ["prune"]:
+        return subcommand_cli_from_dict(COMMANDS, args=arguments, description=__doc__)
+    which = argparse.ArgumentParser("compress.py prune", add_help=False, allow_abbrev=False)
+    which.add_argument("--method", choices=PRUNING, default=Prune.method)
+    method = which.parse_known_args(arguments[1:])[0].method
+    told = f"compress.py prune --method {method}"
+    return tyro.cli(PRUNING[method], prog=told, args=arguments[1:])
+
+
 @friendly
 def main() -> None:
     """Reads the command, then hands over."""
-    options = subcommand_cli_from_dict(COMMANDS, description=__doc__)
+    options = read(sys.argv[1:])
     command = f"python compress.py {shlex.join(sys.argv[1:])}"
 
     # Imported late: --help needs no JAX.

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 
 from benchmarks.turns import HERE, Turn, alternate, describe, trained, write
-from jaxdecoder.compression.options import Prune
+from jaxdecoder.compression.options import PRUNING, Prune
 from jaxdecoder.compression.passes import Made, run_pass
 from jaxdecoder.compression.pruning import prune, recovery
 from jaxdecoder.config import ModelConfig, load
@@ -81,7 +81,7 @@ def pruned(name: str, run: Path, preset: str, chosen: argparse.Namespace) -> dic
     rate = chosen.learning_rate or LEARNING_RATE[preset]
     slug = "".join(c if c.isalnum() else "_" for c in name)
     out = Path("runs") / "pruning" / f"{run.name}_{slug}"
-    options = Prune(str(run), str(out), recover_steps=steps, learning_rate=rate, sparsity=0.5)
+    options = Prune(str(run), str(out), recover_steps=steps, learning_rate=rate)
     command = f"python -m benchmarks.compression_pruning # {name}, {steps} steps"
     if (make := ROWS[name]) is None:
 
@@ -95,8 +95,8 @@ def pruned(name: str, run: Path, preset: str, chosen: argparse.Namespace) -> dic
 
         summary = run_pass(str(run), str(out), command, carry_on, sampler=show_sample)
     else:
-        changes: dict[str, Any] = {"sparsity": None, **make(model)}
-        summary = prune(dataclasses.replace(options, **changes), command)
+        asked = make(model)
+        summary = prune(PRUNING[asked["method"]](**{**vars(options), **asked}), command)
     told = summary["compression"]
     smaller = read_config(out).model
     shape = {

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import get_args
 
 import matplotlib
 import numpy as np
@@ -106,7 +105,7 @@ def test_options_of_compression_that_it_names_exist():
     named = set(re.findall(r"--(?:no-)?([a-z][a-z-]+)", prose))
     assert named - fields == {"help"}
     # Every pass and every method of pruning is told of.
-    for name in (*get_args(options.PruningMethod), "distill", "quantize", "dequantize", "chart"):
+    for name in (*options.PRUNING, "distill", "quantize", "dequantize", "chart"):
         assert f"`{name}`" in page or f"compress.py {name} " in page, name
 
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from jaxdecoder import Decoder
 from jaxdecoder.compression.calibration import calibration_batches, input_squares, sums
+from jaxdecoder.compression.criteria import CRITERIA
 from jaxdecoder.compression.passes import corpus_of
-from jaxdecoder.compression.sparsity import CRITERIA, apply, mask, n_of_m, zeros
+from jaxdecoder.compression.sparsity import apply, lots, mask, n_of_m, zeros
 from jaxdecoder.config import CompressionConfig, ConfigError, load
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.errors import UserError
@@ -36,9 +37,19 @@ def matrices(seed=0):
     return {p: jnp.asarray(draw.normal(size=shape), jnp.float32) for p, shape in PATHS.items()}
 
 
-def squares():
+def norms():
     draw = np.random.default_rng(9)
     return {p: jnp.asarray(draw.random(shape[:-1]), jnp.float32) for p, shape in PATHS.items()}
+
+
+def scored(criterion, weights, seed=0):
+    """Scores by a criterion, with what it needs by lot."""
+    needed = {
+        "nothing": dict.fromkeys(weights),
+        "input_norms": norms(),
+        "lot": lots(weights, seed),
+    }[CRITERIA[criterion].needs]
+    return {path: CRITERIA[criterion].score(w, needed[path]) for path, w in weights.items()}
 
 
 def groups_of(arrays, scope):
@@ -61,7 +72,7 @@ def nearest(share, size):
 @given(sparsity=st.floats(0.01, 0.99))
 def test_a_mask_has_exactly_the_asked_sparsity_and_keeps_the_highest(scope, criterion, sparsity):
     weights = matrices()
-    scores = CRITERIA[criterion](weights, squares(), 0)
+    scores = scored(criterion, weights)
     kept = mask(weights, scores, sparsity, scope)
     pairs = zip(groups_of(kept, scope), groups_of(scores, scope), strict=True)
     for stays, score in pairs:
@@ -73,24 +84,23 @@ def test_a_mask_has_exactly_the_asked_sparsity_and_keeps_the_highest(scope, crit
 def test_equal_scores_lose_no_more_than_was_asked():
     weights = {PLAIN: jnp.ones((5, 4))}
     for scope in SCOPES:
-        kept = mask(weights, CRITERIA["magnitude"](weights, {}, 0), 0.5, scope)[PLAIN]
+        kept = mask(weights, scored("magnitude", weights), 0.5, scope)[PLAIN]
         # Of 5 weights an output has, 2.5 go: halves upwards.
         assert np.sum(~np.asarray(kept)) == {"matrix": 10, "global": 10, "output": 12}[scope]
 
 
 def test_magnitude_and_wanda_score_as_their_papers_say():
-    weights, seen = matrices(), squares()
-    by_size = CRITERIA["magnitude"](weights, seen, 0)
-    by_input = CRITERIA["wanda"](weights, seen, 0)
+    weights, seen = matrices(), norms()
+    by_size, by_input = (scored(name, weights) for name in ("magnitude", "wanda"))
     for path, w in weights.items():
-        norm = np.sqrt(np.asarray(seen[path], np.float64))
+        norm = np.asarray(seen[path], np.float64)
         np.testing.assert_allclose(by_size[path], np.abs(w))
         expected = np.abs(np.asarray(w, np.float64)) * norm[..., :, None]
         np.testing.assert_allclose(by_input[path], expected, rtol=1e-6)
 
 
 def test_a_lot_depends_on_its_seed_alone():
-    one, same, other = (CRITERIA["random"](matrices(), {}, seed) for seed in (0, 0, 1))
+    one, same, other = (scored("random", matrices(), seed) for seed in (0, 0, 1))
     for path in PATHS:
         np.testing.assert_array_equal(one[path], same[path])
         assert not np.array_equal(one[path], other[path])
@@ -104,7 +114,7 @@ def test_pruning_twice_equals_pruning_once_to_the_product(scope):
     weights[STACKED] = jnp.concatenate([weights[STACKED], 2 * weights[STACKED][:, :2]], axis=1)
 
     def cut(w, sparsity):
-        return apply(w, mask(w, CRITERIA["magnitude"](w, {}, 0), sparsity, scope))
+        return apply(w, mask(w, scored("magnitude", w), sparsity, scope))
 
     twice, once = cut(cut(weights, 0.5), 0.5), cut(weights, 0.75)
     for path in weights:
@@ -116,7 +126,7 @@ def test_pruning_twice_equals_pruning_once_to_the_product(scope):
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2)])
 def test_n_of_every_m_that_follow_one_another_stay_the_highest(n, m):
     weights = {STACKED: jnp.concatenate([matrices()[STACKED]] * 2, axis=1)}  # 12 inputs
-    scores = CRITERIA["magnitude"](weights, {}, 0)
+    scores = scored("magnitude", weights)
     kept = np.asarray(n_of_m(weights, scores, n, m)[STACKED])
     for layer, first, output in np.ndindex(2, 12 // m, 8):
         group = slice(first * m, (first + 1) * m), output
@@ -124,7 +134,7 @@ def test_n_of_every_m_that_follow_one_another_stay_the_highest(n, m):
         assert stays.sum() == n
         assert set(np.flatnonzero(stays)) == set(np.argsort(score, kind="stable")[m - n :])
     with pytest.raises(UserError, match="has 6 inputs"):
-        n_of_m(matrices(), CRITERIA["magnitude"](matrices(), {}, 0), 2, 4)
+        n_of_m(matrices(), scored("magnitude", matrices()), 2, 4)
 
 
 # --- Calibration ----------------------------------------------------------------------------------

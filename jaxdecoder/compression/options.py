@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, make_dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from jaxdecoder.compression.criteria import CRITERIA, Criterion, Need, Scope
 from jaxdecoder.config.sections import Teaching
 
-PruningMethod = Literal[
-    "magnitude", "wanda", "random", "n-m", "heads", "neurons", "width", "layers"
-]
+if TYPE_CHECKING:
+    CriterionName = str
+    PruningMethod = str
+else:
+    CriterionName = Literal[tuple(CRITERIA)]
+    PruningMethod = Annotated[
+        Literal[(*CRITERIA, "n-m", "heads", "neurons", "width", "layers")],
+        tyro.conf.arg(
+            help=f"Single weights become zero by {', '.join(CRITERIA)}, or all but n of every m "
+            "(n-m); or parts are removed, and the model is smaller: heads, neurons (of the "
+            "feed-forward), width (features of the residual stream), layers. Each has options of "
+            "its own: see prune --method NAME --help."
+        ),
+    ]
 
 
 @dataclass(frozen=True)
@@ -37,46 +50,156 @@ class Prune:
     out: tyro.conf.Positional[str]
     """Folder of the new run."""
     method: PruningMethod = "wanda"
-    """magnitude, wanda, random: single weights become zero, by the size of each, by that times the
-    size of its input, or by lot; n-m: n of every m weights stay. heads, neurons (of the
-    feed-forward), width (features of the residual stream), layers: parts are removed, and the model
-    is smaller."""
-    sparsity: float | None = None
-    """Share that goes: of the weights that are not zero yet, or of each layer's parts. Needed by
-    all methods but n-m."""
-    scope: Literal["matrix", "output", "global"] | None = None
-    """For single weights: those that compare with one another are each matrix's, each output
-    unit's, or all. Left out: output for wanda, as in the paper, else matrix."""
-    n: int | None = None
-    """For n-m: weights that stay of every m. Left out: 2."""
-    m: int | None = None
-    """For n-m: weights in a group. Left out: 4."""
-    criterion: Literal["magnitude", "wanda", "random"] | None = None
-    """For n-m: by what the weights of a group compare. Left out: wanda."""
-    importance: Literal["taylor", "gates"] | None = None
-    """For heads, neurons, width: what the loss would change by without the part, to the first
-    order: its mean square over texts (taylor, the default), or its mean size (gates)."""
-    head: bool = False
-    """For single weights: prune the matrix of an untied output head as well."""
-    calibration_tokens: int = 32768
-    """Tokens of the training text from which inputs and importance are measured."""
-    seed: int = 0
-    """For random: another seed gives another lot."""
     recover_steps: int | None = None
-    """Steps to train on from there. Left out: 0; with --rewind what the run's own steps leave."""
+    """Steps to train on from there. Left out: 0."""
     learning_rate: float | None = None
     """Peak learning rate of these steps. Left out: the run's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(Prune):
+    """Of methods that read text."""
+
+    calibration_tokens: int = 32768
+    """Tokens of the training text from which inputs and importance are measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn(Prune):
+    """Of methods that draw lots."""
+
+    seed: int = 0
+    """Another seed gives another lot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleWeights(Prune):
+    """Of methods by which single weights become zero."""
+
+    recover_steps: int | None = None
+    """Steps to train on from there. Left out: 0; with --rewind what the run's own steps leave."""
+    head: bool = False
+    """Prune the matrix of an untied output head as well."""
+    rewind: int | None = None
+    """The weights that stay go back to what they were at this step, as of lottery tickets; 0: as
+    they were drawn."""
+    rewind_run: str = ""
+    """For --rewind: the run whose step that is. Left out: RUN."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByCriterion(SingleWeights):
+    """Of methods that a criterion gives its name to."""
+
+    sparsity: float
+    """Share that goes of the weights that are not zero yet."""
+    scope: Scope = "matrix"
+    """Which weights compare with one another: each matrix's, each output unit's, or all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradual(ByCriterion):
+    """Of criteria that training can go by."""
+
     gradual: bool = False
-    """For magnitude: starts dense, and training makes the zeros by a cubic schedule."""
+    """Starts dense, and training makes the zeros by a cubic schedule."""
     gradual_share: float = 0.6
     """For --gradual: share of the steps after which the sparsity is reached."""
     gradual_every: int = 10
     """For --gradual: steps between two rounds of making zeros."""
-    rewind: int | None = None
-    """For single weights: those that stay go back to what they were at this step, as of lottery
-    tickets; 0: as they were drawn."""
-    rewind_run: str = ""
-    """For --rewind: the run whose step that is. Left out: RUN."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups(Drawn, Calibrated, SingleWeights):
+    """Makes a run of a run in which n of every m weights stay, and the others are zero."""
+
+    method: PruningMethod = "n-m"
+    n: int = 2
+    """Weights that stay of every m."""
+    m: int = 4
+    """Weights in a group."""
+    criterion: CriterionName = "wanda"
+    """By what the weights of a group compare."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(Calibrated):
+    """Of methods that remove parts."""
+
+    sparsity: float
+    """Share that goes of each layer's parts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers(Part):
+    """Makes a run of a run without the layers that change the residual stream least."""
+
+    method: PruningMethod = "layers"
+    sparsity: float
+    """Share of the layers, or of the turns of their pattern, that goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByGates(Part):
+    """Of parts that a gate can close."""
+
+    importance: Literal["taylor", "gates"] = "taylor"
+    """What the loss would change by without the part, to the first order: its mean square over
+    texts (taylor), or its mean size (gates)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads(ByGates):
+    """Makes a run of a run without the attention heads that matter least."""
+
+    method: PruningMethod = "heads"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neurons(ByGates):
+    """Makes a run of a run without the neurons of the feed-forward that matter least."""
+
+    method: PruningMethod = "neurons"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Width(ByGates):
+    """Makes a run of a run without the features of the residual stream that matter least."""
+
+    method: PruningMethod = "width"
+
+
+OPTIONS_FOR: dict[Need, tuple[type[Prune], ...]] = {
+    "nothing": (),
+    "input_norms": (Calibrated,),
+    "lot": (Drawn,),
+}
+"""The options with which what a criterion needs is measured."""
+
+
+def by_criterion(name: str, criterion: Criterion) -> type[Prune]:
+    """The options of the method that is called as its criterion."""
+    base = Gradual if criterion.gradual else ByCriterion
+    own: list[tuple[str, object, object]] = [
+        ("method", PruningMethod, field(default=name)),
+        ("scope", Scope, field(default=criterion.scope)),
+    ]
+    said = "Makes a run of a run with zeros for the weights that score lowest. The score: "
+    return make_dataclass(
+        name.title(),
+        own,
+        bases=(*OPTIONS_FOR[criterion.needs], base),
+        namespace={"__doc__": f"{said}{criterion.score.__doc__}", "__module__": __name__},
+        frozen=True,
+        kw_only=True,
+    )
+
+
+PRUNING: dict[str, Callable[..., Prune]] = {
+    **{name: by_criterion(name, criterion) for name, criterion in CRITERIA.items()},
+    **{kind.method: kind for kind in (Groups, Heads, Neurons, Width, Layers)},
+}
+"""The options of each method."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +210,7 @@ class Sensitivity:
     """Run folder."""
     out: str = "sensitivity.png"
     """The picture; the table goes beside it, as .csv and .md."""
-    criterion: Literal["magnitude", "wanda", "random"] = "wanda"
+    criterion: CriterionName = "wanda"
     """By what single weights go."""
     scope: Literal["matrix", "output"] = "output"
     """Which weights compare with one another: each matrix's, or each output unit's."""

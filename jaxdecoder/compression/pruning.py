@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +11,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxdecoder.compression.calibration import calibration_batches, input_squares
+from jaxdecoder.compression.calibration import calibration_batches
 from jaxdecoder.compression.importance import by_gates, influence
-from jaxdecoder.compression.options import Prune
+from jaxdecoder.compression.options import (
+    ByCriterion,
+    ByGates,
+    Gradual,
+    Groups,
+    Part,
+    Prune,
+    SingleWeights,
+)
 from jaxdecoder.compression.parts import PARTS, going, kept
 from jaxdecoder.compression.passes import Made, run_pass
-from jaxdecoder.compression.sparsity import CRITERIA, apply, mask, n_of_m, zeros
+from jaxdecoder.compression.sparsity import apply, mask, n_of_m, scores_by, zeros
 from jaxdecoder.config import CompressionConfig, Config, ModelConfig, differences
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
@@ -38,22 +46,6 @@ class Pruned(NamedTuple):
     notes: dict[str, Any]
 
 
-class Method(NamedTuple):
-    """One way to prune.
-
-    takes: the options it knows besides those of all.
-    check: (options, config of the source) -> refuses what cannot be, before anything is computed.
-    make: (options, model, corpus) -> what is left of it.
-    """
-
-    takes: tuple[str, ...]
-    check: Callable[[Prune, Config], None]
-    make: Callable[[Prune, Model, Corpus], Pruned]
-
-
-COMMON = ("run", "out", "method", "recover_steps", "learning_rate")
-
-
 def prune(options: Prune, command: str) -> dict[str, Any]:
     """Makes the run `options.out` of `options.run`; returns its summary.
 
@@ -62,12 +54,12 @@ def prune(options: Prune, command: str) -> dict[str, Any]:
     """
     check(options)
     config = runs.read_config(Path(options.run))
-    METHODS[options.method].check(options, config)
+    check_model(options, config)
     set_up(config)
     summary = run_pass(
         options.run, options.out, command, partial(made, options), sampler=show_sample
     )
-    if options.method in PARTS:
+    if not isinstance(options, SingleWeights):
         return summary
     model = runs.load_model(options.out)
     left = zeros(body_matrices(model.params, head=options.head))
@@ -77,59 +69,82 @@ def prune(options: Prune, command: str) -> dict[str, Any]:
     return summary
 
 
+BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "sparsity": (lambda share: 0 < share < 1, "between 0 and 1"),
+    "recover_steps": (lambda steps: steps >= 0, "0 or more"),
+    "learning_rate": (lambda rate: rate > 0, "more than 0"),
+    "m": (lambda m: m >= 2, "2 or more"),
+    "seed": (lambda seed: seed >= 0, "0 or more"),
+    "gradual_share": (lambda share: 0 < share <= 1, "more than 0 and at most 1"),
+    "gradual_every": (lambda steps: steps >= 1, "1 or more"),
+    "rewind": (lambda step: step >= 0, "0 or more"),
+}
+"""What options that are given must be, whatever the method."""
+
+
 def check(options: Prune) -> None:
     """Refuses options that cannot be, whatever the model."""
-    method = METHODS[options.method]
-    for item in fields(Prune):
-        if item.name not in (*COMMON, *method.takes) and (
-            getattr(options, item.name) != item.default
-        ):
-            raise UserError(f"{_flag(item.name)}: not an option of --method {options.method}")
-    if "sparsity" in method.takes and options.sparsity is None:
-        raise UserError(f"--method {options.method}: how much? Give --sparsity, such as 0.5")
-    n, m, rate = _n(options), _m(options), options.learning_rate
-    fine = {
-        "sparsity": (options.sparsity is None or 0 < options.sparsity < 1, "between 0 and 1"),
-        "recover_steps": ((options.recover_steps or 0) >= 0, "0 or more"),
-        "learning_rate": (rate is None or rate > 0, "more than 0"),
-        "m": (m >= 2, "2 or more"),
-        "n": (options.n is None or 0 < n < m, f"between 0 and --m {m}"),
-        "seed": (options.seed >= 0, "0 or more"),
-        "gradual_share": (0 < options.gradual_share <= 1, "more than 0 and at most 1"),
-        "gradual_every": (options.gradual_every >= 1, "1 or more"),
-        "rewind": ((options.rewind or 0) >= 0, "0 or more"),
-    }
-    for name, (is_fine, what) in fine.items():
-        if not is_fine:
-            raise UserError(f"{_flag(name)} {getattr(options, name)}: must be {what}")
-    if n >= m:
-        raise UserError(f"--m {m}: give --n as well, for it is 2 if left out")
-    if options.gradual and not options.recover_steps:
-        raise UserError("--gradual: training makes the zeros; give --recover-steps, such as 500")
-    if options.gradual and (options.rewind is not None or options.head):
-        raise UserError("--gradual: goes neither with --rewind nor with --head")
-    if options.rewind_run and options.rewind is None:
+    for name, value in vars(options).items():
+        fine, what = BOUNDS.get(name, (None, ""))
+        if fine and value is not None and not fine(value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {what}")
+    if isinstance(options, Groups) and not 0 < options.n < options.m:
+        raise UserError(
+            f"--n {options.n}: must be between 0 and --m {options.m}; give --n as well as --m"
+        )
+    if isinstance(options, Gradual) and options.gradual:
+        if not options.recover_steps:
+            raise UserError(
+                "--gradual: training makes the zeros; give --recover-steps, such as 500"
+            )
+        if options.rewind is not None or options.head:
+            raise UserError("--gradual: goes neither with --rewind nor with --head")
+    if isinstance(options, SingleWeights) and options.rewind_run and options.rewind is None:
         raise UserError("--rewind-run: give --rewind as well, the step to go back to")
+
+
+def check_model(options: Prune, config: Config) -> None:
+    """Refuses what this model cannot lose, before anything is computed."""
+    match options:
+        case SingleWeights():
+            check_matrices(options, config)
+        case Part():
+            check_part(options, config)
+
+
+def pruned(options: Prune, model: Model, corpus: Corpus) -> Pruned:
+    """What the method of these options leaves of a model."""
+    match options:
+        case Gradual(gradual=True):
+            return gradually(options, model)
+        case ByCriterion():
+            return by_criterion(options, model, corpus)
+        case Groups():
+            return by_groups(options, model, corpus)
+        case Part():
+            return by_part(options, model, corpus)
+        case _:
+            raise TypeError(f"{options.method}: options of no method")
 
 
 def made(options: Prune, model: Model, corpus: Corpus) -> Made:
     """What the pass makes of a model: pruned, and to be trained on from there."""
-    pruned = METHODS[options.method].make(options, model, corpus)
-    config, notes = model.config, {"method": options.method, **pruned.notes}
+    left = pruned(options, model, corpus)
+    config, notes = model.config, {"method": options.method, **left.notes}
     steps = options.recover_steps
-    if options.rewind is not None:
+    if isinstance(options, SingleWeights) and options.rewind is not None:
         source = Path(options.rewind_run or options.run)
         notes["rewound"] = {"run": str(source), "step": options.rewind}
         if steps is None:
             steps = max(0, runs.read_config(source).train.steps - options.rewind)
     config = replace(
         config,
-        model=pruned.model,
+        model=left.model,
         train=replace(config.train, steps=steps or 0),
-        compression=pruned.compression,
+        compression=left.compression,
         optimizer=recovery(options, config, steps or 0),
     )
-    return Made(config, pruned.params, {"pruning": notes})
+    return Made(config, left.params, {"pruning": notes})
 
 
 def recovery(options: Prune, config: Config, steps: int) -> Any:
@@ -141,7 +156,8 @@ def recovery(options: Prune, config: Config, steps: int) -> Any:
     o = config.optimizer
     if options.learning_rate is not None:
         o = o.peaking_at(options.learning_rate)
-    if options.rewind is not None or not steps:
+    rewound = isinstance(options, SingleWeights) and options.rewind is not None
+    if rewound or not steps:
         return o
     return replace(o, schedule="linear", warmup_steps=steps // 20, final_fraction=0.0)
 
@@ -149,7 +165,7 @@ def recovery(options: Prune, config: Config, steps: int) -> Any:
 # --- Single weights -------------------------------------------------------------------------------
 
 
-def check_matrices(options: Prune, config: Config) -> None:
+def check_matrices(options: SingleWeights, config: Config) -> None:
     """Refuses a head that is none, and a step that there is no going back to."""
     if options.head and config.model.tie_embeddings:
         raise UserError("--head: with model.tie_embeddings the head is the embedding")
@@ -157,35 +173,26 @@ def check_matrices(options: Prune, config: Config) -> None:
         check_rewind(options, config)
 
 
-def by_criterion(criterion: str) -> Callable[[Prune, Model, Corpus], Pruned]:
-    """Those go that a criterion scores lowest within a scope."""
-
-    def make(options: Prune, model: Model, corpus: Corpus) -> Pruned:
-        assert options.sparsity is not None
-        default = "output" if criterion == "wanda" else "matrix"
-        scope, share = options.scope or default, options.sparsity
-        notes = {"sparsity": share, "scope": scope}
-        if options.gradual:
-            return gradually(options, model, scope, notes)
-        matrices = _matrices(options, model)
-        scores = _scores(criterion, options, model, corpus, matrices)
-        return _cut(options, model, matrices, mask(matrices, scores, share, scope), notes)
-
-    return make
-
-
-def by_groups(options: Prune, model: Model, corpus: Corpus) -> Pruned:
-    """n of every m stay."""
-    n, m, criterion = _n(options), _m(options), options.criterion or "wanda"
+def by_criterion(options: ByCriterion, model: Model, corpus: Corpus) -> Pruned:
+    """Those go that the criterion scores lowest within a scope."""
     matrices = _matrices(options, model)
-    scores = _scores(criterion, options, model, corpus, matrices)
-    notes = {"n": n, "m": m, "criterion": criterion}
-    return _cut(options, model, matrices, n_of_m(matrices, scores, n, m), notes)
+    scores = scores_by(options.method, options, matrices, model, corpus)
+    masks = mask(matrices, scores, options.sparsity, options.scope)
+    notes = {"sparsity": options.sparsity, "scope": options.scope}
+    return _cut(options, model, matrices, masks, notes)
 
 
-def gradually(options: Prune, model: Model, scope: str, notes: dict[str, Any]) -> Pruned:
+def by_groups(options: Groups, model: Model, corpus: Corpus) -> Pruned:
+    """n of every m stay."""
+    matrices = _matrices(options, model)
+    scores = scores_by(options.criterion, options, matrices, model, corpus)
+    masks = n_of_m(matrices, scores, options.n, options.m)
+    notes = {"n": options.n, "m": options.m, "criterion": options.criterion}
+    return _cut(options, model, matrices, masks, notes)
+
+
+def gradually(options: Gradual, model: Model) -> Pruned:
     """None go yet: training makes the zeros, among them those that are there."""
-    assert options.sparsity is not None
     assert options.recover_steps is not None
     count = zeros(_matrices(options, model))
     begin = count["zeros"] / count["weights"]
@@ -196,13 +203,13 @@ def gradually(options: Prune, model: Model, scope: str, notes: dict[str, Any]) -
         sparsity_from=begin,
         sparsity_end=max(1, round(options.gradual_share * options.recover_steps)),
         sparsity_every=options.gradual_every,
-        sparsity_scope=scope,  # type: ignore[arg-type]
+        sparsity_scope=options.scope,
     )
-    told = {**notes, "gradual": True, **count}
+    told = {"sparsity": options.sparsity, "scope": options.scope, "gradual": True, **count}
     return Pruned(model.params, model.config.model, compression, told)
 
 
-def check_rewind(options: Prune, config: Config) -> None:
+def check_rewind(options: SingleWeights, config: Config) -> None:
     """Refuses a step whose weights are not there and cannot be drawn again."""
     source, step = Path(options.rewind_run or options.run), options.rewind
     theirs = runs.read_config(source)
@@ -235,23 +242,19 @@ def _begun_elsewhere(config: Config) -> bool:
     return bool(config.train.init_from or config.compression.recipe)
 
 
-def _matrices(options: Prune, model: Model) -> Matrices:
+def _matrices(options: SingleWeights, model: Model) -> Matrices:
     matrices = body_matrices(model.params, head=options.head)
     if not matrices:
         raise UserError(f"{options.run}: its layers have no float matrices to prune")
     return matrices
 
 
-def _scores(
-    criterion: str, options: Prune, model: Model, corpus: Corpus, matrices: Matrices
-) -> Matrices:
-    measured = criterion == "wanda"
-    squares = input_squares(model, corpus, options.calibration_tokens) if measured else {}
-    return CRITERIA[criterion](matrices, squares, options.seed)
-
-
 def _cut(
-    options: Prune, model: Model, matrices: Matrices, masks: Matrices, notes: dict[str, Any]
+    options: SingleWeights,
+    model: Model,
+    matrices: Matrices,
+    masks: Matrices,
+    notes: dict[str, Any],
 ) -> Pruned:
     """The model under these masks, its weights rewound if that was asked for."""
     params, masks = model.params, {path: masks[path] & (w != 0) for path, w in matrices.items()}
@@ -265,41 +268,26 @@ def _cut(
     return Pruned(with_matrices(params, matrices), model.config.model, compression, told)
 
 
-def _n(options: Prune) -> int:
-    return 2 if options.n is None else options.n
-
-
-def _m(options: Prune) -> int:
-    return 4 if options.m is None else options.m
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 # --- Parts ----------------------------------------------------------------------------------------
 
 
-def check_part(options: Prune, config: Config) -> None:
-    """Refuses what this model cannot lose."""
-    assert options.sparsity is not None
+def check_part(options: Part, config: Config) -> None:
+    """Refuses a share that this model cannot lose, and a part that it does not have."""
     part = PARTS[options.method]
     if why := part.refusal(config.model):
         raise UserError(f"--method {options.method}: this model has none to spare: {why}")
     going(config.model, part, options.sparsity)
 
 
-def by_part(options: Prune, model: Model, corpus: Corpus) -> Pruned:
+def by_part(options: Part, model: Model, corpus: Corpus) -> Pruned:
     """Heads, neurons, features or layers go, the least important of each layer."""
-    assert options.sparsity is not None
-    name, config = options.method, model.config.model
-    part = PARTS[name]
+    part, config = PARTS[options.method], model.config.model
     batches = calibration_batches(model.config, corpus, options.calibration_tokens)
-    measure = "influence" if name == "layers" else options.importance or "taylor"
-    if name == "layers":
-        scores = influence(model, batches)
-    else:
+    measure = options.importance if isinstance(options, ByGates) else "influence"
+    if isinstance(options, ByGates):
         scores = by_gates(model, part, batches, measure)
+    else:
+        scores = influence(model, batches)
     keep = kept(scores, config, part, options.sparsity)
     params, smaller = part.remove(model.params, config, keep)
     removed = {
@@ -321,25 +309,3 @@ def _missing(index: Any, count: int) -> np.ndarray:
     rows = index.reshape(-1, index.shape[-1])
     missing = [np.setdiff1d(np.arange(count), row) for row in rows]
     return np.stack(missing).reshape(*index.shape[:-1], -1)
-
-
-SINGLE = ("head", "rewind", "rewind_run")
-GRADUAL = ("gradual", "gradual_share", "gradual_every")
-METHODS: dict[str, Method] = {
-    "magnitude": Method(
-        ("sparsity", "scope", *SINGLE, *GRADUAL), check_matrices, by_criterion("magnitude")
-    ),
-    "wanda": Method(
-        ("sparsity", "scope", "calibration_tokens", *SINGLE), check_matrices, by_criterion("wanda")
-    ),
-    "random": Method(
-        ("sparsity", "scope", "seed", *SINGLE), check_matrices, by_criterion("random")
-    ),
-    "n-m": Method(
-        ("n", "m", "criterion", "calibration_tokens", "seed", *SINGLE), check_matrices, by_groups
-    ),
-    "heads": Method(("sparsity", "importance", "calibration_tokens"), check_part, by_part),
-    "neurons": Method(("sparsity", "importance", "calibration_tokens"), check_part, by_part),
-    "width": Method(("sparsity", "importance", "calibration_tokens"), check_part, by_part),
-    "layers": Method(("sparsity", "calibration_tokens"), check_part, by_part),
-}

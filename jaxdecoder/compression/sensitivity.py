@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from jaxdecoder.compression.calibration import calibration_batches, input_squares
+from jaxdecoder.compression.calibration import calibration_batches
 from jaxdecoder.compression.importance import by_gates
 from jaxdecoder.compression.options import Sensitivity
 from jaxdecoder.compression.parts import BLOCKS, PARTS
 from jaxdecoder.compression.passes import corpus_of
-from jaxdecoder.compression.sparsity import CRITERIA, apply, mask
+from jaxdecoder.compression.sparsity import apply, mask, scores_by
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.data.batches import Batch, Feed
 from jaxdecoder.data.tokens import Corpus
@@ -102,10 +102,7 @@ def scan(options: Sensitivity, model: Model, corpus: Corpus) -> list[Row]:
 def of_matrices(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[Variant]:
     """Each matrix of each layer with some of its weights zero."""
     matrices = body_matrices(model.params)
-    squares: Any = {}
-    if options.criterion == "wanda":
-        squares = input_squares(model, corpus, options.calibration_tokens)
-    scores = CRITERIA[options.criterion](matrices, squares, options.seed)
+    scores = scores_by(options.criterion, options, matrices, model, corpus)
     for share in options.sparsities:
         cut = apply(matrices, mask(matrices, scores, share, options.scope))
         for path, whole in matrices.items():

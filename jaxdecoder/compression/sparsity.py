@@ -15,38 +15,46 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxdecoder.compression.calibration import input_squares
+from jaxdecoder.compression.criteria import CRITERIA, Need
+from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
+from jaxdecoder.training.runs import Model
 from jaxdecoder.training.sparsity import SCOPES, Matrices, Path, highest
 
-Squares = dict[Path, Float[Array, "... d_in"]]
-Criterion = Callable[[Matrices, Squares, int], Matrices]
-"""(matrices, sums of squares of their inputs' features, seed) -> a score for each weight."""
+Needed = dict[Path, Any]
+"""What a criterion needs, by the paths of the matrices."""
 
 
-def magnitude(matrices: Matrices, squares: Squares, seed: int) -> Matrices:
-    """|w| (arXiv 1506.02626)."""
-    return {path: jnp.abs(weights) for path, weights in matrices.items()}
+def input_norms(model: Model, corpus: Corpus, tokens: int) -> Needed:
+    """The norm of each input feature over so many calibration tokens, (*layers, d_in)."""
+    squares = input_squares(model, corpus, tokens)
+    return {path: jnp.sqrt(of_inputs) for path, of_inputs in squares.items()}
 
 
-def wanda(matrices: Matrices, squares: Squares, seed: int) -> Matrices:
-    """|w_ij| times the norm of input feature i over the calibration set (arXiv 2306.11695)."""
-    return {
-        path: jnp.abs(weights) * jnp.sqrt(squares[path])[..., None]
-        for path, weights in matrices.items()
-    }
+def lots(matrices: Matrices, seed: int) -> Needed:
+    """A generator for each matrix, which depends on the seed and its path alone."""
+    names = {path: zlib.crc32("/".join(path).encode()) for path in matrices}
+    return {path: np.random.default_rng([seed, name]) for path, name in names.items()}
 
 
-def random(matrices: Matrices, squares: Squares, seed: int) -> Matrices:
-    """A number by lot, for a control; an array's depend on the seed and its path."""
+NEEDS: dict[Need, Callable[[Any, Matrices, Model, Corpus], Needed]] = {
+    "nothing": lambda o, matrices, model, corpus: dict.fromkeys(matrices),
+    "input_norms": lambda o, matrices, model, corpus: input_norms(
+        model, corpus, o.calibration_tokens
+    ),
+    "lot": lambda o, matrices, model, corpus: lots(matrices, o.seed),
+}
+"""(options, those of `OPTIONS_FOR` among them; matrices; model; corpus) -> what is needed."""
 
-    def draw(path: Path, shape: tuple[int, ...]) -> Any:
-        name = zlib.crc32("/".join(path).encode())
-        return jnp.asarray(np.random.default_rng([seed, name]).random(shape, np.float32))
 
-    return {path: draw(path, weights.shape) for path, weights in matrices.items()}
-
-
-CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "wanda": wanda, "random": random}
+def scores_by(
+    name: str, options: Any, matrices: Matrices, model: Model, corpus: Corpus
+) -> Matrices:
+    """A score for each weight by the criterion of that name."""
+    criterion = CRITERIA[name]
+    needed = NEEDS[criterion.needs](options, matrices, model, corpus)
+    return {path: criterion.score(weights, needed[path]) for path, weights in matrices.items()}
 
 
 def mask(matrices: Matrices, scores: Matrices, sparsity: float, scope: str) -> Matrices:
