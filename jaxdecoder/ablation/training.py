@@ -190,7 +190,7 @@ def finished(configs: Sequence[Config]) -> dict[str, Result]:
 
 
 def _shapes(config: Config, program: Program, members: int, per_call: int) -> Any:
-    """The arguments of `program.advance`, without their numbers."""
+    """The arguments of `program.advance`, without their values."""
     shape = (per_call, config.train.batch_size, config.model.context_length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     each = (
@@ -205,7 +205,7 @@ def _shapes(config: Config, program: Program, members: int, per_call: int) -> An
 
 
 def _evaluation_shapes(config: Config, program: Program, members: int) -> Any:
-    """The arguments of `program.evaluate`, without their numbers."""
+    """The arguments of `program.evaluate`, without their values."""
     state, _, _ = _shapes(config, program, members, 1)
     shape = (_batches_a_call(config) * config.train.batch_size, config.model.context_length)
     tokens, weights = (
@@ -261,14 +261,14 @@ class _Together:
         manager = checkpoints.open_checkpoints(self.folder, keep=1)
         step, state = self._first_state(manager)
         self._recall(step)
-        numbers = self._place([arrays_of(config) for config in self.padded])
+        hyperparameters = self._place([arrays_of(config) for config in self.padded])
         started = time.perf_counter() - self.seconds
         with checkpoints.full_disk_explained(self.folder):
             while step < t.steps:
                 end = boundary(step, self.longest, self.per_call)
                 batch = self._batches(step, end - step)
                 advance = self.compiled(len(self.padded), end - step)
-                state, metrics = advance(state, numbers, batch)
+                state, metrics = advance(state, hyperparameters, batch)
                 self._record(step, jax.tree.map(np.asarray, metrics))
                 self.seconds = time.perf_counter() - started
                 if end % t.evaluate_every == 0 or end == t.steps:

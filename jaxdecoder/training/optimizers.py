@@ -15,8 +15,8 @@ from jaxdecoder.config import Config, OptimizerConfig
 from jaxdecoder.kernels.dropout import places, word
 
 
-class Numbers(NamedTuple):
-    """Numbers of a run that its compiled step takes as arguments as well as it takes constants.
+class Hyperparameters(NamedTuple):
+    """Those of a run that its compiled step takes as arguments as well as it takes constants.
 
     Members of a population share a program and have each their own; see `ablation.population`.
     """
@@ -29,12 +29,12 @@ class Numbers(NamedTuple):
     dropout: Any
 
 
-def numbers_of(config: Config) -> Numbers:
+def hyperparameters_of(config: Config) -> Hyperparameters:
     """Those of a config."""
     o = config.optimizer
     adam = o.learning_rate if o.adam_learning_rate is None else o.adam_learning_rate
     t, dropout = config.train, config.model.dropout
-    return Numbers(o.learning_rate, adam, o.weight_decay, t.steps, t.seed, dropout)
+    return Hyperparameters(o.learning_rate, adam, o.weight_decay, t.steps, t.seed, dropout)
 
 
 def constant(c: OptimizerConfig, progress: Any) -> Any:
@@ -80,23 +80,69 @@ def make_schedule(c: OptimizerConfig, steps: Any, peak: Any) -> optax.Schedule:
     return rate
 
 
-def adamw(
-    c: OptimizerConfig, numbers: Numbers, rate: optax.Schedule
-) -> optax.GradientTransformation:
-    """Adam with decoupled weight decay (arXiv 1711.05101)."""
-    return optax.adamw(
-        rate, c.beta1, c.beta2, c.epsilon, weight_decay=numbers.weight_decay, mask=matrices
-    )
+# --- Update rules ---------------------------------------------------------------------------------
+
+
+Optimizer = Callable[
+    [OptimizerConfig, Hyperparameters, optax.Schedule], optax.GradientTransformation
+]
+"""(config, hyperparameters, learning rate by step) -> what turns gradients into updates."""
+
+
+def descend(scale_by: Callable[[OptimizerConfig], optax.GradientTransformation]) -> Optimizer:
+    """Gives a rule its tail: its direction d becomes -rate x (d + weight_decay x p).
+
+    p are the parameters. Weight decay is decoupled from the gradients (arXiv 1711.05101), and of
+    matrices alone.
+    """
+
+    def optimizer(
+        c: OptimizerConfig, hyperparameters: Hyperparameters, rate: optax.Schedule
+    ) -> optax.GradientTransformation:
+        return optax.chain(
+            scale_by(c),
+            optax.add_decayed_weights(hyperparameters.weight_decay, matrices),
+            optax.scale_by_learning_rate(rate),
+        )
+
+    return optimizer
+
+
+def then_decay(
+    rule: Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation],
+) -> Optimizer:
+    """Gives a tail to a rule that takes the rate itself: its step s becomes s - rate x decay x p.
+
+    Equal to `descend` but for rounding and for the counts in its state, both of which earlier
+    runs and checkpoints of `sgd` and `adafactor` have.
+    """
+
+    def optimizer(
+        c: OptimizerConfig, hyperparameters: Hyperparameters, rate: optax.Schedule
+    ) -> optax.GradientTransformation:
+        return optax.chain(rule(c, rate), _decay(rate, hyperparameters.weight_decay, matrices))
+
+    return optimizer
+
+
+def scale_by_adam(c: OptimizerConfig) -> optax.GradientTransformation:
+    """The mean of gradients over the root of that of their squares (arXiv 1412.6980)."""
+    return optax.scale_by_adam(c.beta1, c.beta2, c.epsilon)
+
+
+def scale_by_lion(c: OptimizerConfig) -> optax.GradientTransformation:
+    """Sign of an interpolated momentum (arXiv 2302.06675)."""
+    return optax.scale_by_lion(c.beta1, c.beta2)
 
 
 def muon_and_adamw(
-    c: OptimizerConfig, numbers: Numbers, rate: optax.Schedule
+    c: OptimizerConfig, hyperparameters: Hyperparameters, rate: optax.Schedule
 ) -> optax.GradientTransformation:
     """Muon, orthogonalised momentum, on the blocks' matrices; AdamW on the rest.
 
     Keller Jordan et al., 2024; the update is scaled by sqrt(max(1, fan_out / fan_in)).
     """
-    adam_rate = make_schedule(c, numbers.steps, numbers.adam_learning_rate)
+    adam_rate = make_schedule(c, hyperparameters.steps, hyperparameters.adam_learning_rate)
     rule = muon(
         rate,
         beta=c.beta1,
@@ -108,54 +154,40 @@ def muon_and_adamw(
     # Its own decay would reach the norms and biases of the AdamW side.
     return optax.chain(
         rule,
-        optax.masked(_decay(rate, numbers.weight_decay), block_matrices),
-        optax.masked(_decay(adam_rate, numbers.weight_decay), _other_matrices),
+        _decay(rate, hyperparameters.weight_decay, block_matrices),
+        _decay(adam_rate, hyperparameters.weight_decay, _other_matrices),
     )
 
 
-def lion(
-    c: OptimizerConfig, numbers: Numbers, rate: optax.Schedule
-) -> optax.GradientTransformation:
-    """Sign of an interpolated momentum (arXiv 2302.06675)."""
-    return optax.lion(rate, c.beta1, c.beta2, weight_decay=numbers.weight_decay, mask=matrices)
-
-
-def adafactor(
-    c: OptimizerConfig, numbers: Numbers, rate: optax.Schedule
-) -> optax.GradientTransformation:
+def adafactor(c: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     """Adam with factored second moments (arXiv 1804.04235); the lean one in memory.
 
     Its own clipping by update size and relative step sizes are left at their defaults.
     """
-    return optax.chain(
-        optax.adafactor(rate, min_dim_size_to_factor=64),
-        optax.masked(_decay(rate, numbers.weight_decay), matrices),
-    )
+    return optax.adafactor(rate, min_dim_size_to_factor=64)
 
 
-def sgd(c: OptimizerConfig, numbers: Numbers, rate: optax.Schedule) -> optax.GradientTransformation:
+def sgd(c: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     """Gradient descent with Nesterov momentum beta1."""
-    return optax.chain(
-        optax.sgd(rate, momentum=c.beta1 or None, nesterov=c.beta1 > 0),
-        optax.masked(_decay(rate, numbers.weight_decay), matrices),
-    )
+    return optax.sgd(rate, momentum=c.beta1 or None, nesterov=c.beta1 > 0)
 
 
-OPTIMIZERS: dict[
-    str, Callable[[OptimizerConfig, Numbers, optax.Schedule], optax.GradientTransformation]
-] = {
-    "adamw": adamw,
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": descend(scale_by_adam),
     "muon": muon_and_adamw,
-    "lion": lion,
-    "adafactor": adafactor,
-    "sgd": sgd,
+    "lion": descend(scale_by_lion),
+    "adafactor": then_decay(adafactor),
+    "sgd": then_decay(sgd),
 }
+"""By `OptimizerConfig.name`. A new one is a function of its direction here, under `descend`."""
 
 
-def make_optimizer(c: OptimizerConfig, numbers: Numbers) -> optax.GradientTransformation:
+def make_optimizer(
+    c: OptimizerConfig, hyperparameters: Hyperparameters
+) -> optax.GradientTransformation:
     """Clipping by global norm, then the named update rule under its schedule."""
-    rate = make_schedule(c, numbers.steps, numbers.learning_rate)
-    rule = OPTIMIZERS[c.name](c, numbers, rate)
+    rate = make_schedule(c, hyperparameters.steps, hyperparameters.learning_rate)
+    rule = OPTIMIZERS[c.name](c, hyperparameters, rate)
     if c.state_dtype == "bfloat16":
         rule = in_bfloat16(rule)
     clip = optax.clip_by_global_norm(c.gradient_clip) if c.gradient_clip else optax.identity()
@@ -258,8 +290,10 @@ def _dimension_numbers(params: Any) -> Any:
     )
 
 
-def _decay(rate: optax.Schedule, weight_decay: Any) -> optax.GradientTransformation:
-    """Subtracts rate x weight_decay x the parameters."""
+def _decay(
+    rate: optax.Schedule, weight_decay: Any, mask: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """Subtracts rate x weight_decay x the parameters where the mask of them is True."""
 
     def init(params: Any) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
@@ -269,4 +303,4 @@ def _decay(rate: optax.Schedule, weight_decay: Any) -> optax.GradientTransformat
         updates = jax.tree.map(lambda u, p: u - factor * p, updates, params)
         return updates, optax.ScaleByScheduleState(count=state.count + 1)
 
-    return optax.GradientTransformation(init, update)
+    return optax.masked(optax.GradientTransformation(init, update), mask)

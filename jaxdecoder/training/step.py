@@ -17,11 +17,11 @@ from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.kernels.problem import current_device
 from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.training.optimizers import (
-    Numbers,
+    Hyperparameters,
+    hyperparameters_of,
     keep_zeros,
     make_optimizer,
     make_schedule,
-    numbers_of,
 )
 from jaxdecoder.training.sparsity import gradual, zeros_of
 
@@ -112,19 +112,19 @@ def init_state(config: Config) -> State:
 
 def state_of(config: Config, params: Any) -> State:
     """The state at step 0 of a run that starts from these weights."""
-    optimizer = optimizer_of(config, numbers_of(config)).init(params)
+    optimizer = optimizer_of(config, hyperparameters_of(config)).init(params)
     averaged = config.optimizer.ema_decay and not config.model.packed
     # A copy: the state is donated to every call, and no buffer may be given away twice.
     ema = jax.tree.map(jnp.copy, params) if averaged else ()
     return State(jnp.zeros((), jnp.int32), params, optimizer, ema)
 
 
-def optimizer_of(config: Config, numbers: Numbers) -> optax.GradientTransformation:
+def optimizer_of(config: Config, hyperparameters: Hyperparameters) -> optax.GradientTransformation:
     """The update rule, and what compressed weights keep to."""
     if config.model.packed:
         # Codes do not train, and need no moments: the count of steps is all the state there is.
         return optax.scale_by_schedule(lambda step: 0.0)
-    rule, compression = make_optimizer(config.optimizer, numbers), config.compression
+    rule, compression = make_optimizer(config.optimizer, hyperparameters), config.compression
     if compression.sparsity:
         return optax.chain(rule, keep_zeros(), gradual(compression))
     return optax.chain(rule, keep_zeros()) if compression.keep_zeros else rule
@@ -136,13 +136,18 @@ def evaluated_params(state: State) -> Any:
 
 
 def make_step(
-    config: Config, numbers: Numbers | None = None, objective: Objective | None = None
+    config: Config,
+    hyperparameters: Hyperparameters | None = None,
+    objective: Objective | None = None,
 ) -> Step:
-    """The pure train step of a config; `numbers`, which may be traced, stand in for its own."""
-    n = numbers_of(config) if numbers is None else numbers
-    loss = (objective or next_token(config, n.dropout)).loss
-    optimizer = optimizer_of(config, n)
-    schedule = make_schedule(config.optimizer, n.steps, n.learning_rate)
+    """The pure train step of a config.
+
+    `hyperparameters`, which may be traced, stand in for the config's own.
+    """
+    h = hyperparameters_of(config) if hyperparameters is None else hyperparameters
+    loss = (objective or next_token(config, h.dropout)).loss
+    optimizer = optimizer_of(config, h)
+    schedule = make_schedule(config.optimizer, h.steps, h.learning_rate)
     accumulation = config.train.gradient_accumulation
 
     def gradients(params: Any, batch: Any, key: jax.Array, held: Any) -> tuple[Any, Any]:
@@ -163,7 +168,7 @@ def make_step(
 
     def step(state: State, batch: Any, held: Any = ()) -> tuple[State, Metrics]:
         # A step's randomness depends on the seed and the step alone, so a run can stop anywhere.
-        key = jax.random.fold_in(jax.random.key(n.seed + 1), state.step)
+        key = jax.random.fold_in(jax.random.key(h.seed + 1), state.step)
         total, grads = gradients(state.params, batch, key, held)
         count = jnp.maximum(jnp.sum(batch.weights), 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
