@@ -28,6 +28,7 @@ ROOMS = [
     "errors",
     "files",
     "helpers",
+    "typing",
     "config",
     "kernels",
     "layers",

@@ -49,9 +49,7 @@ first weights and the place of the run folder depend on."""
 
 def arrays_of(config: Config) -> Hyperparameters:
     """A config's own hyperparameters as the program takes them."""
-    types = Hyperparameters(
-        jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.float32
-    )
+    types = (jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.float32)
     return Hyperparameters(
         *(kind(x) for kind, x in zip(types, hyperparameters_of(config), strict=True))
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import portable, portable_launch, reference
 from jaxdecoder.kernels.problem import Device, current_device
 from jaxdecoder.kernels.scores import Score
+from jaxdecoder.typing import Index
 
 BLOCK, WARPS, STAGES = 64, 4, 3
 # Parts of the cache, so that there are some programs for each of a large card's processors.
@@ -145,20 +147,20 @@ def _at_least_a_block(x: jax.Array, axis: int) -> jax.Array:
     return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)])
 
 
-def _parts(plan: _Plan, score: Score | None, inputs: _Inputs) -> Any:
+def _parts(plan: _Plan, score: Score | None, inputs: _Inputs) -> Sequence[jax.Array]:
     batch, kv_heads = inputs.q.shape[:2]
     n_parts = math.ceil(plan.n_blocks / plan.blocks_per_part)
 
     def of_head(size: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, size, plan.width), lambda n, h, b: (b, h, 0, 0))
 
-    def of_entry(x: Any) -> pl.BlockSpec:
+    def of_entry(x: jax.Array) -> pl.BlockSpec:
         rest = (0,) * (x.ndim - 1)
         return pl.BlockSpec(
             (None, *x.shape[1:]), lambda n, h, b: (b if x.shape[0] > 1 else 0, *rest)
         )
 
-    def whole(x: Any) -> pl.BlockSpec:
+    def whole(x: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec(x.shape, lambda n, h, b: (0,) * x.ndim)
 
     shape = (n_parts, batch, kv_heads, plan.rows)
@@ -197,6 +199,9 @@ def _parts(plan: _Plan, score: Score | None, inputs: _Inputs) -> Any:
     )
 
 
+_Carry = tuple[jax.Array, jax.Array, jax.Array]
+
+
 def _decode_kernel(
     plan: _Plan, score: Score | None, refs: _Inputs, out: Any, logsumexp: Any
 ) -> None:
@@ -213,7 +218,7 @@ def _decode_kernel(
             a, b, axes, precision=precision, preferred_element_type=jnp.float32
         )
 
-    def step(n: Any, carry: Any) -> Any:
+    def step(n: Index, carry: _Carry) -> _Carry:
         largest, total, mixed = carry
         # The last block begins early enough to end in time, and leaves out what it has in common
         # with the one before.
@@ -245,7 +250,7 @@ def _decode_kernel(
     logsumexp[...] = jnp.where(some, largest + jnp.log(divisor), -jnp.inf)
 
 
-def _refuses(q: Any, k: Any, score: Score | None, device: Device) -> str | None:
+def _refuses(q: jax.Array, k: jax.Array, score: Score | None, device: Device) -> str | None:
     width, rows = q.shape[-1], q.shape[1] * (q.shape[2] // k.shape[2])
     if device.platform == "gpu" and portable_launch.triton is None:
         return f"jax {jax.__version__} no longer compiles Pallas kernels with Triton"

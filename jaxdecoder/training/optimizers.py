@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from jaxtyping import Array, BFloat16, Float, Int, UInt32
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxdecoder.config import Config, OptimizerConfig
-from jaxdecoder.kernels.dropout import places, word
+from jaxdecoder.kernels.dropout import Rate, places, word
+from jaxdecoder.typing import Index, Params, Scalar
 
 
 class Hyperparameters(NamedTuple):
@@ -21,12 +22,12 @@ class Hyperparameters(NamedTuple):
     Members of a population share a program and have each their own; see `ablation.population`.
     """
 
-    learning_rate: Any
-    adam_learning_rate: Any
-    weight_decay: Any
-    steps: Any
-    seed: Any
-    dropout: Any
+    learning_rate: Scalar
+    adam_learning_rate: Scalar
+    weight_decay: Scalar
+    steps: Index
+    seed: Index
+    dropout: Rate
 
 
 def hyperparameters_of(config: Config) -> Hyperparameters:
@@ -37,27 +38,27 @@ def hyperparameters_of(config: Config) -> Hyperparameters:
     return Hyperparameters(o.learning_rate, adam, o.weight_decay, t.steps, t.seed, dropout)
 
 
-def constant(c: OptimizerConfig, progress: Any) -> Any:
+def constant(c: OptimizerConfig, progress: jax.Array) -> jax.Array:
     """The peak, throughout."""
     return jnp.ones_like(progress)
 
 
-def cosine(c: OptimizerConfig, progress: Any) -> Any:
+def cosine(c: OptimizerConfig, progress: jax.Array) -> jax.Array:
     """Half a cosine from the peak to its final fraction (arXiv 1608.03983)."""
     return c.final_fraction + (1 - c.final_fraction) * (1 + jnp.cos(jnp.pi * progress)) / 2
 
 
-def linear(c: OptimizerConfig, progress: Any) -> Any:
+def linear(c: OptimizerConfig, progress: jax.Array) -> jax.Array:
     """A straight line from the peak to its final fraction (arXiv 2310.07831)."""
     return 1 - (1 - c.final_fraction) * progress
 
 
-def warmup_stable_decay(c: OptimizerConfig, progress: Any) -> Any:
+def warmup_stable_decay(c: OptimizerConfig, progress: jax.Array) -> jax.Array:
     """The peak, then a straight line down over the last decay_fraction (arXiv 2404.06395)."""
     return linear(c, jnp.maximum(0, 1 - (1 - progress) / c.decay_fraction))
 
 
-SCHEDULES: dict[str, Callable[[OptimizerConfig, Any], Any]] = {
+SCHEDULES: dict[str, Callable[[OptimizerConfig, jax.Array], jax.Array]] = {
     "constant": constant,
     "cosine": cosine,
     "linear": linear,
@@ -66,10 +67,10 @@ SCHEDULES: dict[str, Callable[[OptimizerConfig, Any], Any]] = {
 """From the progress after the warm-up, 0 to 1, to a share of the peak."""
 
 
-def make_schedule(c: OptimizerConfig, steps: Any, peak: Any) -> optax.Schedule:
+def make_schedule(c: OptimizerConfig, steps: Index, peak: Scalar) -> optax.Schedule:
     """Learning rate as a function of the step: a linear warm-up, then the named shape."""
 
-    def rate(step: Any) -> Any:
+    def rate(step: Index) -> jax.Array:
         after = jnp.clip((step - c.warmup_steps) / jnp.maximum(1, steps - c.warmup_steps), 0, 1)
         share = SCHEDULES[c.schedule](c, after)
         if c.warmup_steps:
@@ -200,7 +201,9 @@ def keep_zeros() -> optax.GradientTransformation:
     A mask without a mask: what training has touched is never exactly zero.
     """
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: Params, state: optax.EmptyState, params: Params
+    ) -> tuple[Params, optax.EmptyState]:
         kept = jax.tree.map(
             lambda u, p, matrix: jnp.where(p == 0, 0, u) if matrix else u,
             updates,
@@ -216,7 +219,7 @@ class Halved(NamedTuple):
     """The state of a rule `in_bfloat16`."""
 
     step: Int[Array, ""]
-    rule: Any
+    rule: optax.OptState
 
 
 def in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -226,7 +229,7 @@ def in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTransformat
     still; so it is rounded at random (arXiv 1502.02551).
     """
 
-    def store(state: Any, step: Any) -> Any:
+    def store(state: optax.OptState, step: Int[Array, ""]) -> Halved:
         leaves, tree = jax.tree.flatten(state)
         seeds = word(step.astype(jnp.uint32), jnp.arange(len(leaves)))
         stored = [
@@ -238,10 +241,12 @@ def in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTransformat
     def restore(leaf: jax.Array) -> jax.Array:
         return leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf
 
-    def init(params: Any) -> Halved:
+    def init(params: Params) -> Halved:
         return store(rule.init(params), jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: Halved, params: Any = None) -> tuple[Any, Halved]:
+    def update(
+        updates: Params, state: Halved, params: Params | None = None
+    ) -> tuple[Params, Halved]:
         updates, new = rule.update(updates, jax.tree.map(restore, state.rule), params)
         return updates, store(new, state.step + 1)
 
@@ -261,27 +266,27 @@ def round_at_random(
     return cut.astype(jnp.bfloat16)
 
 
-def matrices(params: Any) -> Any:
+def matrices(params: Params) -> Params:
     """True for the weights of linear layers and embeddings, False for biases and norms."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key in ("kernel", "embedding"), params
     )
 
 
-def block_matrices(params: Any) -> Any:
+def block_matrices(params: Params) -> Params:
     """True for the weights of linear layers but the head."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "kernel" and path[-2].key != "head", params
     )
 
 
-def _other_matrices(params: Any) -> Any:
+def _other_matrices(params: Params) -> Params:
     return jax.tree.map(
         lambda every, block: every and not block, matrices(params), block_matrices(params)
     )
 
 
-def _dimension_numbers(params: Any) -> Any:
+def _dimension_numbers(params: Params) -> Params:
     """Muon's: the last two axes of every block matrix, and nothing of the rest."""
     return jax.tree.map(
         lambda leaf, chosen: MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if chosen else None,
@@ -291,14 +296,16 @@ def _dimension_numbers(params: Any) -> Any:
 
 
 def _decay(
-    rate: optax.Schedule, weight_decay: Any, mask: Callable[[Any], Any]
+    rate: optax.Schedule, weight_decay: Scalar, mask: Callable[[Params], Params]
 ) -> optax.GradientTransformation:
     """Subtracts rate x weight_decay x the parameters where the mask of them is True."""
 
-    def init(params: Any) -> optax.ScaleByScheduleState:
+    def init(params: Params) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: Params, state: optax.ScaleByScheduleState, params: Params
+    ) -> tuple[Params, optax.ScaleByScheduleState]:
         factor = rate(state.count) * weight_decay
         updates = jax.tree.map(lambda u, p: u - factor * p, updates, params)
         return updates, optax.ScaleByScheduleState(count=state.count + 1)
