@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ConfigError, ModelConfig
@@ -21,6 +22,7 @@ from jaxdecoder.layers.copying import Copying
 from jaxdecoder.layers.depth import Passed, exits_of
 from jaxdecoder.layers.linear import Kernel, Weights, embedding_initializer, scheme_of
 from jaxdecoder.layers.positions import POSITIONS
+from jaxdecoder.typing import Params
 
 
 class Layout(NamedTuple):
@@ -35,8 +37,8 @@ class Layout(NamedTuple):
     """
 
     body: Callable[..., Any]
-    unroll: Callable[[Any, ModelConfig], Any]
-    empty_caches: Callable[[ModelConfig, int, Any], Caches]
+    unroll: Callable[[Params, ModelConfig], Params]
+    empty_caches: Callable[[ModelConfig, int, DTypeLike], Caches]
     width: Callable[[ModelConfig], int]
 
 
@@ -56,7 +58,7 @@ class Decoder(nn.Module):
     """
 
     config: ModelConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     unrolled: bool = False
 
     def setup(self) -> None:
@@ -197,12 +199,12 @@ class Decoder(nn.Module):
         return x if self.positions is None else x + self.positions(positions).astype(self.dtype)
 
 
-def unroll_params(params: Any, config: ModelConfig) -> Any:
+def unroll_params(params: Params, config: ModelConfig) -> Params:
     """The parameters of a decoder as those of the same decoder with `unrolled`."""
     return {**params, "body": LAYOUTS[config.layout].unroll(params["body"], config)}
 
 
-def empty_cache(config: ModelConfig, batch: int, *, dtype: Any = jnp.float32) -> Cache:
+def empty_cache(config: ModelConfig, batch: int, *, dtype: DTypeLike = jnp.float32) -> Cache:
     """A cache that has seen nothing."""
     cursor = Cursor(np.zeros((), np.int32), jnp.zeros((batch,), jnp.int32))
     layers = LAYOUTS[config.layout].empty_caches(config, batch, dtype)

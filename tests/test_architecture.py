@@ -33,6 +33,7 @@ ROOMS = [
     "errors",
     "files",
     "helpers",
+    "typing",
     "config",
     "kernels",
     "layers",

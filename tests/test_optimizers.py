@@ -18,9 +18,9 @@ from jaxdecoder.training.optimizers import (
     OPTIMIZERS,
     SCHEDULES,
     block_matrices,
+    hyperparameters_of,
     make_optimizer,
     make_schedule,
-    numbers_of,
     round_at_random,
 )
 
@@ -38,13 +38,13 @@ GRADS = jax.tree.map(lambda x: jnp.cos(3 * x) + 0.1, PARAMS)
 
 
 def one_update(config, grads=GRADS, steps=100):
-    optimizer = make_optimizer(config, numbers(config, steps))
+    optimizer = make_optimizer(config, hyperparameters(config, steps))
     return jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p)[0])(grads, PARAMS)
 
 
-def numbers(config, steps):
+def hyperparameters(config, steps):
     """Those of a run with this optimiser."""
-    return numbers_of(Config(optimizer=config, train=TrainConfig(steps=steps)))
+    return hyperparameters_of(Config(optimizer=config, train=TrainConfig(steps=steps)))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -89,9 +89,35 @@ def test_weight_decay_shrinks_matrices_only(name):
         np.testing.assert_allclose(change, expected, atol=2e-6)
 
 
+# By optimizer, where its state has an array for one matrix or a number for all.
+STATES = {
+    "adamw": "[1][0].count [1][0].mu [1][0].nu [1][2].count",
+    "muon": "[1][0].inner_states['adam'].inner_state[0].count "
+    "[1][0].inner_states['adam'].inner_state[2].count "
+    "[1][0].inner_states['muon'].inner_state[0].count "
+    "[1][0].inner_states['muon'].inner_state[0].mu "
+    "[1][0].inner_states['muon'].inner_state[0].ns_coeffs "
+    "[1][0].inner_states['muon'].inner_state[3].count "
+    "[1][1].inner_state.count [1][2].inner_state.count",
+    "lion": "[1][0].count [1][0].mu [1][2].count",
+    "adafactor": "[1][0][0].count [1][0][0].v_row [1][0][0].v_col [1][0][0].v [1][0][2].count "
+    "[1][1].inner_state.count",
+    "sgd": "[1][0][0].trace [1][0][1].count [1][1].inner_state.count",
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_states_keep_the_places_that_checkpoints_have(name):
+    config = OptimizerConfig(name=name)
+    optimizer = make_optimizer(config, hyperparameters(config, 10))
+    state = leaves_with_path(optimizer.init({"up": {"kernel": jnp.ones((2, 3))}}))
+    places = [jax.tree_util.keystr(path).removesuffix("['up']['kernel']") for path, _ in state]
+    assert places == STATES[name].split()
+
+
 def test_adamw_is_the_published_rule():
     config = OptimizerConfig(learning_rate=0.1, schedule="constant", gradient_clip=0.0)
-    optimizer = make_optimizer(config, numbers(config, 100))
+    optimizer = make_optimizer(config, hyperparameters(config, 100))
     state, params = optimizer.init(PARAMS), PARAMS
     g, x = np.asarray(GRADS["embedding"], np.float64), np.asarray(PARAMS["embedding"], np.float64)
     m, v = np.zeros_like(g), np.zeros_like(g)
@@ -166,7 +192,7 @@ def test_adafactor_remembers_less_than_adam():
 
     def remembered(name):
         config = OptimizerConfig(name=name)
-        state = make_optimizer(config, numbers(config, 10)).init(wide)
+        state = make_optimizer(config, hyperparameters(config, 10)).init(wide)
         return sum(leaf.size for leaf in jax.tree.leaves(state))
 
     assert remembered("adafactor") < 0.02 * remembered("adamw")
@@ -178,7 +204,7 @@ def test_moments_in_bfloat16_take_half_and_lead_the_same_way(name):
         config = OptimizerConfig(
             name=name, learning_rate=0.01, schedule="constant", state_dtype=state_dtype
         )
-        optimizer = make_optimizer(config, numbers(config, 100))
+        optimizer = make_optimizer(config, hyperparameters(config, 100))
 
         def step(carry, _):
             state, params = carry
@@ -216,7 +242,7 @@ def test_a_slow_average_in_bfloat16_does_not_stand_still():
     config = OptimizerConfig(
         schedule="constant", beta2=0.999, gradient_clip=0.0, state_dtype="bfloat16"
     )
-    optimizer = make_optimizer(config, numbers(config, 100))
+    optimizer = make_optimizer(config, hyperparameters(config, 100))
     params = {"up": {"kernel": jnp.zeros((32, 32))}}
 
     def step(state, scale):

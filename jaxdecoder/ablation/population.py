@@ -27,7 +27,7 @@ from jaxdecoder.data.batches import Batch
 from jaxdecoder.errors import UserError
 from jaxdecoder.training.devices import compiled_soon
 from jaxdecoder.training.losses import summed_cross_entropy
-from jaxdecoder.training.optimizers import Numbers, numbers_of
+from jaxdecoder.training.optimizers import Hyperparameters, hyperparameters_of
 from jaxdecoder.training.step import Metrics, State, make_decoder, make_step
 
 AXIS = "members"
@@ -43,14 +43,16 @@ MEMBERS_OWN = (
     "model.init_std",
     "model.dropout",
 )
-"""Fields in which members of one program may differ: their `Numbers`, and what only the first
-weights and the place of the run folder depend on."""
+"""Fields in which members of one program may differ: their `Hyperparameters`, and what only the
+first weights and the place of the run folder depend on."""
 
 
-def arrays_of(config: Config) -> Numbers:
-    """A config's own numbers as the program takes them."""
-    types = Numbers(jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.float32)
-    return Numbers(*(kind(x) for kind, x in zip(types, numbers_of(config), strict=True)))
+def arrays_of(config: Config) -> Hyperparameters:
+    """A config's own hyperparameters as the program takes them."""
+    types = (jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.float32)
+    return Hyperparameters(
+        *(kind(x) for kind, x in zip(types, hyperparameters_of(config), strict=True))
+    )
 
 
 def program_key(config: Config) -> str:
@@ -81,21 +83,23 @@ MAPPINGS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 def member_steps(
     config: Config, *, ends_differ: bool, dropout_differs: bool
 ) -> Callable[..., tuple[State, Metrics]]:
-    """(state, numbers, batches with a leading step axis) -> state and metrics of one member.
+    """(state, hyperparameters, batches with a leading step axis) -> a member's state and metrics.
 
     `ends_differ`: members that have taken all their steps stand still while others go on.
     `dropout_differs`: if not, the rate is a constant, and none costs nothing.
     """
 
-    def several(state: State, numbers: Numbers, stacked: Batch) -> tuple[State, Metrics]:
+    def several(
+        state: State, hyperparameters: Hyperparameters, stacked: Batch
+    ) -> tuple[State, Metrics]:
         if not dropout_differs:
-            numbers = numbers._replace(dropout=config.model.dropout)
-        step = make_step(config, numbers)
+            hyperparameters = hyperparameters._replace(dropout=config.model.dropout)
+        step = make_step(config, hyperparameters)
 
         def one(state: State, batch: Batch) -> tuple[State, Metrics]:
             new, metrics = step(state, batch)
             if ends_differ:
-                going = state.step < numbers.steps
+                going = state.step < hyperparameters.steps
                 new = jax.tree.map(lambda a, b: jnp.where(going, a, b), new, state)
             return new, metrics
 
@@ -108,7 +112,7 @@ class Program(NamedTuple):
     """The compiled functions of a population; all arrays have a leading member axis."""
 
     advance: Any
-    """(states, numbers, batches) -> states, metrics"""
+    """(states, hyperparameters, batches) -> states, metrics"""
     evaluate: Any
     """(params, batch without member axis) -> summed loss of every member"""
     sharding: NamedSharding

@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from jaxdecoder.ablation.population import (
 )
 from jaxdecoder.config import Config, to_dict
 from jaxdecoder.data import tokenizers
-from jaxdecoder.data.batches import Batch, Feed
+from jaxdecoder.data.batches import Batch, Feed, SplitName
 from jaxdecoder.data.tokens import Corpus, cache_key, prepare
 from jaxdecoder.training import checkpoints, runs
 from jaxdecoder.training.logging import keep_metrics
@@ -191,7 +191,7 @@ def finished(configs: Sequence[Config]) -> dict[str, Result]:
 
 
 def _shapes(config: Config, program: Program, members: int, per_call: int) -> Any:
-    """The arguments of `program.advance`, without their numbers."""
+    """The arguments of `program.advance`, without their values."""
     shape = (per_call, config.train.batch_size, config.model.context_length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     each = (
@@ -206,7 +206,7 @@ def _shapes(config: Config, program: Program, members: int, per_call: int) -> An
 
 
 def _evaluation_shapes(config: Config, program: Program, members: int) -> Any:
-    """The arguments of `program.evaluate`, without their numbers."""
+    """The arguments of `program.evaluate`, without their values."""
     state, _, _ = _shapes(config, program, members, 1)
     shape = (_batches_a_call(config) * config.train.batch_size, config.model.context_length)
     tokens, weights = (
@@ -262,14 +262,14 @@ class _Together:
         manager = checkpoints.open_checkpoints(self.folder, keep=1)
         step, state = self._first_state(manager)
         self._recall(step)
-        numbers = self._place([arrays_of(config) for config in self.padded])
+        hyperparameters = self._place([arrays_of(config) for config in self.padded])
         started = time.perf_counter() - self.seconds
         with checkpoints.full_disk_explained(self.folder):
             while step < t.steps:
                 end = boundary(step, self.longest, self.per_call)
                 batch = self._batches(step, end - step)
                 advance = self.compiled(len(self.padded), end - step)
-                state, metrics = advance(state, numbers, batch)
+                state, metrics = advance(state, hyperparameters, batch)
                 self._record(step, jax.tree.map(np.asarray, metrics))
                 self.seconds = time.perf_counter() - started
                 if end % t.evaluate_every == 0 or end == t.steps:
@@ -286,9 +286,7 @@ class _Together:
         manager.close()
         return results
 
-    def evaluate(
-        self, state: State, split: Literal["train", "validation"], count: int | None
-    ) -> list[float]:
+    def evaluate(self, state: State, split: SplitName, count: int | None) -> list[float]:
         """Every member's mean loss over (the first `count`) fixed batches of a split."""
         each = Feed.of(self.longest, self.corpus, split).fixed(count)
         at_once, call = _batches_a_call(self.longest), self.evaluation(len(self.padded))

@@ -17,6 +17,8 @@ from jaxdecoder.config import Config, DataConfig
 from jaxdecoder.data.tokens import Corpus, Split
 from jaxdecoder.errors import UserError
 
+SplitName = Literal["train", "validation"]
+
 ROUNDS = 6
 """Rounds of the shuffling network; four already pass for random, two more cost microseconds."""
 
@@ -44,7 +46,7 @@ class Feed:
     end_token: int | None = None
 
     @classmethod
-    def of(cls, config: Config, corpus: Corpus, split: Literal["train", "validation"]) -> Feed:
+    def of(cls, config: Config, corpus: Corpus, split: SplitName) -> Feed:
         """What a run of a complete config learns from, or what it is measured on."""
         return cls(
             split=corpus.train if split == "train" else corpus.validation,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from jaxdecoder.kernels.device import current_device
 from jaxdecoder.kernels.packing import Packed
 from jaxdecoder.kernels.quantized import packed_product
+from jaxdecoder.typing import Index
 
 
 class Limits(NamedTuple):
@@ -146,6 +147,17 @@ def _chunked(
     return _forward(features, kernel, bias, targets, logit_softcap, chunk, columns)[0]
 
 
+_Carry = TypeVar("_Carry")
+_Kept = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array, Any]
+"""For the backward pass; the last is all logits, where they are kept."""
+
+_Sums = tuple[jax.Array, jax.Array, jax.Array]
+"""Of each token the largest logit, the sum of exponentials and the target's logit."""
+
+_Gradients = tuple[jax.Array, jax.Array, Any]
+"""Of features, kernel and bias, which may be None."""
+
+
 def _forward(
     features: jax.Array,
     kernel: jax.Array,
@@ -154,11 +166,11 @@ def _forward(
     logit_softcap: float | None,
     chunk: int,
     columns: int,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, _Kept]:
     vocab = kernel.shape[1]
     head = _filled_up(features, kernel, bias, columns)
 
-    def add(carry: Any, start: Any, size: int, logits: Any = None) -> Any:
+    def add(carry: _Sums, start: Index, size: int, logits: jax.Array | None = None) -> _Sums:
         largest, total, chosen = carry
         if logits is None:
             logits = _logits_of(*head, logit_softcap, start, size)
@@ -181,12 +193,14 @@ def _forward(
     return logsumexp - chosen, (features, kernel, bias, targets, logsumexp, whole)
 
 
-def _backward(logit_softcap: float | None, chunk: int, columns: int, kept: Any, g: Any) -> Any:
+def _backward(
+    logit_softcap: float | None, chunk: int, columns: int, kept: _Kept, g: jax.Array
+) -> tuple[jax.Array | None, ...]:
     features, kernel, bias, targets, logsumexp, whole = kept
     dtype, vocab = features.dtype, kernel.shape[1]
     head = _filled_up(features, kernel, bias, columns)
 
-    def of(start: Any, size: int, logits: jax.Array) -> Any:
+    def of(start: Index, size: int, logits: jax.Array) -> _Gradients:
         """The gradients that these logits give: of features, kernel and bias."""
         chosen = (targets - start)[:, None] == jnp.arange(size)
         odds = _within(jnp.exp(logits - logsumexp[:, None]), start, vocab, columns, 0.0)
@@ -199,7 +213,7 @@ def _backward(logit_softcap: float | None, chunk: int, columns: int, kept: Any, 
         part = _columns(head[1], start, size, axis=1).astype(dtype)
         return _dot(factor, part, (1, 1)), d_kernel, d_bias
 
-    def add(carry: Any, start: Any, size: int) -> Any:
+    def add(carry: _Gradients, start: Index, size: int) -> _Gradients:
         d_features, d_kernel, d_bias = carry
         parts = of(start, size, _logits_of(*head, logit_softcap, start, size))
         d_kernel = jax.lax.dynamic_update_slice_in_dim(d_kernel, parts[1], start, axis=1)
@@ -244,7 +258,7 @@ def _logits_of(
     kernel: jax.Array,
     bias: jax.Array | None,
     logit_softcap: float | None,
-    start: Any,
+    start: Index,
     size: int,
 ) -> jax.Array:
     """The logits of `size` columns of the head, from `start` on."""
@@ -253,21 +267,23 @@ def _logits_of(
     return head_logits(features, columns, part, logit_softcap=logit_softcap)
 
 
-def _within(x: jax.Array, start: Any, vocab: int, columns: int, else_: float) -> jax.Array:
+def _within(x: jax.Array, start: Index, vocab: int, columns: int, else_: float) -> jax.Array:
     """x of the columns from `start` on, but for those that fill the vocabulary up."""
     if columns == vocab:
         return x
     return jnp.where(start + jnp.arange(x.shape[-1]) < vocab, x, else_)
 
 
-def _over_chunks(add: Callable[[Any, Any, int], Any], carry: Any, vocab: int, chunk: int) -> Any:
+def _over_chunks(
+    add: Callable[[_Carry, Index, int], _Carry], carry: _Carry, vocab: int, chunk: int
+) -> _Carry:
     """`add`(carry, start, size) over the vocabulary; the last chunk has what is left."""
     full, rest = divmod(vocab, chunk)
     carry = jax.lax.fori_loop(0, full, lambda i, carry: add(carry, i * chunk, chunk), carry)
     return add(carry, full * chunk, rest) if rest else carry
 
 
-def _columns(x: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
+def _columns(x: jax.Array, start: Index, size: int, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 

@@ -16,7 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.tree_util import KeyPath
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxdecoder.typing import Params
 
 GRANULARITIES = ("tensor", "channel", "group")
 
@@ -31,7 +35,7 @@ class Format(NamedTuple):
     integer: whether levels are whole numbers.
     """
 
-    storage: Any
+    storage: DTypeLike
     codes: int
     lowest: int
     largest: int
@@ -135,7 +139,7 @@ class Packed:
 
     codes: Any
     scales: Any
-    zeros: Any
+    zeros: jax.Array | None
     scheme: Scheme = field(metadata={"static": True})
 
     @property
@@ -143,7 +147,7 @@ class Packed:
         """(d_in, d_out)."""
         return self.codes.shape[0] * self.scheme.kind.codes, self.codes.shape[1]
 
-    def dequantized(self, dtype: Any = jnp.float32) -> Float[Array, "d_in d_out"]:
+    def dequantized(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "d_in d_out"]:
         """The kernel that the codes stand for."""
         d_in, d_out = self.shape
         groups, kind = self.scales.shape[0], self.scheme.kind
@@ -183,7 +187,7 @@ def steps_of(scheme: Scheme, kernel: Float[Array, "d_in d_out"]) -> Steps:
     """
     kind = scheme.kind
     grouped = kernel.reshape(scheme.groups(kernel.shape[0]), -1, kernel.shape[1])
-    axes: Any = (1, 2) if scheme.granularity == "tensor" else (1,)
+    axes: tuple[int, ...] = (1, 2) if scheme.granularity == "tensor" else (1,)
     low = jnp.minimum(jnp.min(grouped, axis=axes, keepdims=True), 0.0)[:, 0]
     high = jnp.maximum(jnp.max(grouped, axis=axes, keepdims=True), 0.0)[:, 0]
     if scheme.symmetric:
@@ -198,7 +202,10 @@ def steps_of(scheme: Scheme, kernel: Float[Array, "d_in d_out"]) -> Steps:
 
 
 def levels_of(
-    scheme: Scheme, weights: Float[Array, "*rows columns"], scales: jax.Array, zeros: Any
+    scheme: Scheme,
+    weights: Float[Array, "*rows columns"],
+    scales: jax.Array,
+    zeros: jax.Array | None,
 ) -> Float[Array, "*rows columns"]:
     """The nearest levels; scales and zero points are of shapes that broadcast."""
     kind = scheme.kind
@@ -213,7 +220,7 @@ def levels_of(
     return jnp.clip(levels, lowest, kind.largest)
 
 
-def weights_of(levels: jax.Array, scales: jax.Array, zeros: Any) -> jax.Array:
+def weights_of(levels: jax.Array, scales: jax.Array, zeros: jax.Array | None) -> jax.Array:
     """What levels stand for."""
     return scales * (levels if zeros is None else levels - zeros.astype(jnp.float32))
 
@@ -274,15 +281,15 @@ def over_layers(function: Callable[..., Any], kernel: jax.Array, *others: Any) -
     return function(kernel, *others)
 
 
-def of_parameters(scheme: Scheme, parts: Any) -> Packed:
+def of_parameters(scheme: Scheme, parts: Params) -> Packed:
     """The kernel of these parameters, which may be of several layers."""
     return Packed(parts["codes"], parts["scales"], parts.get("zeros"), scheme)
 
 
-def cast(params: Any, dtype: Any) -> Any:
+def cast(params: Params, dtype: DTypeLike) -> Params:
     """Float parameters in another type of float. Codes stay, and the scales that they need."""
 
-    def convert(path: Any, leaf: Any) -> Any:
+    def convert(path: KeyPath, leaf: jax.Array) -> jax.Array:
         stays = path[-1].key in PARTS
         return leaf if stays else leaf.astype(dtype)
 
@@ -298,7 +305,7 @@ class Size(NamedTuple):
     bytes: int
 
 
-def size(params: Any, *, nonzero: bool = True) -> Size:
+def size(params: PyTree, *, nonzero: bool = True) -> Size:
     """Of a tree of parameters, packed or not; counting those that are not zero reads them all."""
     if isinstance(params, Mapping):
         if "codes" in params:
@@ -311,12 +318,12 @@ def size(params: Any, *, nonzero: bool = True) -> Size:
     return Size(params.size, count, params.size * params.dtype.itemsize)
 
 
-def _size_of_packed(parts: Any, nonzero: bool) -> Size:
+def _size_of_packed(parts: Params, nonzero: bool) -> Size:
     codes, zeros = parts["codes"], parts.get("zeros")
     kind = next(kind for kind in FORMATS.values() if jnp.dtype(kind.storage) == codes.dtype)
     held = sum(parts[name].size * parts[name].dtype.itemsize for name in PARTS if name in parts)
 
-    def count(codes: jax.Array, zeros: Any = None) -> jax.Array:
+    def count(codes: jax.Array, zeros: jax.Array | None = None) -> jax.Array:
         grouped = codes.reshape(1 if zeros is None else zeros.shape[0], -1, codes.shape[1])
         raw = jnp.concatenate(kind.decode(grouped), axis=1) - kind.offset
         return jnp.count_nonzero(raw if zeros is None else raw - zeros[:, None])

@@ -6,12 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxdecoder.kernels.device import current_device
 
 
 def product(
-    x: jax.Array, kernel: jax.Array, *_: Any, preferred_element_type: Any = None, **__: Any
+    x: jax.Array,
+    kernel: jax.Array,
+    *_: Any,
+    preferred_element_type: DTypeLike | None = None,
+    **__: Any,
 ) -> jax.Array:
     """x @ kernel, in the one of several equal forms whose gradient is the quickest on CPUs.
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdecoder.kernels.device import current_device
@@ -33,7 +33,7 @@ def packed_product(
     kernel: Packed | Float[Array, "d_in d_out"],
     *,
     activations: str = "float",
-    preferred_element_type: Any = None,
+    preferred_element_type: DTypeLike | None = None,
 ) -> Float[Array, "*batch d_out"]:
     """x @ kernel, in the type of x, or in the preferred one.
 

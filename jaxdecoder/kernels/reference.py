@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +79,7 @@ def _attention(
     v: jax.Array,
     allowed: jax.Array | np.ndarray,
     score: Callable[[jax.Array], jax.Array],
-    dropout: Any,
+    dropout: UInt32[Array, "2"] | tuple[UInt32[Array, ""], UInt32[Array, ""]] | None,
 ) -> tuple[jax.Array, LogSumExp]:
     batch, q_time, heads, width = q.shape
     kv_heads = k.shape[2]

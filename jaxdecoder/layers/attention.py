@@ -6,12 +6,12 @@ Most are masks in the mask algebra, and `MaskedMixing` serves them all; others h
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels import masks
@@ -205,19 +205,19 @@ class Attention(nn.Module):
 
     config: ModelConfig
     mechanism: str = "full"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch time d_model"],
         positions: Int[Array, "#batch time"],
-        cache: Any = None,
+        cache: PyTree = None,
         cursor: Cursor | None = None,
         *,
         dropout: Rate | None = None,
         seen: Seen | None = None,
-    ) -> tuple[Float[Array, "batch time d_model"], Any]:
+    ) -> tuple[Float[Array, "batch time d_model"], PyTree]:
         """Attends within x, or, given a cache, from x to the cache with x written to it."""
         c = self.config.resolve()
         assert c.d_head is not None

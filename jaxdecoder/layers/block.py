@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels.dropout import Rate
@@ -81,13 +82,13 @@ PLACEMENTS: dict[str, Callable[[Stream, list[Branch], NewNorm, Add], Stream]] = 
 class Convolved(NamedTuple):
     """The cache of a block whose branches read through short convolutions."""
 
-    layer: Any
+    layer: PyTree
     """That of its attention mechanism."""
     attention: Float[Array, "batch before d_model"] | None
     feed_forward: Float[Array, "batch before d_model"] | None
 
 
-def empty_cache(config: ModelConfig, mechanism: str, batch: int, dtype: Any) -> Any:
+def empty_cache(config: ModelConfig, mechanism: str, batch: int, dtype: DTypeLike) -> PyTree:
     """The cache of a block that has seen nothing."""
     layer = ATTENTIONS[mechanism].empty_cache(config, batch, dtype)
     if not config.convolution_width:
@@ -101,18 +102,18 @@ class Block(nn.Module):
 
     config: ModelConfig
     mechanism: str = "full"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self,
         x: Stream,
         positions: Int[Array, "#batch time"],
-        cache: Any = None,
+        cache: PyTree = None,
         cursor: Cursor | None = None,
         dropout: Rate | None = None,
         seen: Seen | None = None,
-    ) -> tuple[Stream, Any]:
+    ) -> tuple[Stream, PyTree]:
         """The new residual stream and, if one came in, the extended cache."""
         c = self.config
         held = cache if isinstance(cache, Convolved) else Convolved(cache, None, None)

@@ -8,12 +8,13 @@ after the ring may be pinned to positions, which differ in number from row to ro
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxdecoder.config import ModelConfig
 
@@ -25,7 +26,7 @@ class KeysAndValues(NamedTuple):
     v: Float[Array, "batch kv_heads slots width"]
 
 
-Caches = tuple[Any, ...]
+Caches = tuple[PyTree, ...]
 """One a layer, in their order; each as its mechanism has it."""
 
 
@@ -86,7 +87,7 @@ class Slots(NamedTuple):
         twice = (jnp.arange(self.size) >= self.ring) & (held >= oldest)
         return jnp.where(twice, -1, held)
 
-    def empty(self, config: ModelConfig, batch: int, dtype: Any) -> KeysAndValues:
+    def empty(self, config: ModelConfig, batch: int, dtype: DTypeLike) -> KeysAndValues:
         """A cache that has seen nothing."""
         c = config.resolve()
         shape = (batch, c.n_kv_heads, self.size, c.d_head)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
@@ -20,7 +19,7 @@ class ShortConvolution(nn.Module):
     """
 
     config: ModelConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -44,7 +43,7 @@ class ShortConvolution(nn.Module):
 
 
 def empty_cache(
-    config: ModelConfig, batch: int, dtype: Any
+    config: ModelConfig, batch: int, dtype: DTypeLike
 ) -> Float[Array, "batch before d_model"]:
     """The cache of a convolution that has seen nothing."""
     return jnp.zeros((batch, config.convolution_width - 1, config.d_model), dtype)

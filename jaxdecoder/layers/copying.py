@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
@@ -35,7 +34,7 @@ class Copying(nn.Module):
     """
 
     config: ModelConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -80,7 +79,7 @@ class Copying(nn.Module):
         return features + gate * pointed[:, :, 0], cache
 
 
-def empty_cache(config: ModelConfig, batch: int, dtype: Any) -> KeysAndValues:
+def empty_cache(config: ModelConfig, batch: int, dtype: DTypeLike) -> KeysAndValues:
     """The cache of a head that has seen nothing to point at."""
     shape = (batch, 1, config.context_length, config.d_model)
     return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

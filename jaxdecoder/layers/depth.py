@@ -10,18 +10,22 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.layers.block import Block, Stream
 from jaxdecoder.layers.cache import Caches, Cursor
+
+Exits = tuple[tuple[float, Float[Array, "batch time width"]], ...]
+"""Shares of the loss, and what the head sees there."""
 
 
 class Passed(NamedTuple):
@@ -31,7 +35,7 @@ class Passed(NamedTuple):
     """What the head sees."""
     caches: Caches | None = None
     """The extended caches, if any came in."""
-    exits: tuple[tuple[float, Float[Array, "batch time width"]], ...] = ()
+    exits: Exits = ()
     """In training: shares of the loss, and what the head sees, at lesser depths."""
     penalty: Float[Array, "batch time"] | float = 0.0
     """In training: what is minimised besides, in nats a token."""
@@ -39,7 +43,7 @@ class Passed(NamedTuple):
     """What the head said of the features, where the body had to ask it."""
 
     @property
-    def heads(self) -> tuple[tuple[float, Float[Array, "batch time width"]], ...]:
+    def heads(self) -> Exits:
         """Shares of the loss, 1 together, and what the head sees there: all blocks, and exits."""
         return ((1.0 - sum(share for share, _ in self.exits), self.features), *self.exits)
 
@@ -100,7 +104,7 @@ def exits_of(config: ModelConfig) -> dict[int, float]:
 # --- Early exits ---------------------------------------------------------------------------------
 
 Head = Callable[[Stream], Float[Array, "batch time vocab"]]
-Layer = Callable[[Stream, Any], tuple[Stream, Any]]
+Layer = Callable[[Stream, PyTree], tuple[Stream, PyTree]]
 
 
 def probability(logits: Float[Array, "*rows vocab"]) -> Float[Array, "*rows"]:
@@ -188,13 +192,13 @@ def stop_early(
 class RoutedCache(NamedTuple):
     """The cache of a block with a router."""
 
-    layer: Any
+    layer: PyTree
     """That of its attention mechanism."""
     taken: Bool[Array, "batch context"]
     """Whether the block took token number i of the stream, at i mod context."""
 
 
-def empty_routed_cache(config: ModelConfig, batch: int, layer: Any) -> RoutedCache:
+def empty_routed_cache(config: ModelConfig, batch: int, layer: PyTree) -> RoutedCache:
     """The cache of a block that has taken nothing; `layer` is its mechanism's."""
     return RoutedCache(layer, jnp.zeros((batch, config.context_length), bool))
 
@@ -212,7 +216,7 @@ class Routed(nn.Module):
 
     config: ModelConfig
     mechanism: str = "full"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -269,11 +273,11 @@ class Routed(nn.Module):
             numbers = (k_positions + cursor.start[:, None]) % context
             return jnp.take_along_axis(ever_taken, numbers, axis=1)
 
-        def enter(block: Block, x: Stream, layer: Any) -> tuple[Stream, Any]:
+        def enter(block: Block, x: Stream, layer: PyTree) -> tuple[Stream, PyTree]:
             out, layer = block(x, positions, layer, cursor, seen=seen)
             return jnp.where(taken[..., None], _towards(x, out, score), x), layer
 
-        def pass_by(block: Block, x: Stream, layer: Any) -> tuple[Stream, Any]:
+        def pass_by(block: Block, x: Stream, layer: PyTree) -> tuple[Stream, PyTree]:
             return x, layer
 
         new, layer = nn.cond(jnp.any(taken), enter, pass_by, block, x, cache.layer)

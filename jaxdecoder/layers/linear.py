@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels import packing
 from jaxdecoder.kernels.product import product
 from jaxdecoder.kernels.quantized import packed_product
+
+Initializer = Callable[..., jax.Array]
+"""(key, shape, dtype) -> a parameter."""
 
 Kernel = Float[Array, "d_in d_out"] | packing.Packed
 
@@ -23,7 +27,7 @@ def linear(
     d_out: int,
     *,
     bias: bool,
-    dtype: Any,
+    dtype: DTypeLike,
     residual_output: bool = False,
     name: str | None = None,
 ) -> nn.Dense | Quantized:
@@ -52,7 +56,7 @@ class Quantized(nn.Module):
     d_in: int
     d_out: int
     bias: bool
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     residual_output: bool = False
 
     @nn.compact
@@ -89,7 +93,7 @@ class Weights(nn.Module):
 
 
 def _quantized_kernel(
-    module: nn.Module, config: ModelConfig, init: Any, d_in: int, d_out: int
+    module: nn.Module, config: ModelConfig, init: Initializer, d_in: int, d_out: int
 ) -> Kernel:
     """Packed, a kernel's parts are parameters; else it is one as ever, rounded where it is used."""
     scheme = scheme_of(config)
@@ -112,7 +116,9 @@ def scheme_of(config: ModelConfig) -> packing.Scheme:
     )
 
 
-def initializers(config: ModelConfig, fan_in: int, *, residual_output: bool) -> tuple[Any, Any]:
+def initializers(
+    config: ModelConfig, fan_in: int, *, residual_output: bool
+) -> tuple[Initializer, Initializer]:
     """Initialisers of a kernel with this fan-in and of its bias."""
     if config.initializer == "uniform_fan_in":
         uniform = symmetric_uniform(fan_in**-0.5)
@@ -123,17 +129,17 @@ def initializers(config: ModelConfig, fan_in: int, *, residual_output: bool) -> 
     return nn.initializers.normal(std), nn.initializers.zeros
 
 
-def embedding_initializer(config: ModelConfig) -> Any:
+def embedding_initializer(config: ModelConfig) -> Initializer:
     """Initialiser of token and position embeddings."""
     return nn.initializers.normal(
         1.0 if config.initializer == "uniform_fan_in" else config.init_std
     )
 
 
-def symmetric_uniform(bound: float) -> Any:
+def symmetric_uniform(bound: float) -> Initializer:
     """U(-bound, bound)."""
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init

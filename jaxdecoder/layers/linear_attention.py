@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdecoder.config import ModelConfig
@@ -24,7 +25,7 @@ class State(NamedTuple):
     """Of phi(k)."""
 
 
-def empty_state(config: ModelConfig, batch: int, dtype: Any = jnp.float32) -> State:
+def empty_state(config: ModelConfig, batch: int, dtype: DTypeLike = jnp.float32) -> State:
     """The state of one layer that has seen nothing. It is float32 whatever the dtype asked for."""
     c = config.resolve()
     assert c.d_head is not None

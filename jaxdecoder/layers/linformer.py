@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
@@ -38,7 +39,7 @@ def exact_slots(config: ModelConfig) -> Slots:
     return Slots(config.attention_block)
 
 
-def empty_memory(config: ModelConfig, batch: int, dtype: Any) -> Memory:
+def empty_memory(config: ModelConfig, batch: int, dtype: DTypeLike) -> Memory:
     """The cache of one layer that has seen nothing; its sums are float32 whatever the dtype."""
     compressed = Slots(config.attention_rank * blocks(config))
     return Memory(

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels import scores
@@ -40,4 +41,4 @@ class Mechanism(NamedTuple):
     """
 
     mixing: Callable[..., Any]
-    empty_cache: Callable[[ModelConfig, int, Any], Any]
+    empty_cache: Callable[[ModelConfig, int, DTypeLike], PyTree]

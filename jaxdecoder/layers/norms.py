@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdecoder.config import ModelConfig
@@ -35,7 +36,10 @@ def standardise(x: Float[Array, "*rows width"], epsilon: float) -> Float[Array, 
     return _standardised(x, epsilon)[0]
 
 
-def _standardise_forward(x: jax.Array, epsilon: float) -> tuple[jax.Array, Any]:
+_Kept = tuple[jax.Array, jax.Array | None, jax.Array]
+
+
+def _standardise_forward(x: jax.Array, epsilon: float) -> tuple[jax.Array, _Kept]:
     out, mean, inverse = _standardised(x, epsilon)
     if x.dtype.itemsize < 4:
         # Else XLA computes both again from x, row by row, which keeps what uses them apart.
@@ -43,7 +47,7 @@ def _standardise_forward(x: jax.Array, epsilon: float) -> tuple[jax.Array, Any]:
     return out, (out, None, inverse)
 
 
-def _standardise_backward(epsilon: float, kept: Any, g: jax.Array) -> tuple[jax.Array]:
+def _standardise_backward(epsilon: float, kept: _Kept, g: jax.Array) -> tuple[jax.Array]:
     held, mean, inverse = kept
     out = held if mean is None else (held.astype(jnp.float32) - mean) * inverse
     slope = jnp.mean(g * out, axis=-1, keepdims=True)
@@ -59,7 +63,7 @@ class LayerNorm(nn.Module):
 
     epsilon: float
     use_bias: bool
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
@@ -71,17 +75,19 @@ class LayerNorm(nn.Module):
         return out.astype(self.dtype)
 
 
-def layernorm(config: ModelConfig, dtype: Any, name: str | None = None) -> nn.Module:
+def layernorm(config: ModelConfig, dtype: DTypeLike, name: str | None = None) -> nn.Module:
     """Layer normalisation, with a bias if the config has biases."""
     return LayerNorm(config.norm_epsilon, config.bias, dtype, name=name)
 
 
-def rmsnorm(config: ModelConfig, dtype: Any, name: str | None = None) -> nn.Module:
+def rmsnorm(config: ModelConfig, dtype: DTypeLike, name: str | None = None) -> nn.Module:
     """Root-mean-square normalisation (arXiv 1910.07467)."""
     return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=dtype, name=name)
 
 
-def identity(config: ModelConfig, dtype: Any, name: str | None = None) -> Callable[..., jax.Array]:
+def identity(
+    config: ModelConfig, dtype: DTypeLike, name: str | None = None
+) -> Callable[..., jax.Array]:
     """No normalisation."""
     return lambda x: x
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -43,7 +44,7 @@ class LearnedPositions(nn.Module):
         return jnp.take(table, positions, axis=0, mode="clip")
 
 
-def sinusoidal(config: ModelConfig, name: str | None = None) -> Callable[..., Any]:
+def sinusoidal(config: ModelConfig, name: str | None = None) -> Callable[[jax.Array], jax.Array]:
     """Fixed sines and cosines, interleaved over the width (arXiv 1706.03762, section 3.5)."""
 
     def embed(positions: Int[Array, "*batch time"]) -> Float[Array, "*batch time d_model"]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels.device import current_device
@@ -18,6 +19,7 @@ from jaxdecoder.layers.block import Block, empty_cache
 from jaxdecoder.layers.cache import Caches, Cursor
 from jaxdecoder.layers.depth import (
     DEPTHS,
+    Exits,
     Head,
     Layer,
     Passed,
@@ -27,6 +29,7 @@ from jaxdecoder.layers.depth import (
     stop_early,
 )
 from jaxdecoder.layers.norms import NORMS
+from jaxdecoder.typing import Params
 
 
 class Trail(NamedTuple):
@@ -43,7 +46,7 @@ class Period(nn.Module):
     """One turn of the pattern that the blocks repeat over the depth, see `turn`."""
 
     config: ModelConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -56,7 +59,7 @@ class Period(nn.Module):
     ) -> tuple[Float[Array, "batch time d_model"], Trail]:
         """The residual stream after these blocks, and what they leave behind."""
         c = self.config
-        extended: list[Any] = []
+        extended: list[PyTree] = []
         streams, penalties = [], []
         for i, (mechanism, routed) in enumerate(turn(c)):
             kind = Routed if routed else Block
@@ -86,7 +89,7 @@ class Serial(nn.Module):
     """
 
     config: ModelConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     unrolled: bool = False
 
     @nn.compact
@@ -116,7 +119,7 @@ class Serial(nn.Module):
             return Passed(norm(x), None, *self._trained(norm, trail))
         if caches is not None and head is not None and x.shape[1] == 1 and len(exits_of(c)) > 1:
             return self._stop_early(lambda x: head(norm(x)), x, positions, caches, cursor)
-        extended: list[Any] = []
+        extended: list[PyTree] = []
         for i in range(periods(c)):
             held = None if caches is None else caches[i * len(turn(c)) : (i + 1) * len(turn(c))]
             period = Period(c, self.dtype, name=f"blocks_{i}")
@@ -140,10 +143,12 @@ class Serial(nn.Module):
         self.sow("intermediates", "exit_depth", stopped.depth)
         return Passed(stopped.x, extended, logits=stopped.logits)
 
-    def _trained(self, norm: Callable[[jax.Array], jax.Array], trail: Trail) -> tuple[Any, Any]:
+    def _trained(
+        self, norm: Callable[[jax.Array], jax.Array], trail: Trail
+    ) -> tuple[Exits, jax.Array | float]:
         """The exits and the penalty of `Passed`, from what all periods left behind."""
         c = self.config
-        exits: tuple[Any, ...] = ()
+        exits: Exits = ()
         if trail.streams is not None:
             streams = trail.streams.reshape(c.n_layers, *trail.streams.shape[2:])
             shares = exits_of(c).items()
@@ -164,7 +169,7 @@ def loops(config: ModelConfig) -> bool:
     return config.remat or current_device().platform not in ("cpu", "gpu")
 
 
-def _remat(dropout: Rate | None) -> Any:
+def _remat(dropout: Rate | None) -> type[Period]:
     """A `Period` whose activations are computed again; a rate known now stays known."""
     known = () if isinstance(dropout, jax.Array) else 5
     return nn.remat(Period, prevent_cse=False, static_argnums=known)
@@ -182,7 +187,7 @@ def periods(config: ModelConfig) -> int:
     return config.n_layers // len(turn(config))
 
 
-def unroll(params: Any, config: ModelConfig) -> Any:
+def unroll(params: Params, config: ModelConfig) -> Params:
     """The parameters of a `Serial` as those of the same one with `unrolled`."""
     rest = {name: value for name, value in params.items() if name != "blocks"}
     for i in range(periods(config)):
@@ -190,10 +195,10 @@ def unroll(params: Any, config: ModelConfig) -> Any:
     return rest
 
 
-def empty_caches(config: ModelConfig, batch: int, dtype: Any) -> Caches:
+def empty_caches(config: ModelConfig, batch: int, dtype: DTypeLike) -> Caches:
     """The caches of all layers, with nothing in them."""
 
-    def empty(mechanism: str, routed: bool) -> Any:
+    def empty(mechanism: str, routed: bool) -> PyTree:
         cache = empty_cache(config, mechanism, batch, dtype)
         return empty_routed_cache(config, batch, cache) if routed else cache
 

@@ -9,12 +9,12 @@ which has no paper; docs/variants.md relates its parameter count to this one's.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels.dropout import Rate
@@ -25,6 +25,7 @@ from jaxdecoder.layers.dropout import Dropout
 from jaxdecoder.layers.feed_forward import FeedForward
 from jaxdecoder.layers.linear import linear
 from jaxdecoder.layers.norms import NORMS
+from jaxdecoder.typing import Params
 
 WIDENING = 4
 """The last stack, and so what the head sees, is this many times d_model wide."""
@@ -36,21 +37,21 @@ class Layer(nn.Module):
     config: ModelConfig
     mechanism: str
     width: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch time d_model"],
         positions: Int[Array, "#batch time"],
-        cache: Any,
+        cache: PyTree,
         cursor: Cursor | None,
         dropout: Rate | None,
-    ) -> tuple[Float[Array, "batch time slice"], Any]:
+    ) -> tuple[Float[Array, "batch time slice"], PyTree]:
         """The slice and, if one came in, the extended cache."""
         c = self.config
 
-        def stream(layer: Layer, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        def stream(layer: Layer, x: jax.Array, cache: PyTree) -> tuple[jax.Array, PyTree]:
             def attend(h: jax.Array) -> jax.Array:
                 nonlocal cache
                 module = Attention(c, self.mechanism, self.dtype, name="attention")
@@ -80,7 +81,7 @@ class Period(nn.Module):
 
     config: ModelConfig
     width: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -107,7 +108,7 @@ class Stack(nn.Module):
 
     config: ModelConfig
     width: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -144,7 +145,7 @@ class ParallelStacks(nn.Module):
     """
 
     config: ModelConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     unrolled: bool = False
 
     @nn.compact
@@ -182,12 +183,12 @@ def periods(config: ModelConfig) -> int:
     return layers // len(config.attention_pattern)
 
 
-def unroll(params: Any, config: ModelConfig) -> Any:
+def unroll(params: Params, config: ModelConfig) -> Params:
     """The parameters as they are."""
     return params
 
 
-def empty_caches(config: ModelConfig, batch: int, dtype: Any) -> Caches:
+def empty_caches(config: ModelConfig, batch: int, dtype: DTypeLike) -> Caches:
     """The caches of all stacks, with nothing in them."""
 
     def of_stack() -> Caches:

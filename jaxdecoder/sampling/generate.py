@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxdecoder.layers.cache import Cache, Cursor
 from jaxdecoder.layers.positions import POSITIONS
 from jaxdecoder.sampling import filters
 from jaxdecoder.training.step import make_decoder
+from jaxdecoder.typing import Index, Params
 
 CHUNK = 16
 """Tokens decoded by one call of the loop: as many as a reader waits for at once."""
@@ -45,7 +46,7 @@ class Decoding(NamedTuple):
 
 def generate(
     decoder: Decoder,
-    params: Any,
+    params: Params,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -100,7 +101,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, data: DataConfig) -> list[int
     return tokens or [0]
 
 
-def show_sample(config: Config, params: Any, tokenizer: Tokenizer) -> str:
+def show_sample(config: Config, params: Params, tokenizer: Tokenizer) -> str:
     """A short sample for the training log, always with the same key."""
     new_tokens = min(256, 2 * config.model.context_length)
     chunks = generate(
@@ -120,7 +121,13 @@ _unroll = jax.jit(unroll_params, static_argnums=1)
 
 
 @partial(jax.jit, static_argnums=(0, 4))
-def _begin(decoder: Decoder, params: Any, tokens: Any, start: Any, width: int) -> Decoding:
+def _begin(
+    decoder: Decoder,
+    params: Params,
+    tokens: Int[Array, "batch room"],
+    start: Int[Array, "batch"],
+    width: int,
+) -> Decoding:
     logits, cache = _prefill(decoder, params, tokens[:, :width], start)
     real = jnp.arange(width) >= start[:, None]
     rows = jnp.arange(tokens.shape[0])[:, None]
@@ -132,9 +139,9 @@ def _begin(decoder: Decoder, params: Any, tokens: Any, start: Any, width: int) -
 @partial(jax.jit, static_argnums=(0, 5, 6, 7), donate_argnums=2)
 def _advance(
     decoder: Decoder,
-    params: Any,
+    params: Params,
     state: Decoding,
-    until: Any,
+    until: Index,
     key: jax.Array,
     choose: filters.Filter,
     end_token: int | None,
@@ -168,14 +175,18 @@ def _advance(
     return jax.lax.while_loop(lambda s: (s.length < until) & ~jnp.all(s.done), step, state)
 
 
-def _prefill(decoder: Decoder, params: Any, tokens: Any, start: Any) -> tuple[Any, Cache]:
+def _prefill(
+    decoder: Decoder, params: Params, tokens: Int[Array, "batch time"], start: Int[Array, "batch"]
+) -> tuple[Float[Array, "batch vocab"], Cache]:
     """Logits after left-padded prompts, and a cache that holds them."""
     empty = empty_cache(decoder.config, tokens.shape[0], dtype=decoder.dtype)
     cache = empty._replace(cursor=Cursor(empty.cursor.length, start))
     return _extend(decoder, params, tokens, cache)
 
 
-def _extend(decoder: Decoder, params: Any, tokens: Any, cache: Cache) -> tuple[Any, Cache]:
+def _extend(
+    decoder: Decoder, params: Params, tokens: Int[Array, "batch time"], cache: Cache
+) -> tuple[Float[Array, "batch vocab"], Cache]:
     """Logits after the last of `tokens`."""
     logits, extended = decoder.apply({"params": params}, tokens, cache, last=True, method="extend")
     return logits[:, -1], extended  # type: ignore[return-value]

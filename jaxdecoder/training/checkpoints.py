@@ -13,18 +13,19 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxdecoder.errors import UserError
 from jaxdecoder.files import disk_is_full
 from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.step import State
+from jaxdecoder.typing import Params
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports what we report ourselves
 
@@ -117,8 +118,8 @@ def restore_latest(
 
 
 def restore_params(
-    run: Path, like: Any, which: str | int = "best", since: int = 0
-) -> tuple[int, Any]:
+    run: Path, like: PyTree, which: str | int = "best", since: int = 0
+) -> tuple[int, Params]:
     """Step and weights of a run's `best` or `last` checkpoint, or of the one of a step.
 
     They are the moving average where the run has one, and come as NumPy arrays, whatever devices
@@ -171,7 +172,7 @@ def full_disk_explained(run: Path) -> Iterator[None]:
         ) from None
 
 
-def _items(state: State) -> dict[str, Any]:
+def _items(state: State) -> dict[str, PyTree]:
     """The items of a checkpoint of this state."""
     items = {"params": state.params, "optimizer": state.optimizer}
     return items if state.ema == () else {**items, "ema": state.ema}

@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +19,22 @@ from jaxdecoder.data.tokens import Split
 from jaxdecoder.decoder import Decoder, empty_cache, unroll_params
 from jaxdecoder.layers.cache import Cache
 from jaxdecoder.training.losses import summed_cross_entropy
+from jaxdecoder.typing import Params
 
 IN_FLIGHT = 8
 """Batches dispatched before the first result is read, so that the device never waits."""
 
-Evaluator = Callable[[Any, Iterable[Batch]], float]
+Evaluator = Callable[[Params, Iterable[Batch]], float]
 
 
 def make_evaluator(decoder: Decoder) -> Evaluator:
     """A function from weights and batches to the mean loss in nats a token."""
 
     @jax.jit
-    def totals(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def totals(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return summed_cross_entropy(decoder, params, batch), jnp.sum(batch.weights)
 
-    def evaluate(params: Any, batches: Iterable[Batch]) -> float:
+    def evaluate(params: Params, batches: Iterable[Batch]) -> float:
         waiting: deque[tuple[jax.Array, jax.Array]] = deque()
         losses, weights = [], []
 
@@ -55,7 +55,7 @@ def make_evaluator(decoder: Decoder) -> Evaluator:
 
 @partial(jax.jit, static_argnums=0)
 def decoded_losses(
-    decoder: Decoder, params: Any, batch: Batch
+    decoder: Decoder, params: Params, batch: Batch
 ) -> tuple[Float[Array, "batch time"], Int[Array, "batch time"]]:
     """The loss at each token, in nats, and the blocks it passed, when texts are decoded.
 
@@ -64,7 +64,7 @@ def decoded_losses(
     config = decoder.config
     decoder, params = decoder.clone(unrolled=True), unroll_params(params, config)
 
-    def step(cache: Cache, tokens: Any) -> tuple[Cache, Any]:
+    def step(cache: Cache, tokens: Batch) -> tuple[Cache, tuple[jax.Array, jax.Array]]:
         (logits, cache), seen = decoder.apply(
             {"params": params},
             tokens.inputs[:, None],

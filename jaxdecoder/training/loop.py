@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree
+from orbax.checkpoint import CheckpointManager
 
 from jaxdecoder.config import Config, ConfigError
 from jaxdecoder.data import tokenizers
-from jaxdecoder.data.batches import Feed
+from jaxdecoder.data.batches import Batch, Feed, SplitName
 from jaxdecoder.data.tokens import Corpus, prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import packing
@@ -47,8 +50,9 @@ from jaxdecoder.training.step import (
     next_token,
     state_of,
 )
+from jaxdecoder.typing import Params
 
-Sampler = Callable[[Config, Any, tokenizers.Tokenizer], str]
+Sampler = Callable[[Config, Params, tokenizers.Tokenizer], str]
 ToObjective = Callable[[Config], Objective]
 
 
@@ -84,7 +88,7 @@ def with_source_tokenizer(config: Config) -> Config:
     return replace(config, data=replace(config.data, tokenizer_path=path))
 
 
-def source_params(config: Config) -> Any:
+def source_params(config: Config) -> Params:
     """The weights of the run that this one starts from.
 
     Raises:
@@ -259,7 +263,7 @@ def corpus_bigram_loss(corpus: Corpus) -> float:
     return bigram_loss(corpus.train.tokens, corpus.validation.tokens, corpus.tokenizer.vocab_size)
 
 
-def _first_state(config: Config, mesh: Any, manager: Any) -> tuple[State, Any]:
+def _first_state(config: Config, mesh: Mesh, manager: CheckpointManager) -> tuple[State, PyTree]:
     """The state to go on from, and where its arrays live.
 
     The run's newest checkpoint; failing that the weights of `train.init_from`; failing that fresh
@@ -342,18 +346,20 @@ class _Recorder:
 
 
 def _feed(
-    config: Config, corpus: Corpus, mesh: Any, objective: Objective, step: int, count: int
-) -> Any:
+    config: Config, corpus: Corpus, mesh: Mesh, objective: Objective, step: int, count: int
+) -> PyTree:
     """The batches of `count` steps on the devices, each host giving its rows."""
     rows = _rows_of_this_host(config.train.batch_size)
     stacked = Feed.of(config, corpus, "train").at(step, count, rows)
     return _place(objective.feed(stacked, step, rows), batch_sharding(mesh, 1))
 
 
-def _evaluation_batches(config: Config, corpus: Corpus, mesh: Any) -> Callable[..., Any]:
+def _evaluation_batches(
+    config: Config, corpus: Corpus, mesh: Mesh
+) -> Callable[[SplitName, int | None], Iterator[Batch]]:
     """A function from a split's name and a count to fixed batches on the devices."""
 
-    def fixed(name: Literal["train", "validation"], count: int | None) -> Any:
+    def fixed(name: SplitName, count: int | None) -> Iterator[Batch]:
         rows = _rows_of_this_host(config.train.batch_size)
         each = Feed.of(config, corpus, name).fixed(count, rows)
         return (_place(batch, batch_sharding(mesh)) for batch in each)
@@ -366,7 +372,7 @@ def _rows_of_this_host(batch_size: int) -> slice:
     return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
 
 
-def _place(batch: Any, sharding: Any) -> Any:
+def _place(batch: PyTree, sharding: NamedSharding) -> PyTree:
     return jax.tree.map(
         lambda array: jax.make_array_from_process_local_data(sharding, array), batch
     )

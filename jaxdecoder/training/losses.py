@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -11,11 +9,12 @@ from jaxtyping import Array, Float
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.decoder import Decoder
 from jaxdecoder.kernels.dropout import Rate
+from jaxdecoder.typing import Params
 
 
 def summed_cross_entropy(
     decoder: Decoder,
-    params: Any,
+    params: Params,
     batch: Batch,
     *,
     dropout: Rate | None = None,

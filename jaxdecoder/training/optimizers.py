@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,52 +12,53 @@ from jaxtyping import Array, BFloat16, Float, Int, UInt32
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxdecoder.config import Config, OptimizerConfig
-from jaxdecoder.kernels.dropout import places, word
+from jaxdecoder.kernels.dropout import Rate, places, word
+from jaxdecoder.typing import Index, Params, Scalar
 
 
-class Numbers(NamedTuple):
-    """Numbers of a run that its compiled step takes as arguments as well as it takes constants.
+class Hyperparameters(NamedTuple):
+    """Those of a run that its compiled step takes as arguments as well as it takes constants.
 
     Members of a population share a program and have each their own; see `ablation.population`.
     """
 
-    learning_rate: Any
-    adam_learning_rate: Any
-    weight_decay: Any
-    steps: Any
-    seed: Any
-    dropout: Any
+    learning_rate: Scalar
+    adam_learning_rate: Scalar
+    weight_decay: Scalar
+    steps: Index
+    seed: Index
+    dropout: Rate
 
 
-def numbers_of(config: Config) -> Numbers:
+def hyperparameters_of(config: Config) -> Hyperparameters:
     """Those of a config."""
     o = config.optimizer
     adam = o.learning_rate if o.adam_learning_rate is None else o.adam_learning_rate
     t, dropout = config.train, config.model.dropout
-    return Numbers(o.learning_rate, adam, o.weight_decay, t.steps, t.seed, dropout)
+    return Hyperparameters(o.learning_rate, adam, o.weight_decay, t.steps, t.seed, dropout)
 
 
-def constant(c: OptimizerConfig, progress: Any) -> Any:
+def constant(c: OptimizerConfig, progress: jax.Array) -> jax.Array:
     """The peak, throughout."""
     return jnp.ones_like(progress)
 
 
-def cosine(c: OptimizerConfig, progress: Any) -> Any:
+def cosine(c: OptimizerConfig, progress: jax.Array) -> jax.Array:
     """Half a cosine from the peak to its final fraction (arXiv 1608.03983)."""
     return c.final_fraction + (1 - c.final_fraction) * (1 + jnp.cos(jnp.pi * progress)) / 2
 
 
-def linear(c: OptimizerConfig, progress: Any) -> Any:
+def linear(c: OptimizerConfig, progress: jax.Array) -> jax.Array:
     """A straight line from the peak to its final fraction (arXiv 2310.07831)."""
     return 1 - (1 - c.final_fraction) * progress
 
 
-def warmup_stable_decay(c: OptimizerConfig, progress: Any) -> Any:
+def warmup_stable_decay(c: OptimizerConfig, progress: jax.Array) -> jax.Array:
     """The peak, then a straight line down over the last decay_fraction (arXiv 2404.06395)."""
     return linear(c, jnp.maximum(0, 1 - (1 - progress) / c.decay_fraction))
 
 
-SCHEDULES: dict[str, Callable[[OptimizerConfig, Any], Any]] = {
+SCHEDULES: dict[str, Callable[[OptimizerConfig, jax.Array], jax.Array]] = {
     "constant": constant,
     "cosine": cosine,
     "linear": linear,
@@ -66,10 +67,10 @@ SCHEDULES: dict[str, Callable[[OptimizerConfig, Any], Any]] = {
 """From the progress after the warm-up, 0 to 1, to a share of the peak."""
 
 
-def make_schedule(c: OptimizerConfig, steps: Any, peak: Any) -> optax.Schedule:
+def make_schedule(c: OptimizerConfig, steps: Index, peak: Scalar) -> optax.Schedule:
     """Learning rate as a function of the step: a linear warm-up, then the named shape."""
 
-    def rate(step: Any) -> Any:
+    def rate(step: Index) -> jax.Array:
         after = jnp.clip((step - c.warmup_steps) / jnp.maximum(1, steps - c.warmup_steps), 0, 1)
         share = SCHEDULES[c.schedule](c, after)
         if c.warmup_steps:
@@ -80,23 +81,69 @@ def make_schedule(c: OptimizerConfig, steps: Any, peak: Any) -> optax.Schedule:
     return rate
 
 
-def adamw(
-    c: OptimizerConfig, numbers: Numbers, rate: optax.Schedule
-) -> optax.GradientTransformation:
-    """Adam with decoupled weight decay (arXiv 1711.05101)."""
-    return optax.adamw(
-        rate, c.beta1, c.beta2, c.epsilon, weight_decay=numbers.weight_decay, mask=matrices
-    )
+# --- Update rules ---------------------------------------------------------------------------------
+
+
+Optimizer = Callable[
+    [OptimizerConfig, Hyperparameters, optax.Schedule], optax.GradientTransformation
+]
+"""(config, hyperparameters, learning rate by step) -> what turns gradients into updates."""
+
+
+def descend(scale_by: Callable[[OptimizerConfig], optax.GradientTransformation]) -> Optimizer:
+    """Gives a rule its tail: its direction d becomes -rate x (d + weight_decay x p).
+
+    p are the parameters. Weight decay is decoupled from the gradients (arXiv 1711.05101), and of
+    matrices alone.
+    """
+
+    def optimizer(
+        c: OptimizerConfig, hyperparameters: Hyperparameters, rate: optax.Schedule
+    ) -> optax.GradientTransformation:
+        return optax.chain(
+            scale_by(c),
+            optax.add_decayed_weights(hyperparameters.weight_decay, matrices),
+            optax.scale_by_learning_rate(rate),
+        )
+
+    return optimizer
+
+
+def then_decay(
+    rule: Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation],
+) -> Optimizer:
+    """Gives a tail to a rule that takes the rate itself: its step s becomes s - rate x decay x p.
+
+    Equal to `descend` but for rounding and for the counts in its state, both of which earlier
+    runs and checkpoints of `sgd` and `adafactor` have.
+    """
+
+    def optimizer(
+        c: OptimizerConfig, hyperparameters: Hyperparameters, rate: optax.Schedule
+    ) -> optax.GradientTransformation:
+        return optax.chain(rule(c, rate), _decay(rate, hyperparameters.weight_decay, matrices))
+
+    return optimizer
+
+
+def scale_by_adam(c: OptimizerConfig) -> optax.GradientTransformation:
+    """The mean of gradients over the root of that of their squares (arXiv 1412.6980)."""
+    return optax.scale_by_adam(c.beta1, c.beta2, c.epsilon)
+
+
+def scale_by_lion(c: OptimizerConfig) -> optax.GradientTransformation:
+    """Sign of an interpolated momentum (arXiv 2302.06675)."""
+    return optax.scale_by_lion(c.beta1, c.beta2)
 
 
 def muon_and_adamw(
-    c: OptimizerConfig, numbers: Numbers, rate: optax.Schedule
+    c: OptimizerConfig, hyperparameters: Hyperparameters, rate: optax.Schedule
 ) -> optax.GradientTransformation:
     """Muon, orthogonalised momentum, on the blocks' matrices; AdamW on the rest.
 
     Keller Jordan et al., 2024; the update is scaled by sqrt(max(1, fan_out / fan_in)).
     """
-    adam_rate = make_schedule(c, numbers.steps, numbers.adam_learning_rate)
+    adam_rate = make_schedule(c, hyperparameters.steps, hyperparameters.adam_learning_rate)
     rule = muon(
         rate,
         beta=c.beta1,
@@ -108,54 +155,40 @@ def muon_and_adamw(
     # Its own decay would reach the norms and biases of the AdamW side.
     return optax.chain(
         rule,
-        optax.masked(_decay(rate, numbers.weight_decay), block_matrices),
-        optax.masked(_decay(adam_rate, numbers.weight_decay), _other_matrices),
+        _decay(rate, hyperparameters.weight_decay, block_matrices),
+        _decay(adam_rate, hyperparameters.weight_decay, _other_matrices),
     )
 
 
-def lion(
-    c: OptimizerConfig, numbers: Numbers, rate: optax.Schedule
-) -> optax.GradientTransformation:
-    """Sign of an interpolated momentum (arXiv 2302.06675)."""
-    return optax.lion(rate, c.beta1, c.beta2, weight_decay=numbers.weight_decay, mask=matrices)
-
-
-def adafactor(
-    c: OptimizerConfig, numbers: Numbers, rate: optax.Schedule
-) -> optax.GradientTransformation:
+def adafactor(c: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     """Adam with factored second moments (arXiv 1804.04235); the lean one in memory.
 
     Its own clipping by update size and relative step sizes are left at their defaults.
     """
-    return optax.chain(
-        optax.adafactor(rate, min_dim_size_to_factor=64),
-        optax.masked(_decay(rate, numbers.weight_decay), matrices),
-    )
+    return optax.adafactor(rate, min_dim_size_to_factor=64)
 
 
-def sgd(c: OptimizerConfig, numbers: Numbers, rate: optax.Schedule) -> optax.GradientTransformation:
+def sgd(c: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     """Gradient descent with Nesterov momentum beta1."""
-    return optax.chain(
-        optax.sgd(rate, momentum=c.beta1 or None, nesterov=c.beta1 > 0),
-        optax.masked(_decay(rate, numbers.weight_decay), matrices),
-    )
+    return optax.sgd(rate, momentum=c.beta1 or None, nesterov=c.beta1 > 0)
 
 
-OPTIMIZERS: dict[
-    str, Callable[[OptimizerConfig, Numbers, optax.Schedule], optax.GradientTransformation]
-] = {
-    "adamw": adamw,
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": descend(scale_by_adam),
     "muon": muon_and_adamw,
-    "lion": lion,
-    "adafactor": adafactor,
-    "sgd": sgd,
+    "lion": descend(scale_by_lion),
+    "adafactor": then_decay(adafactor),
+    "sgd": then_decay(sgd),
 }
+"""By `OptimizerConfig.name`. A new one is a function of its direction here, under `descend`."""
 
 
-def make_optimizer(c: OptimizerConfig, numbers: Numbers) -> optax.GradientTransformation:
+def make_optimizer(
+    c: OptimizerConfig, hyperparameters: Hyperparameters
+) -> optax.GradientTransformation:
     """Clipping by global norm, then the named update rule under its schedule."""
-    rate = make_schedule(c, numbers.steps, numbers.learning_rate)
-    rule = OPTIMIZERS[c.name](c, numbers, rate)
+    rate = make_schedule(c, hyperparameters.steps, hyperparameters.learning_rate)
+    rule = OPTIMIZERS[c.name](c, hyperparameters, rate)
     if c.state_dtype == "bfloat16":
         rule = in_bfloat16(rule)
     clip = optax.clip_by_global_norm(c.gradient_clip) if c.gradient_clip else optax.identity()
@@ -168,7 +201,9 @@ def keep_zeros() -> optax.GradientTransformation:
     A mask without a mask: what training has touched is never exactly zero.
     """
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: Params, state: optax.EmptyState, params: Params
+    ) -> tuple[Params, optax.EmptyState]:
         kept = jax.tree.map(
             lambda u, p, matrix: jnp.where(p == 0, 0, u) if matrix else u,
             updates,
@@ -184,7 +219,7 @@ class Halved(NamedTuple):
     """The state of a rule `in_bfloat16`."""
 
     step: Int[Array, ""]
-    rule: Any
+    rule: optax.OptState
 
 
 def in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -194,7 +229,7 @@ def in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTransformat
     still; so it is rounded at random (arXiv 1502.02551).
     """
 
-    def store(state: Any, step: Any) -> Any:
+    def store(state: optax.OptState, step: Int[Array, ""]) -> Halved:
         leaves, tree = jax.tree.flatten(state)
         seeds = word(step.astype(jnp.uint32), jnp.arange(len(leaves)))
         stored = [
@@ -206,10 +241,12 @@ def in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTransformat
     def restore(leaf: jax.Array) -> jax.Array:
         return leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf
 
-    def init(params: Any) -> Halved:
+    def init(params: Params) -> Halved:
         return store(rule.init(params), jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: Halved, params: Any = None) -> tuple[Any, Halved]:
+    def update(
+        updates: Params, state: Halved, params: Params | None = None
+    ) -> tuple[Params, Halved]:
         updates, new = rule.update(updates, jax.tree.map(restore, state.rule), params)
         return updates, store(new, state.step + 1)
 
@@ -229,27 +266,27 @@ def round_at_random(
     return cut.astype(jnp.bfloat16)
 
 
-def matrices(params: Any) -> Any:
+def matrices(params: Params) -> Params:
     """True for the weights of linear layers and embeddings, False for biases and norms."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key in ("kernel", "embedding"), params
     )
 
 
-def block_matrices(params: Any) -> Any:
+def block_matrices(params: Params) -> Params:
     """True for the weights of linear layers but the head."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "kernel" and path[-2].key != "head", params
     )
 
 
-def _other_matrices(params: Any) -> Any:
+def _other_matrices(params: Params) -> Params:
     return jax.tree.map(
         lambda every, block: every and not block, matrices(params), block_matrices(params)
     )
 
 
-def _dimension_numbers(params: Any) -> Any:
+def _dimension_numbers(params: Params) -> Params:
     """Muon's: the last two axes of every block matrix, and nothing of the rest."""
     return jax.tree.map(
         lambda leaf, chosen: MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if chosen else None,
@@ -258,15 +295,19 @@ def _dimension_numbers(params: Any) -> Any:
     )
 
 
-def _decay(rate: optax.Schedule, weight_decay: Any) -> optax.GradientTransformation:
-    """Subtracts rate x weight_decay x the parameters."""
+def _decay(
+    rate: optax.Schedule, weight_decay: Scalar, mask: Callable[[Params], Params]
+) -> optax.GradientTransformation:
+    """Subtracts rate x weight_decay x the parameters where the mask of them is True."""
 
-    def init(params: Any) -> optax.ScaleByScheduleState:
+    def init(params: Params) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: Params, state: optax.ScaleByScheduleState, params: Params
+    ) -> tuple[Params, optax.ScaleByScheduleState]:
         factor = rate(state.count) * weight_decay
         updates = jax.tree.map(lambda u, p: u - factor * p, updates, params)
         return updates, optax.ScaleByScheduleState(count=state.count + 1)
 
-    return optax.GradientTransformation(init, update)
+    return optax.masked(optax.GradientTransformation(init, update), mask)

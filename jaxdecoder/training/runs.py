@@ -21,6 +21,7 @@ from jaxdecoder.errors import UserError
 from jaxdecoder.files import write_atomically
 from jaxdecoder.training.checkpoints import restore_params, steps_in
 from jaxdecoder.training.step import init_state, make_decoder
+from jaxdecoder.typing import Params
 
 # What may differ when a run goes on: none of it changes a single bit of the result.
 FREE = (
@@ -44,7 +45,7 @@ class Model(NamedTuple):
 
     config: Config
     decoder: Decoder
-    params: Any
+    params: Params
     tokenizer: tokenizers.Tokenizer
     step: int
 

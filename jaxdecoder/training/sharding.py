@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 from jaxdecoder.config import Config, ConfigError
 
@@ -51,14 +53,14 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
     return Mesh(np.array(devices), ("data",))
 
 
-def state_sharding(state: Any, mesh: Mesh | AbstractMesh, *, fsdp: bool) -> Any:
+def state_sharding(state: PyTree, mesh: Mesh | AbstractMesh, *, fsdp: bool) -> PyTree:
     """A sharding for every array of a training state (or its shapes).
 
     Optimiser moments have their parameters' names at the end of their paths, so the same table
     places them.
     """
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def place(path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         spec = _spec(path, leaf.shape, mesh) if fsdp else PartitionSpec()
         return NamedSharding(mesh, spec)
 
@@ -75,9 +77,7 @@ def everywhere(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _spec(
-    path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
-) -> PartitionSpec:
+def _spec(path: KeyPath, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     names = tuple(_name(entry) for entry in path)
     axes = AXES.get(names[-2:]) or AXES.get(names[-1:])
     if axes is None or len(shape) < len(axes):

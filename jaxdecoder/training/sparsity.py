@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdecoder.config import CompressionConfig
+from jaxdecoder.typing import Params
 
 Path = tuple[str, ...]
-Matrices = dict[Path, Any]
+Matrices = dict[Path, jax.Array]
 """Arrays (*layers, d_in, d_out) by their paths."""
 
 
@@ -32,34 +33,34 @@ class Scope(NamedTuple):
     join: such arrays, and the shapes they came from -> the matrices.
     """
 
-    split: Callable[[Matrices], list[Any]]
-    join: Callable[[list[Any], dict[Path, tuple[int, ...]]], Matrices]
+    split: Callable[[Matrices], list[jax.Array]]
+    join: Callable[[list[jax.Array], dict[Path, tuple[int, ...]]], Matrices]
 
 
-def _split_matrices(matrices: Matrices) -> list[Any]:
+def _split_matrices(matrices: Matrices) -> list[jax.Array]:
     return [x.reshape(-1, x.shape[-2] * x.shape[-1]) for x in matrices.values()]
 
 
-def _join_matrices(groups: list[Any], shapes: dict[Path, tuple[int, ...]]) -> Matrices:
+def _join_matrices(groups: list[jax.Array], shapes: dict[Path, tuple[int, ...]]) -> Matrices:
     return {p: x.reshape(shape) for x, (p, shape) in zip(groups, shapes.items(), strict=True)}
 
 
-def _split_outputs(matrices: Matrices) -> list[Any]:
+def _split_outputs(matrices: Matrices) -> list[jax.Array]:
     return [x.swapaxes(-1, -2).reshape(-1, x.shape[-2]) for x in matrices.values()]
 
 
-def _join_outputs(groups: list[Any], shapes: dict[Path, tuple[int, ...]]) -> Matrices:
+def _join_outputs(groups: list[jax.Array], shapes: dict[Path, tuple[int, ...]]) -> Matrices:
     return {
         path: x.reshape(*shape[:-2], shape[-1], shape[-2]).swapaxes(-1, -2)
         for x, (path, shape) in zip(groups, shapes.items(), strict=True)
     }
 
 
-def _split_nothing(matrices: Matrices) -> list[Any]:
+def _split_nothing(matrices: Matrices) -> list[jax.Array]:
     return [jnp.concatenate([x.ravel() for x in matrices.values()])[None]]
 
 
-def _join_all(groups: list[Any], shapes: dict[Path, tuple[int, ...]]) -> Matrices:
+def _join_all(groups: list[jax.Array], shapes: dict[Path, tuple[int, ...]]) -> Matrices:
     ends = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
     parts = jnp.split(groups[0][0], ends[:-1])
     return {p: x.reshape(shape) for x, (p, shape) in zip(parts, shapes.items(), strict=True)}
@@ -73,7 +74,7 @@ SCOPES: dict[str, Scope] = {
 """Within each matrix of each layer, among the weights of one output unit, or among all."""
 
 
-def body_matrices(params: Any, *, head: bool = False) -> Matrices:
+def body_matrices(params: Params, *, head: bool = False) -> Matrices:
     """The linear layers' matrices, from the body alone, or with the head's where it has its own.
 
     Embeddings, norms, biases and the routers of a mixture of depths are never among them.
@@ -87,7 +88,7 @@ def body_matrices(params: Any, *, head: bool = False) -> Matrices:
     }
 
 
-def with_matrices(params: Any, matrices: Matrices) -> Any:
+def with_matrices(params: Params, matrices: Matrices) -> Params:
     """The parameters with these in place of their own."""
     return unflatten_dict({**flatten_dict(params), **matrices})
 
@@ -105,7 +106,7 @@ def highest(
     return ranks >= dropped[:, None]
 
 
-def zeros_of(params: Any, others: Any) -> Any:
+def zeros_of(params: Params, others: Params) -> Params:
     """`others`, with zeros where a matrix of the body in `params` has them."""
     theirs = flatten_dict(others)
     cut = {p: jnp.where(x == 0, 0, theirs[p]) for p, x in body_matrices(params).items()}
@@ -144,7 +145,7 @@ def gradual(c: CompressionConfig) -> optax.GradientTransformation:
     scope, schedule = SCOPES[c.sparsity_scope], rounds(c)
     steps = np.array(list(schedule), np.int32)
 
-    def make_zeros(updates: Any, params: Any, number: Any) -> Any:
+    def make_zeros(updates: Params, params: Params, number: Int[Array, ""]) -> Params:
         ours, theirs = body_matrices(params), flatten_dict(updates)
         shapes = {path: x.shape for path, x in ours.items()}
         sizes = scope.split({path: jnp.abs(x + theirs[path]) for path, x in ours.items()})
@@ -156,7 +157,7 @@ def gradual(c: CompressionConfig) -> optax.GradientTransformation:
         cut = {path: jnp.where(masks[path], theirs[path], -x) for path, x in ours.items()}
         return with_matrices(updates, cut)
 
-    def update(updates: Any, state: Rounds, params: Any = None) -> tuple[Any, Rounds]:
+    def update(updates: Params, state: Rounds, params: Params) -> tuple[Params, Rounds]:
         step = state.step + 1
         updates = jax.lax.cond(
             jnp.any(steps == step),

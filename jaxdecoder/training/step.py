@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxdecoder.config import Config, ConfigError
 from jaxdecoder.data.batches import Batch
@@ -17,22 +18,23 @@ from jaxdecoder.kernels.device import current_device
 from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.training.optimizers import (
-    Numbers,
+    Hyperparameters,
+    hyperparameters_of,
     keep_zeros,
     make_optimizer,
     make_schedule,
-    numbers_of,
 )
 from jaxdecoder.training.sparsity import gradual, zeros_of
+from jaxdecoder.typing import Params
 
 
 class State(NamedTuple):
     """All that training carries from step to step."""
 
     step: Int[Array, ""]
-    params: Any
-    optimizer: Any
-    ema: Any
+    params: Params
+    optimizer: optax.OptState
+    ema: PyTree
     """Moving average of the parameters; empty when it is off."""
 
 
@@ -48,6 +50,10 @@ Step = Callable[..., tuple[State, Metrics]]
 """(state, batch, what the objective holds) -> the next state and the metrics."""
 
 
+Gradients = tuple[Float[Array, ""], Params]
+"""A loss and its derivatives by the parameters."""
+
+
 class Objective(NamedTuple):
     """What training minimises.
 
@@ -58,9 +64,9 @@ class Objective(NamedTuple):
         as its batch. It has `weights`, and all its arrays begin with the axes (steps, batch).
     """
 
-    loss: Callable[[Any, Any, jax.Array, Any], Float[Array, ""]]
-    held: Any = ()
-    feed: Callable[[Batch, int, slice], Any] = lambda stacked, step, rows: stacked
+    loss: Callable[[Params, PyTree, jax.Array, PyTree], Float[Array, ""]]
+    held: PyTree = ()
+    feed: Callable[[Batch, int, slice], PyTree] = lambda stacked, step, rows: stacked
 
 
 def next_token(config: Config, dropout: Rate | None = None) -> Objective:
@@ -80,13 +86,13 @@ def next_token(config: Config, dropout: Rate | None = None) -> Objective:
     rate = config.model.dropout if dropout is None else dropout
     decoder = make_decoder(config)
 
-    def loss(params: Any, batch: Batch, key: jax.Array, held: Any) -> Any:
+    def loss(params: Params, batch: Batch, key: jax.Array, held: PyTree) -> jax.Array:
         return summed_cross_entropy(decoder, params, batch, dropout=rate, dropout_key=key)
 
     return Objective(loss)
 
 
-def compute_dtype(config: Config) -> Any:
+def compute_dtype(config: Config) -> np.dtype:
     """The dtype of the model's compute on the device that is traced for."""
     named = config.train.compute_dtype
     if named == "auto":
@@ -99,7 +105,7 @@ def make_decoder(config: Config) -> Decoder:
     return Decoder(config.model, dtype=compute_dtype(config))
 
 
-def init_params(config: Config, key: jax.Array) -> Any:
+def init_params(config: Config, key: jax.Array) -> Params:
     """Fresh weights."""
     tokens = jnp.zeros((1, min(2, config.model.context_length)), jnp.int32)
     return make_decoder(config).init(key, tokens)["params"]
@@ -110,46 +116,51 @@ def init_state(config: Config) -> State:
     return state_of(config, init_params(config, jax.random.key(config.train.seed)))
 
 
-def state_of(config: Config, params: Any) -> State:
+def state_of(config: Config, params: Params) -> State:
     """The state at step 0 of a run that starts from these weights."""
-    optimizer = optimizer_of(config, numbers_of(config)).init(params)
+    optimizer = optimizer_of(config, hyperparameters_of(config)).init(params)
     averaged = config.optimizer.ema_decay and not config.model.packed
     # A copy: the state is donated to every call, and no buffer may be given away twice.
     ema = jax.tree.map(jnp.copy, params) if averaged else ()
     return State(jnp.zeros((), jnp.int32), params, optimizer, ema)
 
 
-def optimizer_of(config: Config, numbers: Numbers) -> optax.GradientTransformation:
+def optimizer_of(config: Config, hyperparameters: Hyperparameters) -> optax.GradientTransformation:
     """The update rule, and what compressed weights keep to."""
     if config.model.packed:
         # Codes do not train, and need no moments: the count of steps is all the state there is.
         return optax.scale_by_schedule(lambda step: 0.0)
-    rule, compression = make_optimizer(config.optimizer, numbers), config.compression
+    rule, compression = make_optimizer(config.optimizer, hyperparameters), config.compression
     if compression.sparsity:
         return optax.chain(rule, keep_zeros(), gradual(compression))
     return optax.chain(rule, keep_zeros()) if compression.keep_zeros else rule
 
 
-def evaluated_params(state: State) -> Any:
+def evaluated_params(state: State) -> Params:
     """The weights to evaluate and sample with: the moving average where there is one."""
     return state.ema if state.ema != () else state.params
 
 
 def make_step(
-    config: Config, numbers: Numbers | None = None, objective: Objective | None = None
+    config: Config,
+    hyperparameters: Hyperparameters | None = None,
+    objective: Objective | None = None,
 ) -> Step:
-    """The pure train step of a config; `numbers`, which may be traced, stand in for its own."""
-    n = numbers_of(config) if numbers is None else numbers
-    loss = (objective or next_token(config, n.dropout)).loss
-    optimizer = optimizer_of(config, n)
-    schedule = make_schedule(config.optimizer, n.steps, n.learning_rate)
+    """The pure train step of a config.
+
+    `hyperparameters`, which may be traced, stand in for the config's own.
+    """
+    h = hyperparameters_of(config) if hyperparameters is None else hyperparameters
+    loss = (objective or next_token(config, h.dropout)).loss
+    optimizer = optimizer_of(config, h)
+    schedule = make_schedule(config.optimizer, h.steps, h.learning_rate)
     accumulation = config.train.gradient_accumulation
 
-    def gradients(params: Any, batch: Any, key: jax.Array, held: Any) -> tuple[Any, Any]:
+    def gradients(params: Params, batch: PyTree, key: jax.Array, held: PyTree) -> Gradients:
         if accumulation == 1:
             return jax.value_and_grad(loss)(params, batch, key, held)
 
-        def add_part(total: Any, part_and_key: Any) -> tuple[Any, None]:
+        def add_part(total: Gradients, part_and_key: PyTree) -> tuple[Gradients, None]:
             part = jax.value_and_grad(loss)(params, *part_and_key, held)
             return jax.tree.map(jnp.add, total, part), None
 
@@ -161,16 +172,16 @@ def make_step(
         total, _ = jax.lax.scan(add_part, zeros, (parts, jax.random.split(key, accumulation)))
         return total
 
-    def step(state: State, batch: Any, held: Any = ()) -> tuple[State, Metrics]:
+    def step(state: State, batch: PyTree, held: PyTree = ()) -> tuple[State, Metrics]:
         # A step's randomness depends on the seed and the step alone, so a run can stop anywhere.
-        key = jax.random.fold_in(jax.random.key(n.seed + 1), state.step)
+        key = jax.random.fold_in(jax.random.key(h.seed + 1), state.step)
         total, grads = gradients(state.params, batch, key, held)
         count = jnp.maximum(jnp.sum(batch.weights), 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = config.optimizer.ema_decay
-        ema = (
+        ema: PyTree = (
             jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
             if decay
             else ()
@@ -187,7 +198,7 @@ def make_step(
 def fuse(step: Step) -> Step:
     """Several steps as one: batches and metrics gain a leading axis."""
 
-    def several(state: State, batches: Any, held: Any = ()) -> tuple[State, Metrics]:
+    def several(state: State, batches: PyTree, held: PyTree = ()) -> tuple[State, Metrics]:
         return jax.lax.scan(lambda state, batch: step(state, batch, held), state, batches)
 
     return several
