@@ -139,7 +139,7 @@ class Packed:
 
     codes: Any
     scales: Any
-    zeros: jax.Array | None
+    zeros: Any
     scheme: Scheme = field(metadata={"static": True})
 
     @property
