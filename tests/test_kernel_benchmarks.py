@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import attention, tune_attention
 from jaxdecoder.kernels import flash, hopper, portable, scores, tuning
-from jaxdecoder.kernels.hopper.launch import Sizes
+from jaxdecoder.kernels.hopper.launch import TOTALS, Sizes
 
 
 def test_a_case_is_measured_or_refused():
@@ -150,6 +150,9 @@ def test_the_kernels_that_are_tuned_compute_what_the_implementation_does(impleme
     problem, known = tune_attention.problem_of(how.kinds["full"], (1, 64, 1, 128), "bfloat16")
     kernels = how.kernels(problem, known)
     for names in (*how.whole, *how.unordered):
+        if not set(names) <= kernels.keys():
+            assert not TOTALS
+            continue
         computed = []
         for name in names:
             function, arguments = kernels[name]
@@ -207,7 +210,7 @@ def test_tuned_variants_of_hopper_are_found_again_where_they_were_tuned(tmp_path
     mask = tune_attention.PLAIN_KINDS["full"]
     problem, known = tune_attention.problem_of(mask, (1, 256, 1, 128), "bfloat16")
     operands = known.operands
-    sizes = {"forward": [128, 2, 2, True, "early"], "qkv": [64, 2, 2, False, "late"]}
+    sizes = {"forward": [128, 2, 2, True, "early"], "queries": [64, 2], "kv": [64, 2]}
     tuning.write({tuning.key("hopper", problem, operands): sizes}, tmp_path / "tuned.json")
     written = tuning.table(tmp_path / "tuned.json")
     monkeypatch.setattr(tuning, "table", lambda: written)

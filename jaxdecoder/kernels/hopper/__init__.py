@@ -91,7 +91,7 @@ def sizes(problem: Problem, operands: Operands) -> dict[str, Sizes]:
     """Of each kernel: those measured on this card, or else the defaults."""
     plain, width = is_plain(problem), operands.q.shape[-1]
     tuned = tuning.table().get(tuning.key("hopper", problem, operands)) if plain else None
-    if tuned is not None:
+    if tuned is not None and tuned.keys() <= KERNELS.keys():
         return {kernel: Sizes(*chosen) for kernel, chosen in tuned.items()}
     table = PLAIN if plain else OTHERS
     return next(chosen for largest, chosen in table.items() if width <= largest)

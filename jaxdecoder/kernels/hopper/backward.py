@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecoder.kernels.hopper import tiles
 from jaxdecoder.kernels.hopper.launch import (
+    TOTALS,
     At,
     Kernel,
     Launch,
@@ -406,6 +407,6 @@ KEYS = {
         "kv": "keys_and_values",
         "k": "keys",
         "v": "values",
-        "qkv": "whole",
+        **({"qkv": "whole"} if TOTALS else {}),
     }.items()
 }

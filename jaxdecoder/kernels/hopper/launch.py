@@ -28,6 +28,8 @@ REGISTERS = {2: (24, 240), 3: (32, 160)}
 CACHE_BYTES = 32 * 2**20
 # Of the 227 KiB of shared memory that a block may have, what alignment leaves.
 SHARED_BYTES = 224 * 2**10
+# Whether a kernel may have results that start as zeros: since jax 0.11, like this function.
+TOTALS = hasattr(plgpu, "force_gpu_interpret_mode")
 
 
 class Sizes(NamedTuple):
