@@ -300,15 +300,13 @@ def walk(work: Work, at: At, members: int, visit: Callable[..., Any], carry: Any
     """Visits the columns of a row once for every member: first those that need no mask.
 
     `visit(check, step, carry)` is traced for both kinds; loops that are not nested leave more
-    registers to the accumulators. Nor are they adjacent, which compilers have got wrong: the
-    condition costs nothing.
+    registers to the accumulators.
     """
     full, end = work.full_counts[at.lists, at.row], work.counts[at.lists, at.row]
     for check, first, last in ((False, jnp.int32(0), full), (True, full, end)):
         span = last - first
         one = _one_step(visit, check, first, span, members)
-        loop = functools.partial(lax.fori_loop, 0, span * members, one)
-        carry = lax.cond(span > 0, loop, lambda carry: carry, carry) if check else loop(carry)
+        carry = _loop(span * members, one, carry, apart=check)
     return carry
 
 
@@ -335,14 +333,20 @@ def walk_ahead(
             span = last - first
             count = span * members - (partial if check else ~partial).astype(jnp.int32)
             one = _one_step(functools.partial(_and_more, visit), check, first, span, members)
-            loop = functools.partial(lax.fori_loop, 0, count, one)
-            carry = lax.cond(count > 0, loop, lambda carry: carry, carry) if check else loop(carry)
+            carry = _loop(count, one, carry, apart=check)
         first = jnp.where(partial, full, 0)
         span = end - first
         step = Step(end * members - 1, span * members - 1, first, span, members)
         return visit(True, step, *carry, False)[0]
 
     return lax.cond(end > 0, all_steps, lambda carry: carry, carry)
+
+
+def _loop(count: Any, one: Callable[[Any, Any], Any], carry: Any, apart: bool) -> Any:
+    """`one` so many times; `apart` from the loop before, for compilers have got adjacent loops
+    wrong, and a condition costs nothing."""
+    loop = functools.partial(lax.fori_loop, 0, count, one)
+    return lax.cond(count > 0, loop, lambda carry: carry, carry) if apart else loop(carry)
 
 
 def _and_more(visit: Callable[..., Any], check: bool, step: Step, carry: Any) -> Any:
