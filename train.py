@@ -21,7 +21,7 @@ def main() -> None:
     from jaxdecoder.compression.distillation import objective
     from jaxdecoder.sampling.generate import show_sample
     from jaxdecoder.training.devices import set_up
-    from jaxdecoder.training.loop import train
+    from jaxdecoder.training.single import train
 
     set_up(config)
     train(config, sampler=show_sample, objective=objective)

@@ -34,12 +34,12 @@ import jax
 import numpy as np
 
 from benchmarks.turns import HERE, describe, write
-from jaxdecoder.ablation.population import arrays_of, make_program
+from jaxdecoder.ablation.population import Program, arrays_of
 from jaxdecoder.config import load
 from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import prepare
 from jaxdecoder.training.devices import cores, one_device_a_core, stay_on
-from jaxdecoder.training.loop import complete
+from jaxdecoder.training.runs import complete
 from jaxdecoder.training.step import fuse, init_state, make_step
 
 ROOT = HERE.parent
@@ -164,7 +164,7 @@ def measure(way: str, members: int, core: int, steps: int = 100) -> float:
         call: Any = jax.jit(fuse(make_step(config)), donate_argnums=0)
     else:
         mapping = "gpu" if way == "vmap" else "cpu"
-        program = make_program(config, jax.devices(), mapping=mapping)
+        program = Program(config, jax.devices(), mapping=mapping)
         each = jax.tree.map(
             lambda x: np.stack([np.asarray(x)] * members), (state, arrays_of(config), batch)
         )

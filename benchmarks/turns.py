@@ -109,7 +109,7 @@ def describe(**more: Any) -> dict[str, Any]:
 
 def trained(config: Any) -> dict[str, Any]:
     """The summary of a config's run, which is trained if it is not there or not finished."""
-    from jaxdecoder.training.loop import train
+    from jaxdecoder.training.single import train
 
     path = Path(config.train.out) / "summary.json"
     return json.loads(path.read_text()) if path.exists() else train(config)

@@ -123,7 +123,7 @@ def main() -> None:
 
     from jaxdecoder.config import load
     from jaxdecoder.data.tokens import prepare
-    from jaxdecoder.training.loop import complete
+    from jaxdecoder.training.runs import complete
 
     config = load(PRESET, ["--train.steps", str(options.steps)])
     corpus = prepare(config.data)

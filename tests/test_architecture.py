@@ -180,7 +180,7 @@ def test_a_model_on_a_cpu_loads_no_kernels_of_a_gpu():
     program = f"""
 import sys
 import jax.numpy as jnp
-import jaxdecoder.training.loop
+import jaxdecoder.training.single
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.decoder import Decoder
 config = ModelConfig(vocab_size=9, context_length=256, d_model=16, n_layers=1, n_heads=1)

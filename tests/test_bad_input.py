@@ -11,8 +11,8 @@ import pytest
 from jaxdecoder.config import DataConfig, load
 from jaxdecoder.data import tokenizers
 from jaxdecoder.errors import UserError
-from jaxdecoder.training.loop import train
 from jaxdecoder.training.runs import load_model, lock
+from jaxdecoder.training.single import train
 from tests.runs import here, losses, script, write_config
 
 

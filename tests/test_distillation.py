@@ -24,8 +24,8 @@ from jaxdecoder.data.batches import Batch
 from jaxdecoder.data.tokenizers import Tokenizer
 from jaxdecoder.data.tokens import prepare
 from jaxdecoder.errors import UserError
-from jaxdecoder.training.loop import train
 from jaxdecoder.training.runs import load_model, read_config
+from jaxdecoder.training.single import train
 from jaxdecoder.training.step import next_token
 from tests.models import random_params, random_tokens, small
 from tests.runs import here, losses, write_config

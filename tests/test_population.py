@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from jaxdecoder.ablation import population, training
+from jaxdecoder.ablation import population
 from jaxdecoder.ablation import run as ablation
 from jaxdecoder.ablation.grid import read
 from jaxdecoder.ablation.population import MAPPINGS, most_at_once, program_key
 from jaxdecoder.ablation.training import Result, train_members
 from jaxdecoder.config import load
 from jaxdecoder.errors import UserError
-from jaxdecoder.training.loop import train
 from jaxdecoder.training.runs import load_model
+from jaxdecoder.training.single import train
 from tests.runs import losses, script, write_config
 
 STEPS = 10
@@ -117,7 +117,7 @@ def pair(tmp_path_factory):
     write_config(folder)
     count = population.memory_needed
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "memory_needed", lambda of: needed.append(count(of)) or count(of))
+        patch.setattr(population, "memory_needed", lambda of: needed.append(count(of)) or count(of))
         results = train_members(seeds(folder, 2), folder)
     return folder, results, max(needed)
 

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from jaxdecoder.config import load
-from jaxdecoder.training import loop
+from jaxdecoder.training import single
 from jaxdecoder.training.checkpoints import open_checkpoints, restore_latest, steps_in
-from jaxdecoder.training.loop import boundary, saves, steps_a_call, train
+from jaxdecoder.training.loop import boundary, steps_a_call
+from jaxdecoder.training.record import saves
 from jaxdecoder.training.runs import read_config
+from jaxdecoder.training.single import train
 from jaxdecoder.training.step import init_state
 from tests.runs import losses, script, write_config
 
@@ -28,9 +30,9 @@ def final_state(run: Path):
     like = jax.eval_shape(lambda: init_state(read_config(run)))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
-    state = restore_latest(open_checkpoints(run, read_only=True), like)
-    assert state is not None
-    return state
+    found = restore_latest(open_checkpoints(run, read_only=True), like)
+    assert found is not None
+    return found[1]
 
 
 def assert_same_bits(a, b):
@@ -132,7 +134,7 @@ def test_better_models_are_saved_no_more_often_than_asked(tmp_path, every, saved
 def test_a_better_model_is_better_than_those_that_were_saved(tmp_path, monkeypatch):
     """Step 4 is the best, but not saved; step 6 is, which a run resumed after 4 does as well."""
     validation = iter([3.0, 1.0, 2.0, 4.0])  # after 2, 4, 6 and 8 steps; at the end 5.0
-    monkeypatch.setattr(loop, "make_evaluator", lambda _: lambda *_: next(validation, 5.0))
+    monkeypatch.setattr(single, "make_evaluator", lambda _: lambda *_: next(validation, 5.0))
     given = {"steps": 8, "evaluate-every": 2, "checkpoint-every": 100, "best-every": 6}
     overrides = [f"--train.{name}={value}" for name, value in given.items()]
     summary = train(load(write_config(tmp_path), overrides))

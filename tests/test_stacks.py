@@ -18,9 +18,9 @@ from benchmarks.upper_triangle import upper_triangle
 from jaxdecoder import Decoder
 from jaxdecoder.config import Config, load
 from jaxdecoder.sampling.generate import generate
-from jaxdecoder.training.loop import train
 from jaxdecoder.training.runs import load_model
 from jaxdecoder.training.sharding import state_sharding
+from jaxdecoder.training.single import train
 from jaxdecoder.training.step import init_state
 from tests.runs import losses, write_config
 

@@ -11,10 +11,14 @@ A member computes what its solo run computes, up to rounding.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +27,30 @@ import psutil
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdecoder.config import Config, to_dict
-from jaxdecoder.data.batches import Batch
+from jaxdecoder.data.batches import Batch, Feed, SplitName
+from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
 from jaxdecoder.training.devices import compiled_soon
 from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.training.optimizers import Hyperparameters, hyperparameters_of
-from jaxdecoder.training.step import Metrics, State, make_decoder, make_step
+from jaxdecoder.training.step import (
+    Metrics,
+    State,
+    evaluated_params,
+    init_params,
+    init_state,
+    make_decoder,
+    make_step,
+    state_of,
+)
+from jaxdecoder.typing import Params
 
 AXIS = "members"
 
+TOKENS_A_CALL = 1 << 11
+"""Smaller batches are evaluated several at once, or the devices would wait for the host."""
+
+T = TypeVar("T")
 
 MEMBERS_OWN = (
     "optimizer.learning_rate",
@@ -108,63 +127,178 @@ def member_steps(
     return several
 
 
-class Program(NamedTuple):
-    """The compiled functions of a population; all arrays have a leading member axis."""
+class Program:
+    """The compiled functions of a population; all arrays have a leading member axis.
 
-    advance: Any
-    """(states, hyperparameters, batches) -> states, metrics"""
-    evaluate: Any
-    """(params, batch without member axis) -> summed loss of every member"""
-    sharding: NamedSharding
-    everywhere: NamedSharding
-    options: dict[str, Any] | None
-    """For the compiler."""
+    `config` is that of the member with the most steps; all are complete.
 
+    advance: (states, hyperparameters, batches) -> states, metrics.
+    evaluate: (params, batch without member axis) -> the summed loss of every member.
+    """
 
-def make_program(
-    config: Config,
-    devices: Sequence[jax.Device],
-    *,
-    ends_differ: bool = False,
-    dropout_differs: bool = False,
-    mapping: str | None = None,
-) -> Program:
-    """The program of one config on these devices, which members divide over."""
-    mesh = Mesh(np.array(devices), (AXIS,))
-    across = MAPPINGS[mapping or devices[0].platform]
-    options = compiled_soon(devices[0].platform)
-    split, whole = PartitionSpec(AXIS), PartitionSpec()
-    decoder = make_decoder(config)
-    steps = member_steps(config, ends_differ=ends_differ, dropout_differs=dropout_differs)
+    def __init__(
+        self,
+        config: Config,
+        devices: Sequence[jax.Device],
+        *,
+        ends_differ: bool = False,
+        dropout_differs: bool = False,
+        mapping: str | None = None,
+    ):
+        self.config = config
+        mesh = Mesh(np.array(devices), (AXIS,))
+        self.sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+        self.everywhere = NamedSharding(mesh, PartitionSpec())
+        self.options = compiled_soon(devices[0].platform)
+        across = MAPPINGS[mapping or devices[0].platform]
+        decoder = make_decoder(config)
+        steps = member_steps(config, ends_differ=ends_differ, dropout_differs=dropout_differs)
 
-    def evaluate(params: Any, batch: Batch) -> Any:
-        return across(lambda params: summed_cross_entropy(decoder, params, batch))(params)
+        def evaluate(params: Params, batch: Batch) -> jax.Array:
+            return across(lambda params: summed_cross_entropy(decoder, params, batch))(params)
 
-    def spread(function: Any, in_specs: Any) -> Any:
-        # Members never speak to one another, so nothing needs to be known of what varies.
-        return jax.shard_map(
-            function, mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False
+        def spread(function: Callable[..., Any], *specs: PartitionSpec) -> Callable[..., Any]:
+            # Members never speak to one another, so nothing needs to be known of what varies.
+            return jax.shard_map(
+                function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False
+            )
+
+        split, whole = PartitionSpec(AXIS), PartitionSpec()
+        self.advance = jax.jit(
+            spread(across(steps), split, split, split),
+            donate_argnums=0,
+            compiler_options=self.options,
+        )
+        self.evaluate = jax.jit(spread(evaluate, split, whole), compiler_options=self.options)
+        # What is asked for its memory is what runs.
+        self.advance_of = functools.cache(self._advance_of)
+        self.evaluate_of = functools.cache(self._evaluate_of)
+
+    @property
+    def batches_a_call(self) -> int:
+        """How many batches are evaluated at once."""
+        t = self.config.train
+        return max(1, TOKENS_A_CALL // (t.batch_size * self.config.model.context_length))
+
+    def shapes(self, members: int) -> State:
+        """Return the shapes and shardings of the state of so many members."""
+        return self._of_members(members, jax.eval_shape(partial(init_state, self.config)))
+
+    def memory_needed(self, members: int, steps: int) -> int:
+        """Return the bytes on each device that so many members need, so many steps a call."""
+        compiled = (self.advance_of(members, steps), self.evaluate_of(members))
+        return max(map(memory_needed, compiled))
+
+    def _advance_of(self, members: int, steps: int) -> jax.stages.Compiled:
+        """Compile `advance` for so many members and steps a call."""
+        c = self.config
+        shape = (steps, c.train.batch_size, c.model.context_length)
+        tokens, weights = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.float32))
+        each = (jax.eval_shape(partial(arrays_of, c)), Batch(tokens, tokens, weights))  # type: ignore[arg-type]
+        others = self._of_members(members, each)
+        return self.advance.lower(self.shapes(members), *others).compile()
+
+    def _evaluate_of(self, members: int) -> jax.stages.Compiled:
+        """Compile `evaluate` for so many members."""
+        c = self.config
+        shape = (self.batches_a_call * c.train.batch_size, c.model.context_length)
+        tokens, weights = (
+            jax.ShapeDtypeStruct(shape, kind, sharding=self.everywhere)
+            for kind in (jnp.int32, jnp.float32)
+        )
+        params = evaluated_params(self.shapes(members))
+        return self.evaluate.lower(params, Batch(tokens, tokens, weights)).compile()  # type: ignore[arg-type]
+
+    def _of_members(self, members: int, each: T) -> T:
+        return jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct((members, *s.shape), s.dtype, sharding=self.sharding),
+            each,
         )
 
-    return Program(
-        jax.jit(
-            spread(across(steps), (split, split, split)),
-            donate_argnums=0,
-            compiler_options=options,
-        ),
-        jax.jit(spread(evaluate, (split, whole)), compiler_options=options),
-        NamedSharding(mesh, split),
-        NamedSharding(mesh, whole),
-        options,
-    )
+
+class Population:
+    """The `Placement` of members that share a program: each device has some of them."""
+
+    def __init__(
+        self, members: Sequence[Config], program: Program, corpus: Corpus, steps_per_call: int
+    ):
+        self.program, self.corpus, self.steps_per_call = program, corpus, steps_per_call
+        # Members divide over the devices, so the last one is repeated until they do.
+        self.count = len(members)
+        self.padded = [*members] + [members[-1]] * (-len(members) % program.sharding.mesh.size)
+        self.like = program.shapes(len(self.padded))
+        self.hyperparameters = self._place([arrays_of(config) for config in self.padded])
+
+    def start(self, params: Params | None) -> State:
+        """Return the states at step 0: of these weights, or each member's fresh ones."""
+        to_state = jax.jit(partial(state_of, self.program.config))
+        if params is not None:
+            return self._place([jax.tree.map(np.asarray, to_state(params))] * len(self.padded))
+        # Weights and optimiser apart: other programs of this shape have the first in common.
+        makers: dict[float, Callable[[jax.Array], Params]] = {}
+        fresh = []
+        for config in self.padded:
+            # Members of one program differ in their first weights by seed and scale alone.
+            make = makers.setdefault(
+                config.model.init_std,
+                jax.jit(partial(init_params, config), compiler_options=self.program.options),
+            )
+            own = make(jax.random.key(config.train.seed))
+            fresh.append(jax.tree.map(np.asarray, to_state(own)))
+        return self._place(fresh)
+
+    def advance(self, state: State, step: int, count: int) -> tuple[State, Metrics]:
+        """Take `count` steps from `step` on; members with one seed see the same batches."""
+        config = self.program.config
+        by_seed = {
+            seed: Feed.of(with_seed(config, seed), self.corpus, "train").at(step, count)
+            for seed in {config.train.seed for config in self.padded}
+        }
+        batches = self._place([by_seed[config.train.seed] for config in self.padded])
+        advance = self.program.advance_of(len(self.padded), count)
+        new: tuple[State, Metrics] = advance(state, self.hyperparameters, batches)
+        return new
+
+    def losses(self, state: State, split: SplitName, count: int | None) -> list[float]:
+        """Return each member's mean loss over (the first `count`) fixed batches of a split."""
+        program = self.program
+        each = Feed.of(program.config, self.corpus, split).fixed(count)
+        at_once, call = program.batches_a_call, program.evaluate_of(len(self.padded))
+        params, losses, weights = evaluated_params(state), [], []
+        while several := list(islice(each, at_once)):
+            # The last call is filled up at weight 0, so that all have one shape.
+            nothing = several[0]._replace(weights=np.zeros_like(several[0].weights))
+            several += [nothing] * (at_once - len(several))
+            batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *several)
+            losses.append(call(params, jax.device_put(batch, program.everywhere)))
+            weights.append(float(batch.weights.sum()))
+        sums = np.sum(np.asarray(losses, np.float64), axis=0)
+        return [float(s) / max(1.0, sum(weights)) for s in sums[: self.count]]
+
+    def members(self, state: State) -> Iterator[State]:
+        """Return the state of each member by itself, on the host."""
+        host = jax.tree.map(np.asarray, state)
+        return (jax.tree.map(lambda leaf, i=i: leaf[i], host) for i in range(self.count))
+
+    def _place(self, each: Sequence[T]) -> T:
+        """Return one tree a member as one tree of arrays with a member axis, on the devices."""
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+        placed: T = jax.device_put(stacked, self.program.sharding)
+        return placed
+
+
+def with_seed(config: Config, seed: int) -> Config:
+    """Return the same run from another seed."""
+    return replace(config, train=replace(config.train, seed=seed))
 
 
 # --- Memory ---------------------------------------------------------------------------------------
 
 
-def memory_needed(compiled: Any) -> int:
+def memory_needed(compiled: jax.stages.Compiled) -> int:
     """Bytes on each device that a compiled program needs, by the compiler's own count."""
     m = compiled.memory_analysis()
+    assert m is not None  # every backend of this project counts
     return int(
         m.argument_size_in_bytes
         + m.output_size_in_bytes

@@ -21,7 +21,7 @@ from jaxdecoder.data.tokens import prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.helpers import SPAWN, no_main_module, start_helper
 from jaxdecoder.training.devices import stay_on
-from jaxdecoder.training.loop import with_source_tokenizer
+from jaxdecoder.training.runs import with_source_tokenizer
 
 
 def train_on_cores(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxdecoder.config import Config, DistillationConfig
-from jaxdecoder.data import tokenizers
 from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import Corpus, prepare
 from jaxdecoder.errors import UserError
@@ -22,7 +21,7 @@ from jaxdecoder.files import write_atomically
 from jaxdecoder.kernels import packing
 from jaxdecoder.training import checkpoints, runs
 from jaxdecoder.training.evaluation import make_evaluator
-from jaxdecoder.training.loop import Sampler, ToObjective, train
+from jaxdecoder.training.single import Sampler, ToObjective, train
 from jaxdecoder.training.step import make_decoder, next_token, state_of
 
 
@@ -136,12 +135,11 @@ def _begin(
         **made.notes,
     }
     with runs.lock(run), checkpoints.full_disk_explained(run):
-        runs.write_config(run, new, corpus.key)
-        tokenizers.save(corpus.tokenizer, run / "tokenizer.json")
+        runs.begin(new, corpus)
         write_atomically(run / "samples.txt", f"--- {source} ---\n{text}\n")
         write_atomically(run / "compression.json", json.dumps(told, indent=2) + "\n")
         manager = checkpoints.open_checkpoints(run, keep=new.train.keep)
-        checkpoints.save(manager, state_of(new, made.params), loss)
+        checkpoints.save(manager, 0, state_of(new, made.params), loss)
         manager.wait_until_finished()
         manager.close()
 

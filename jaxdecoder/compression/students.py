@@ -27,8 +27,7 @@ from jaxdecoder.data.tokenizers import Tokenizer
 from jaxdecoder.data.tokens import prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.layers import serial
-from jaxdecoder.training.loop import complete
-from jaxdecoder.training.runs import Model, load_model
+from jaxdecoder.training.runs import Model, complete, load_model
 from jaxdecoder.training.step import init_state
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
@@ -76,11 +75,11 @@ def best_loss(folder: Path, since: int = 0) -> float:
     return min((loss for loss in losses if loss is not None), default=math.inf)
 
 
-def save(manager: ocp.CheckpointManager, state: State, validation_loss: float) -> None:
-    """Starts writing the state; it is on disk once `manager.wait_until_finished` returns."""
+def save(manager: ocp.CheckpointManager, step: int, state: State, validation_loss: float) -> None:
+    """Start writing the state; it is on disk once `manager.wait_until_finished` returns."""
     arguments = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
     manager.save(
-        int(state.step),
+        step,
         args=ocp.args.Composite(**arguments),
         metrics={METRIC: validation_loss},
         force=True,
@@ -89,8 +88,10 @@ def save(manager: ocp.CheckpointManager, state: State, validation_loss: float) -
 
 def restore_latest(
     manager: ocp.CheckpointManager, like: State, say: Callable[[str], None] = print
-) -> State | None:
-    """The newest state that can be read, placed as `like` (shapes with shardings), or None.
+) -> tuple[int, State] | None:
+    """Return the newest step that can be read and its state, placed as `like`, or None.
+
+    `like` has shapes with shardings.
 
     Newer ones that cannot be read are moved to the run's `damaged/` folder. If none can be read,
     the fault may lie elsewhere (memory, permissions): nothing is moved and a `UserError` raised.
@@ -109,8 +110,8 @@ def restore_latest(
             _set_aside(folder, broken, why, say)
         if failures:
             manager.reload()
-        counter = jax.device_put(jnp.asarray(step, jnp.int32), like.step.sharding)
-        return State(counter, read["params"], read["optimizer"], read.get("ema", ()))
+        counter = jax.device_put(np.full(like.step.shape, step, np.int32), like.step.sharding)
+        return step, State(counter, read["params"], read["optimizer"], read.get("ema", ()))
     if failures:
         listed = "".join(f"\n  {step}: {why}" for step, why in failures.items())
         raise UserError(f"{folder}: none of these checkpoints can be read:{listed}")

@@ -1,9 +1,8 @@
-"""What a run writes down: metrics.jsonl, TensorBoard events, a progress bar and a loss curve."""
+"""What a person sees of a run: its progress, TensorBoard events, and a loss curve."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,17 +14,17 @@ from jaxdecoder.files import write_atomically
 from jaxdecoder.training.devices import is_first_host
 
 
-class Log:
-    """The record of one run, on disk and on the terminal; of several hosts, the first one's."""
+class Screen:
+    """The terminal of one run, with a progress bar, and its TensorBoard events.
 
-    def __init__(self, run: Path, *, steps: int, start: int, tensorboard: bool):
-        first = is_first_host()
-        kept = keep_metrics(run, start) if first else []
-        self.path = run / "metrics.jsonl"
-        self.earlier_seconds = float(kept[-1].get("seconds", 0.0)) if kept else 0.0
-        self.file = (self.path if first else Path(os.devnull)).open("a", encoding="utf-8")
-        self.writer = _tensorboard_writer(run, start) if tensorboard and first else None
-        self.console = Console(quiet=not first)
+    Of several hosts, the first one's.
+    """
+
+    def __init__(self, run: Path, *, steps: int, tensorboard: bool):
+        self.run, self.first = run, is_first_host()
+        self.tensorboard = tensorboard and self.first
+        self.writer: Any = None
+        self.console = Console(quiet=not self.first)
         self.progress = Progress(
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
@@ -33,10 +32,10 @@ class Log:
             TimeRemainingColumn(compact=True),
             console=self.console,
         )
-        self.task = self.progress.add_task("training", total=steps, completed=start, shown="")
+        self.task = self.progress.add_task("training", total=steps, shown="")
         self.shown: dict[str, float] = {}
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> Screen:
         self.progress.start()
         return self
 
@@ -47,14 +46,17 @@ class Log:
         trace: TracebackType | None,
     ) -> None:
         self.progress.stop()
-        self.file.close()
         if self.writer is not None:
             self.writer.close()
 
-    def write(self, step: int, **metrics: float) -> None:
-        """One line of metrics.jsonl, and the progress bar brought up to date."""
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
+    def begin(self, step: int) -> None:
+        """Start the progress bar, and the events, at this step."""
+        self.progress.update(self.task, completed=step)
+        if self.tensorboard:
+            self.writer = _tensorboard_writer(self.run, step)
+
+    def show(self, step: int, metrics: dict[str, float]) -> None:
+        """Show what was measured at a step."""
         if self.writer is not None:
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
@@ -65,21 +67,28 @@ class Log:
             self.say(f"step {step}: {_summary(self.shown)}")
 
     def say(self, text: str) -> None:
-        """A line above the progress bar."""
+        """Print a line above the progress bar."""
         self.progress.console.print(
             text, markup=False, emoji=False, highlight=False, soft_wrap=True
         )
 
+    def sample(self, step: int, text: str) -> None:
+        """Print a text that the model wrote at a step, and keep it in samples.txt."""
+        self.say(f"\n--- a sample at step {step} ---\n{text}\n---\n")
+        if self.first:
+            with (self.run / "samples.txt").open("a", encoding="utf-8") as file:
+                file.write(f"--- step {step} ---\n{text}\n")
+
 
 def keep_metrics(run: Path, start: int) -> list[dict[str, Any]]:
-    """Drops the lines of metrics.jsonl past a checkpoint: their steps will be taken again."""
+    """Drop the lines of metrics.jsonl past a checkpoint: their steps will be taken again."""
     kept = [line for line in read_metrics(run) if line["step"] <= start]
     write_atomically(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; one cut short by a kill is dropped."""
+    """Return the lines of a run's metrics.jsonl; one cut short by a kill is dropped."""
     path = run / "metrics.jsonl"
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -91,7 +100,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def draw_losses(run: Path) -> None:
-    """Draws loss.png from metrics.jsonl."""
+    """Draw loss.png from metrics.jsonl."""
     from matplotlib.figure import Figure
 
     metrics = read_metrics(run)

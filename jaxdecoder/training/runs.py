@@ -14,12 +14,14 @@ import filelock
 import jax
 import jax.numpy as jnp
 
-from jaxdecoder.config import Config, differences, from_dict, read_toml, to_toml
+from jaxdecoder.config import Config, ConfigError, differences, from_dict, read_toml, to_toml
 from jaxdecoder.data import tokenizers
+from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.decoder import Decoder
 from jaxdecoder.errors import UserError
 from jaxdecoder.files import write_atomically
 from jaxdecoder.training.checkpoints import restore_params, steps_in
+from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.step import init_state, make_decoder
 from jaxdecoder.typing import Params
 
@@ -147,12 +149,55 @@ def check_same_model(config: Config, theirs: Config) -> None:
         )
 
 
+def with_source_tokenizer(config: Config) -> Config:
+    """Return the config with the tokenizer of the run that it starts from, if it does from one."""
+    if not config.train.init_from or config.data.tokenizer_path:
+        return config
+    # The weights know its tokens and no others.
+    path = str(Path(config.train.init_from) / "tokenizer.json")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer_path=path))
+
+
+def source_params(config: Config) -> Params:
+    """Return the weights of the run that this one starts from.
+
+    Raises:
+        UserError: if they are those of another model.
+    """
+    source = load_model(config.train.init_from)
+    check_same_model(config, source.config)
+    return source.params
+
+
+def complete(config: Config, corpus: Corpus) -> Config:
+    """Return the config with what the tokenizer and the shapes decide filled in."""
+    model, entries = config.model.resolve(), corpus.tokenizer.vocab_size
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=entries)
+    elif model.vocab_size < entries:
+        raise ConfigError(
+            "model.vocab_size",
+            model.vocab_size,
+            f"the tokenizer has {entries} entries; leave it out",
+        )
+    return dataclasses.replace(config, model=model)
+
+
+def begin(config: Config, corpus: Corpus) -> None:
+    """Write what a run has from its start: its complete config, its tokenizer, its corpus' key."""
+    if is_first_host():
+        run = Path(config.train.out)
+        run.mkdir(parents=True, exist_ok=True)
+        write_config(run, config, corpus.key)
+        tokenizers.save(corpus.tokenizer, run / "tokenizer.json")
+
+
 def write_config(run: Path, config: Config, corpus_key: str) -> None:
-    """Writes the complete config, and what its corpus and tokenizer are known by."""
+    """Write the complete config, and what its corpus and tokenizer are known by."""
     write_atomically(run / "config.toml", to_toml(config))
     write_atomically(run / "corpus_key", corpus_key)
 
 
 def write_summary(run: Path, summary: dict[str, Any]) -> None:
-    """Writes summary.json."""
+    """Write summary.json."""
     write_atomically(run / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -1,0 +1,171 @@
+"""A run by itself: a loop with one member, its batch divided over the devices of all hosts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+from jax.sharding import NamedSharding
+from jaxtyping import PyTree
+
+from jaxdecoder.config import Config
+from jaxdecoder.data import tokenizers
+from jaxdecoder.data.batches import Batch, Feed, SplitName
+from jaxdecoder.data.tokens import Corpus, prepare
+from jaxdecoder.errors import UserError
+from jaxdecoder.training import checkpoints, runs
+from jaxdecoder.training.devices import compiled_soon, is_first_host
+from jaxdecoder.training.evaluation import make_evaluator
+from jaxdecoder.training.logging import Screen, draw_losses
+from jaxdecoder.training.loop import Watch, steps_a_call, train_together
+from jaxdecoder.training.record import Summary
+from jaxdecoder.training.sharding import batch_sharding, everywhere, make_mesh, state_sharding
+from jaxdecoder.training.step import (
+    Metrics,
+    Objective,
+    State,
+    evaluated_params,
+    fuse,
+    init_state,
+    make_decoder,
+    make_step,
+    next_token,
+    state_of,
+)
+from jaxdecoder.typing import Params
+
+Sampler = Callable[[Config, Params, tokenizers.Tokenizer], str]
+ToObjective = Callable[[Config], Objective]
+
+
+def train(
+    config: Config, *, sampler: Sampler | None = None, objective: ToObjective = next_token
+) -> Summary:
+    """Train a run to its end, from where it stopped if it has begun; return its summary.
+
+    `sampler` makes the text shown every `train.sample_every` steps and at the end; `objective` says
+    of the complete config what is minimised.
+
+    Raises:
+        UserError: if the run's folder is in use or has another config, or if its loss is no longer
+            finite.
+    """
+    run, t = Path(config.train.out), config.train
+    with runs.lock(run) if is_first_host() else contextlib.nullcontext():
+        runs.check_same_config(run, config)
+        config = runs.with_source_tokenizer(config)
+        corpus = prepare(config.data)
+        runs.check_same_corpus(run, corpus.key)
+        config = runs.complete(config, corpus)
+        with checkpoints.full_disk_explained(run):
+            alone = Alone(config, corpus, objective(config))
+
+        def began(step: int, parameters: int) -> None:
+            screen.begin(step)
+            screen.say(_greeting(run, config, corpus, parameters, alone.mesh.size, step))
+
+        def sample(state: State) -> str:
+            assert sampler is not None
+            return sampler(config, evaluated_params(state), corpus.tokenizer)
+
+        def passed(step: int, state: State) -> None:
+            if sampler is not None and t.sample_every and step % t.sample_every == 0:
+                screen.sample(step, sample(state))
+
+        def stop(error: UserError) -> None:
+            raise error
+
+        with Screen(run, steps=t.steps, tensorboard=t.tensorboard) as screen:
+            watch = Watch(began, screen.show, passed, stop)
+            state, (summary,) = train_together([config], corpus, alone, run, watch=watch)
+            if is_first_host():
+                draw_losses(run)
+            if sampler is not None and not (t.sample_every and t.steps % t.sample_every == 0):
+                screen.sample(t.steps, sample(state))
+            screen.say(
+                f"done: train {summary['train_loss']:.4f}, validation "
+                f"{summary['validation_loss']:.4f} nats a token, "
+                f"{summary['bits_per_byte']:.4f} bits a byte (a bigram model: "
+                f"{summary['bigram_loss']:.4f} nats); talk to it with: python sample.py {run}"
+            )
+    return summary
+
+
+class Alone:
+    """The `Placement` of a single member: each device has a part of every batch."""
+
+    def __init__(self, config: Config, corpus: Corpus, objective: Objective):
+        self.config, self.corpus, self.objective = config, corpus, objective
+        self.steps_per_call = steps_a_call(config, config.train.steps_per_call)
+        self.mesh = make_mesh(config)
+        shapes = jax.eval_shape(partial(init_state, config))
+        self.shardings = state_sharding(shapes, self.mesh, fsdp=config.train.fsdp)
+        self.like = jax.tree.map(
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+            shapes,
+            self.shardings,
+        )
+        self.held = jax.device_put(objective.held, everywhere(self.mesh))
+        self._evaluate = make_evaluator(make_decoder(config))
+        self._call = jax.jit(
+            fuse(make_step(config, objective=objective)),
+            donate_argnums=0,
+            in_shardings=(self.shardings, batch_sharding(self.mesh, 1), everywhere(self.mesh)),
+            out_shardings=(self.shardings, None),
+        )
+
+    def start(self, params: Params | None) -> State:
+        """Return the state at step 0: of these weights, or fresh ones."""
+        if params is not None:
+            return jax.jit(partial(state_of, self.config), out_shardings=self.shardings)(params)
+        # Random numbers take an optimising compiler seconds, and are drawn once.
+        return jax.jit(
+            partial(init_state, self.config),
+            out_shardings=self.shardings,
+            compiler_options=compiled_soon(jax.default_backend()),
+        )()
+
+    def advance(self, state: State, step: int, count: int) -> tuple[State, Metrics]:
+        """Take `count` steps from `step` on, each host giving its rows of the batches."""
+        rows = self._rows()
+        stacked = Feed.of(self.config, self.corpus, "train").at(step, count, rows)
+        batches = _place(self.objective.feed(stacked, step, rows), batch_sharding(self.mesh, 1))
+        return self._call(state, batches, self.held)
+
+    def losses(self, state: State, split: SplitName, count: int | None) -> Sequence[float]:
+        """Return the mean loss over `count` fixed batches of a split, or over all of it."""
+        return [self._evaluate(evaluated_params(state), self._fixed(split, count))]
+
+    def members(self, state: State) -> Sequence[State]:
+        """Return the state."""
+        return [state]
+
+    def _fixed(self, split: SplitName, count: int | None) -> Iterator[Batch]:
+        each = Feed.of(self.config, self.corpus, split).fixed(count, self._rows())
+        return (_place(batch, batch_sharding(self.mesh)) for batch in each)
+
+    def _rows(self) -> slice:
+        """Return which rows of a batch this host gives."""
+        share = self.config.train.batch_size // jax.process_count()
+        return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+def _place(batch: PyTree, sharding: NamedSharding) -> PyTree:
+    return jax.tree.map(
+        lambda array: jax.make_array_from_process_local_data(sharding, array), batch
+    )
+
+
+def _greeting(
+    run: Path, config: Config, corpus: Corpus, parameters: int, devices: int, step: int
+) -> str:
+    platform = jax.devices()[0].platform
+    begun = f"going on at step {step}" if step else "from the start"
+    return (
+        f"{run}: {parameters:,} parameters, {len(corpus.train.tokens):,} training tokens of "
+        f"{corpus.tokenizer.vocab_size:,} kinds, on {devices} {platform} "
+        f"device{'s' if devices > 1 else ''}, {begun}"
+    )
