@@ -16,7 +16,7 @@ from jaxdecoder.config import ConfigError, ModelConfig
 from jaxdecoder.kernels.cross_entropy import cross_entropy, head_logits
 from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.kernels.packing import Packed, straight_through
-from jaxdecoder.layers import copying, serial, stacks
+from jaxdecoder.layers import copying, serial, stacks, tree
 from jaxdecoder.layers.cache import Cache, Caches, Cursor
 from jaxdecoder.layers.copying import Copying
 from jaxdecoder.layers.depth import Passed, exits_of
@@ -201,7 +201,7 @@ class Decoder(nn.Module):
 
 def unroll_params(params: Params, config: ModelConfig) -> Params:
     """The parameters of a decoder as those of the same decoder with `unrolled`."""
-    return {**params, "body": LAYOUTS[config.layout].unroll(params["body"], config)}
+    return {**params, tree.BODY: LAYOUTS[config.layout].unroll(params[tree.BODY], config)}
 
 
 def empty_cache(config: ModelConfig, batch: int, *, dtype: DTypeLike = jnp.float32) -> Cache:

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxdecoder import Decoder
 from jaxdecoder.compression.importance import by_gates, cosine, influence
-from jaxdecoder.compression.parts import BLOCKS, PARTS, kept
+from jaxdecoder.compression.parts import PARTS, kept
 from jaxdecoder.config import Config
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.errors import UserError
@@ -22,6 +22,7 @@ from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.positions import POSITIONS
 from jaxdecoder.layers.serial import periods, turn
+from jaxdecoder.layers.tree import SERIAL
 from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.training.runs import Model
 from tests.models import (
@@ -197,11 +198,11 @@ def test_removing_layers_gives_the_logits_of_zeroing_what_they_add(changes):
     config = small(n_layers=4, **changes)
     params, fewer, smaller, keep = without("layers", config)
     assert_smaller(smaller, fewer)
-    gone = np.setdiff1d(np.arange(periods(config)), keep[BLOCKS])
+    gone = np.setdiff1d(np.arange(periods(config)), keep[SERIAL])
     assert len(gone) == periods(config) // 2
 
     def cut(path, leaf):
-        if path[:2] == BLOCKS and path[-2] in ("out", "down"):
+        if path[:2] == SERIAL and path[-2] in ("out", "down"):
             leaf = np.array(leaf)
             leaf[gone] = 0
         return leaf
@@ -295,7 +296,7 @@ def test_importance_is_the_slope_of_the_loss_along_gates(name, measure):
 def test_influence_is_one_less_the_cosine_of_the_stream_before_and_after():
     config = small(n_layers=4, depth="mixture_of_depths")
     model, batch = model_of(config), batch_of(config)
-    found = influence(model, [batch])[BLOCKS]
+    found = influence(model, [batch])[SERIAL]
     _, seen = jax.jit(
         lambda p, t: model.decoder.apply(
             {"params": p}, t, method="features", mutable=["intermediates"]

@@ -40,10 +40,11 @@ from jaxdecoder.compression.sparsity import NEEDS
 from jaxdecoder.config import CompressionConfig, to_toml
 from jaxdecoder.data.batches import Feed
 from jaxdecoder.errors import UserError
+from jaxdecoder.layers.tree import body_matrices
 from jaxdecoder.training.evaluation import make_evaluator
 from jaxdecoder.training.runs import load_model, read_config
 from jaxdecoder.training.single import train
-from jaxdecoder.training.sparsity import SCOPES, body_matrices, count_of
+from jaxdecoder.training.sparsity import SCOPES, count_of
 from jaxdecoder.training.step import init_state
 from tests.runs import here, losses, script
 from tests.test_resume import assert_same_bits, final_state

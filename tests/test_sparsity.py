@@ -22,9 +22,10 @@ from jaxdecoder.config import CompressionConfig, ConfigError, load
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.errors import UserError
 from jaxdecoder.layers.feed_forward import FeedForward
+from jaxdecoder.layers.tree import body_matrices
 from jaxdecoder.training.optimizers import keep_zeros
 from jaxdecoder.training.runs import load_model
-from jaxdecoder.training.sparsity import SCOPES, body_matrices, gradual, rounds
+from jaxdecoder.training.sparsity import SCOPES, gradual, rounds
 from tests.models import random_params, random_tokens, small
 from tests.runs import write_config
 

@@ -16,7 +16,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 from rich.progress import track
 
@@ -24,10 +23,11 @@ from jaxdecoder.config import Config
 from jaxdecoder.data.batches import Batch, Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
+from jaxdecoder.layers import tree
 from jaxdecoder.layers.depth import Routed
+from jaxdecoder.layers.tree import Matrices, body_matrices
 from jaxdecoder.training.evaluation import predicted
 from jaxdecoder.training.runs import Model
-from jaxdecoder.training.sparsity import Matrices, body_matrices
 
 SOWN = "of_inputs"
 
@@ -110,12 +110,12 @@ def sums(decoder: nn.Module, params: Any, batch: Batch, grams: bool) -> Matrices
             {"params": params}, batch.inputs, method="features", mutable=["intermediates"]
         )
     found = {
-        (*path[: path.index(SOWN)], "kernel"): value[0]
-        for path, value in flatten_dict(seen["intermediates"]).items()
+        (*path[: path.index(SOWN)], tree.KERNEL): value[0]
+        for path, value in tree.leaves(seen["intermediates"]).items()
         if SOWN in path
     }
     # The head is a product of another kind, which no module's call makes.
-    return found | {("head", "kernel"): of(features, weights)}
+    return found | {tree.HEAD: of(features, weights)}
 
 
 @contextlib.contextmanager

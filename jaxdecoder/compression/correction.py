@@ -15,8 +15,8 @@ from jaxdecoder.compression.gptq import gptq, output_error
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels.packing import Packed, Scheme, quantize
+from jaxdecoder.layers.tree import Matrices, Path, layers_of, order_of, with_layer
 from jaxdecoder.training.runs import Model
-from jaxdecoder.training.sparsity import Matrices, Path
 
 Change = Callable[[Path, jax.Array], Packed]
 """(path, kernel of one or several layers) -> the same, packed."""
@@ -32,20 +32,20 @@ def corrected(
     Raises:
         UserError: if the inputs of a layer do not allow it.
     """
-    params, layers = model.params, {path: _layers(kernel) for path, kernel in kernels.items()}
+    params, layers = model.params, {path: layers_of(kernel) for path, kernel in kernels.items()}
     packed: dict[tuple[Path, int], Packed] = {}
     nearest, errors = [], []
     for stage in track(stages(kernels), description="GPTQ"):
         grams = calibrate(model.decoder, params, shown, grams=True)
         for path, layer in stage:
-            kernel, gram = layers[path][layer], _layers(grams[path])[layer]
+            kernel, gram = layers[path][layer], layers_of(grams[path])[layer]
             packed[path, layer] = gptq(scheme, kernel, gram)
             whole = packed[path, layer].dequantized()
             nearest.append(
                 float(output_error(kernel, quantize(scheme, kernel).dequantized(), gram))
             )
             errors.append(float(output_error(kernel, whole, gram)))
-            params = _with_layer(params, path, layer, whole)
+            params = with_layer(params, path, layer, whole)
     if not all(map(math.isfinite, errors)):
         raise UserError(
             "--method gptq: the inputs of a layer are too much alike to correct for; "
@@ -74,34 +74,6 @@ def stages(kernels: Matrices) -> list[list[tuple[Path, int]]]:
     """
     found: dict[tuple[int, ...], list[tuple[Path, int]]] = {}
     for path, kernel in kernels.items():
-        for layer in range(len(_layers(kernel))):
-            found.setdefault(_order(path, layer), []).append((path, layer))
+        for layer in range(len(layers_of(kernel))):
+            found.setdefault(order_of(path, layer), []).append((path, layer))
     return [found[order] for order in sorted(found)]
-
-
-def _order(path: Path, layer: int) -> tuple[int, ...]:
-    """Serial blocks repeat; stacks follow one another, their layers side by side.
-
-    Then comes copying, and last the head.
-    """
-    if path[0] != "body":
-        return (1 + (path[0] == "head"),)
-    if path[1] == "blocks":
-        return (0, layer, _number(path[2]))
-    return (0, _number(path[1]), int("blocks" not in path))
-
-
-def _number(name: str) -> int:
-    return int(name.rpartition("_")[2])
-
-
-def _layers(stacked: jax.Array) -> jax.Array:
-    """Matrices of one layer or of several, with one axis over the layers."""
-    return stacked.reshape(-1, *stacked.shape[-2:])
-
-
-def _with_layer(params: Any, path: Path, layer: int, kernel: jax.Array) -> Any:
-    """The parameters with one layer's kernel replaced."""
-    if not path:
-        return _layers(params).at[layer].set(kernel).reshape(params.shape)
-    return {**params, path[0]: _with_layer(params[path[0]], path[1:], layer, kernel)}

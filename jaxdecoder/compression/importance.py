@@ -9,13 +9,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 from rich.progress import track
 
 from jaxdecoder.compression.calibration import added_up
-from jaxdecoder.compression.parts import BLOCKS, Gates, Part
+from jaxdecoder.compression.parts import Gates, Part
 from jaxdecoder.data.batches import Batch
+from jaxdecoder.layers import tree
 from jaxdecoder.layers.serial import turn
 from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.training.runs import Model
@@ -72,12 +72,13 @@ def influence(model: Model, batches: Sequence[Batch]) -> Gates:
 
         def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             module = context.module
-            if context.method_name != "__call__" or not str(module.name).startswith("block_"):
+            place = tree.number_of(module.name, tree.block)
+            if context.method_name != "__call__" or place is None:
                 return call(*args, **kwargs)
-            if module.name == "block_0":
+            if place == 0:
                 before[:] = [args[0]]
             out = call(*args, **kwargs)
-            if module.name == f"block_{last}":
+            if place == last:
                 changed = jnp.sum(weights * (1.0 - cosine(before[0], out[0])))
                 module.sow("intermediates", "influence", changed)
             return out
@@ -86,8 +87,8 @@ def influence(model: Model, batches: Sequence[Batch]) -> Gates:
             _, seen = model.decoder.apply(
                 {"params": params}, batch.inputs, method="features", mutable=["intermediates"]
             )
-        found = flatten_dict(seen["intermediates"])
-        return {BLOCKS: found[*BLOCKS, f"block_{last}", "influence"][0]}, jnp.sum(weights)
+        (found,) = tree.at(seen["intermediates"], (*tree.SERIAL, tree.block(last), "influence"))
+        return {tree.SERIAL: found}, jnp.sum(weights)
 
     return _mean(added, model.params, batches, "block influence")
 

@@ -20,7 +20,7 @@ from jaxdecoder.compression.divergences import forward_kl
 from jaxdecoder.config import Config, ConfigError, ModelConfig
 from jaxdecoder.config.sections import Teaching
 from jaxdecoder.decoder import Decoder
-from jaxdecoder.layers import serial
+from jaxdecoder.layers import tree
 
 MASKED = -1e30
 """A score that no softmax sees, and from which no difference is infinite."""
@@ -57,19 +57,15 @@ def looking(decoder: Decoder, params: Any, *args: Any, **kwargs: Any) -> tuple[A
     with nn.intercept_methods(sow_heads):
         out, seen = decoder.apply({"params": params}, *args, mutable=["intermediates"], **kwargs)
     config = decoder.config.resolve()
-    return out, LAYERS[config.layout](config, seen["intermediates"]["body"])
+    return out, LAYERS[config.layout](config, seen["intermediates"][tree.BODY])
 
 
 def serial_layers(config: ModelConfig, body: Any) -> list[Layer]:
     """The blocks, from the first to the last."""
     found = []
-    for number in range(serial.periods(config)):
-        for i, (_, routed) in enumerate(serial.turn(config)):
-            block = body["blocks"][f"block_{i}"]
-            block = block["block"] if routed else block
-            (heads,) = block["attention"]["mixing"]["heads"]
-            (stream,) = body["blocks"][f"after_block_{i}"]
-            found.append(Layer(stream[number], *(x[number] for x in heads)))
+    for block, stream in zip(tree.blocks(body), tree.streams(body), strict=True):
+        (heads,) = block.get("block", block)["attention"]["mixing"]["heads"]
+        found.append(Layer(stream, *heads))
     return found
 
 
@@ -82,15 +78,15 @@ def stack_layers(config: ModelConfig, body: Any) -> list[Layer]:
 
     found = []
     for number in range(config.n_stacks):
-        blocks = body[f"stack_{number}"]["blocks"]
+        blocks = body[tree.stack(number)][tree.BLOCKS]
         each = [
-            blocks[f"block_{i}"]["attention"]["mixing"]["heads"][0]
+            blocks[tree.block(i)]["attention"]["mixing"]["heads"][0]
             for i in range(len(config.attention_pattern))
         ]
         kinds = (
             jnp.concatenate([beside(x) for x in kind], axis=2) for kind in zip(*each, strict=True)
         )
-        found.append(Layer(body[f"after_stack_{number}"][0], *kinds))
+        found.append(Layer(body[tree.after(tree.stack(number))][0], *kinds))
     return found
 
 

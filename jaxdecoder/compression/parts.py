@@ -14,13 +14,26 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.errors import UserError
 from jaxdecoder.layers.serial import periods, turn
-from jaxdecoder.training.sparsity import Path, count_of
+from jaxdecoder.layers.tree import (
+    KERNEL,
+    SERIAL,
+    Leaves,
+    Path,
+    at,
+    axes_of,
+    leaves,
+    replaced,
+    take,
+    take_turns,
+    tree_of,
+)
+from jaxdecoder.training.sparsity import count_of
+from jaxdecoder.typing import Params
 
 Gates = dict[Path, Float[Array, "... units"]]
 """By the path of the module whose parts they are: an attention, a feed-forward, or all, ()."""
@@ -45,39 +58,6 @@ class Part(NamedTuple):
     ones: Callable[[Any, ModelConfig], Gates]
     gated: Callable[[Any, ModelConfig, Gates], Any]
     remove: Callable[[Any, ModelConfig, Keep], tuple[Any, ModelConfig]]
-
-
-# The last two names of a parameter's path -> what its last axes run over.
-AXES: dict[Path, tuple[str, ...]] = {
-    ("embedding",): ("vocabulary", "features"),
-    ("positions", "embedding"): ("time", "features"),
-    ("positions", "bias"): ("head", "buckets"),
-    ("query", "kernel"): ("features", "heads"),
-    ("query", "bias"): ("heads",),
-    ("key", "kernel"): ("features", "kv_heads"),
-    ("key", "bias"): ("kv_heads",),
-    ("value", "kernel"): ("features", "kv_heads"),
-    ("value", "bias"): ("kv_heads",),
-    ("out", "kernel"): ("heads", "features"),
-    ("out", "bias"): ("features",),
-    ("gate", "kernel"): ("features", "neurons"),
-    ("gate", "bias"): ("neurons",),
-    ("up", "kernel"): ("features", "neurons"),
-    ("up", "bias"): ("neurons",),
-    ("down", "kernel"): ("neurons", "features"),
-    ("down", "bias"): ("features",),
-    ("attention_convolution", "taps"): ("features", "taps"),
-    ("feed_forward_convolution", "taps"): ("features", "taps"),
-    ("router", "kernel"): ("features", "score"),
-    ("head", "kernel"): ("features", "vocabulary"),
-}
-
-
-def axes_of(path: Path) -> tuple[str, ...]:
-    """What the last axes of a parameter run over; empty if it has to do with no part."""
-    if path[-1] in ("scale", "bias") and path[-2].endswith("norm"):
-        return () if path[-2] in ("query_norm", "key_norm") else ("features",)
-    return AXES.get(path[-2:], ())
 
 
 def going(config: ModelConfig, part: Part, sparsity: float) -> tuple[int, int]:
@@ -114,28 +94,6 @@ def kept(scores: Gates, config: ModelConfig, part: Part, sparsity: float) -> Kee
         return np.sort((best + first).reshape(*x.shape[:-1], -1), axis=-1)
 
     return {path: choose(np.asarray(x)) for path, x in scores.items()}
-
-
-def take(params: Any, indices: Callable[[Path, str], Any]) -> Any:
-    """The parameters with only some entries of their axes.
-
-    `indices`: (path of the module, name of the axis) -> (*layers, entries) or (entries), or None
-    for all.
-    """
-    taken = {}
-    for path, leaf in flatten_dict(params).items():
-        names = axes_of(path)
-        for place, name in enumerate(names):
-            index = indices(path[:-2], name)
-            if index is None:
-                continue
-            layers = leaf.ndim - len(names)
-            shape = index.shape[:-1] or (1,) * layers
-            others = [1] * len(names)
-            others[place] = index.shape[-1]
-            leaf = jnp.take_along_axis(leaf, index.reshape(*shape, *others), layers + place)
-        taken[path] = leaf
-    return unflatten_dict(taken)
 
 
 # --- Heads and neurons ----------------------------------------------------------------------------
@@ -185,7 +143,7 @@ def remove_neurons(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, M
     """The model of these neurons."""
     c = config.resolve()
     assert c.d_ff is not None
-    leaf, index = next((_at(params, path), index) for path, index in keep.items())
+    leaf, index = next((at(params, path), index) for path, index in keep.items())
     d_ff = c.d_ff * index.shape[-1] // leaf["down"]["kernel"].shape[-2]
     axes = {"neurons": keep}
     return take(params, lambda path, axis: axes.get(axis, {}).get(path)), replace(c, d_ff=d_ff)
@@ -196,18 +154,12 @@ def _columns(index: Int[np.ndarray, "*layers units"], width: int) -> Any:
     return (index[..., None] * width + np.arange(width)).reshape(*index.shape[:-1], -1)
 
 
-def _at(params: Any, path: Path) -> Any:
-    for name in path:
-        params = params[name]
-    return params
-
-
 def _reads(name: str, unit: Callable[[ModelConfig], int]) -> tuple[Any, Any]:
     """Gates on what one kind of linear layer reads, `unit` entries each: `ones` and `gated`."""
 
-    def kernels(params: Any) -> dict[Path, Any]:
-        leaves = flatten_dict(params).items()
-        return {path: leaf for path, leaf in leaves if path[-2:] == (name, "kernel")}
+    def kernels(params: Params) -> Leaves:
+        found = leaves(params).items()
+        return {path: leaf for path, leaf in found if path[-2:] == (name, KERNEL)}
 
     def ones(params: Any, c: ModelConfig) -> Gates:
         return {
@@ -220,7 +172,7 @@ def _reads(name: str, unit: Callable[[ModelConfig], int]) -> tuple[Any, Any]:
             path: leaf * jnp.repeat(gates[path[:-2]], unit(c), axis=-1)[..., None]
             for path, leaf in kernels(params).items()
         }
-        return unflatten_dict({**flatten_dict(params), **scaled})
+        return replaced(params, scaled)
 
     return ones, gated
 
@@ -245,10 +197,10 @@ def width_refusal(c: ModelConfig) -> str:
 
 def gate_features(params: Any, config: ModelConfig, gates: Gates) -> Any:
     """Gates on every array that gives features: embeddings, outputs of branches, norms."""
-    return unflatten_dict(
+    return tree_of(
         {
             path: leaf * gates[()] if axes_of(path)[-1:] == ("features",) else leaf
-            for path, leaf in flatten_dict(params).items()
+            for path, leaf in leaves(params).items()
         }
     )
 
@@ -267,18 +219,16 @@ def remove_features(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, 
     params = take(params, lambda path, axis: index if axis == "features" else None)
     if c.norm == "rmsnorm":
         smaller = replace(smaller, norm_epsilon=c.norm_epsilon * ratio)
-        params = unflatten_dict(
+        params = tree_of(
             {
                 path: leaf * ratio**0.5 if path[-1] == "scale" and axes_of(path) else leaf
-                for path, leaf in flatten_dict(params).items()
+                for path, leaf in leaves(params).items()
             }
         )
     return params, smaller
 
 
 # --- Layers ---------------------------------------------------------------------------------------
-
-BLOCKS = ("body", "blocks")
 
 
 def layers_refusal(c: ModelConfig) -> str:
@@ -290,16 +240,12 @@ def layers_refusal(c: ModelConfig) -> str:
 
 def remove_layers(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, ModelConfig]:
     """The model of these turns of the layers' pattern: single layers where all are alike."""
-    c, index = config.resolve(), keep[BLOCKS]
+    c, index = config.resolve(), keep[SERIAL]
     n_layers = len(index) * len(turn(c))
     # The first exit stays where it is, if there is still a block above it.
     first = min(c.exit_minimum, max(1, n_layers - 1))
     smaller = replace(c, n_layers=n_layers, exit_minimum=first)
-    taken = {
-        path: leaf[index] if path[:2] == BLOCKS else leaf
-        for path, leaf in flatten_dict(params).items()
-    }
-    return unflatten_dict(taken), smaller
+    return take_turns(params, index), smaller
 
 
 def _ungated(params: Any, config: ModelConfig, gates: Gates) -> Any:
@@ -337,7 +283,7 @@ PARTS: dict[str, Part] = {
         layers_refusal,
         periods,
         _single,
-        lambda params, c: {BLOCKS: jnp.ones(periods(c))},
+        lambda params, c: {SERIAL: jnp.ones(periods(c))},
         _ungated,
         remove_layers,
     ),

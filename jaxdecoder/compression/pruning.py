@@ -28,12 +28,12 @@ from jaxdecoder.compression.sparsity import apply, mask, n_of_m, scores_by, zero
 from jaxdecoder.config import CompressionConfig, Config, ModelConfig, differences
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
+from jaxdecoder.layers.tree import Matrices, body_matrices, replaced
 from jaxdecoder.sampling.generate import show_sample
 from jaxdecoder.training import runs
 from jaxdecoder.training.checkpoints import steps_in
 from jaxdecoder.training.devices import set_up
 from jaxdecoder.training.runs import Model
-from jaxdecoder.training.sparsity import Matrices, body_matrices, with_matrices
 from jaxdecoder.training.step import init_state
 
 
@@ -265,7 +265,7 @@ def _cut(
     matrices = apply(matrices, masks)
     compression = replace(model.config.compression, keep_zeros=True)
     told = {**notes, **zeros(matrices)}
-    return Pruned(with_matrices(params, matrices), model.config.model, compression, told)
+    return Pruned(replaced(params, matrices), model.config.model, compression, told)
 
 
 # --- Parts ----------------------------------------------------------------------------------------

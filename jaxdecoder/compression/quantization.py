@@ -22,9 +22,9 @@ from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import packing
 from jaxdecoder.layers.linear import scheme_of
+from jaxdecoder.layers.tree import KERNEL, Matrices, Path
 from jaxdecoder.sampling.generate import show_sample
 from jaxdecoder.training.runs import Model
-from jaxdecoder.training.sparsity import Matrices, Path
 from jaxdecoder.training.step import init_state
 
 FINE_TUNED = "_fine_tuned"
@@ -81,8 +81,8 @@ def pack(params: Any, config: Config, change: Change) -> Any:
             return {name: walk(held[name], like[name], (*path, name)) for name in like}
         if not isinstance(held, dict):  # an embedding, whose rows are columns of a kernel
             return packing.parameters_of(nearest(scheme_of(config.model))(path, held.T))
-        rest = {name: leaf for name, leaf in held.items() if name != "kernel"}
-        return {**rest, **packing.parameters_of(change((*path, "kernel"), held["kernel"]))}
+        rest = {name: leaf for name, leaf in held.items() if name != KERNEL}
+        return {**rest, **packing.parameters_of(change((*path, KERNEL), held[KERNEL]))}
 
     return walk(params, _shapes(config), ())
 
@@ -99,7 +99,7 @@ def unpack(params: Any, config: Config) -> Any:
         if not isinstance(like, dict):
             return kernel.T
         rest = {name: leaf for name, leaf in held.items() if name not in packing.PARTS}
-        return {**rest, "kernel": kernel}
+        return {**rest, KERNEL: kernel}
 
     return walk(params, _shapes(config))
 
@@ -212,7 +212,7 @@ def _kernels(params: Any, like: Any, path: Path = ()) -> Matrices:
     if not isinstance(like, dict) or not isinstance(params, dict):
         return {}
     if "codes" in like:
-        return {(*path, "kernel"): params["kernel"]}
+        return {(*path, KERNEL): params[KERNEL]}
     found: Matrices = {}
     for name, part in like.items():
         found |= _kernels(params[name], part, (*path, name))

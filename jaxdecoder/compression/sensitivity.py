@@ -13,7 +13,7 @@ from rich.progress import track
 from jaxdecoder.compression.calibration import calibration_batches
 from jaxdecoder.compression.importance import by_gates
 from jaxdecoder.compression.options import Sensitivity
-from jaxdecoder.compression.parts import BLOCKS, PARTS
+from jaxdecoder.compression.parts import PARTS
 from jaxdecoder.compression.passes import corpus_of
 from jaxdecoder.compression.sparsity import apply, mask, scores_by
 from jaxdecoder.config import ModelConfig
@@ -21,11 +21,13 @@ from jaxdecoder.data.batches import Batch, Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
 from jaxdecoder.files import as_png, write_atomically, write_csv
+from jaxdecoder.layers import tree
 from jaxdecoder.layers.serial import periods, turn
+from jaxdecoder.layers.tree import body_matrices, replaced
 from jaxdecoder.training.devices import set_up
 from jaxdecoder.training.evaluation import make_evaluator
 from jaxdecoder.training.runs import Model, load_model, read_config
-from jaxdecoder.training.sparsity import body_matrices, count_of, with_matrices
+from jaxdecoder.training.sparsity import count_of
 
 WHOLE = "whole"
 """The part that is all of a layer."""
@@ -112,9 +114,9 @@ def of_matrices(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[
                     path: Any = path, place: Any = place, whole: Any = whole, cut: Any = cut
                 ) -> Any:
                     one = whole.at[place].set(cut[path][place])
-                    return with_matrices(model.params, {path: one})
+                    return replaced(model.params, {path: one})
 
-                layer = layer_name(path, place, model.config.model)
+                layer = _layer_name(path, place, model.config.model)
                 yield Variant(layer, path[-2], share, params)
 
 
@@ -141,7 +143,7 @@ def of_parts(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[Var
                     def params(part: Any = part, closed: Any = closed) -> Any:
                         return part.gated(model.params, config, closed)
 
-                    layer = layer_name(path, place, config)
+                    layer = _layer_name(path, place, config)
                     yield Variant(layer, name, count / gate.shape[-1], params)
 
 
@@ -153,7 +155,7 @@ def without_a_layer(model: Model, text: Sequence[Batch], base: float) -> list[Ro
     rows, evaluate = [], None
     for gone in track(range(periods(config)), description="without a layer"):
         keep = np.delete(np.arange(periods(config)), gone)
-        params, smaller = part.remove(model.params, config, {BLOCKS: keep})
+        params, smaller = part.remove(model.params, config, {tree.SERIAL: keep})
         evaluate = evaluate or make_evaluator(model.decoder.clone(config=smaller))
         loss = evaluate(params, text)
         first, length = gone * len(turn(config)), len(turn(config))
@@ -162,15 +164,9 @@ def without_a_layer(model: Model, text: Sequence[Batch], base: float) -> list[Ro
     return rows
 
 
-def layer_name(path: tuple[str, ...], place: tuple[int, ...], config: ModelConfig) -> str:
-    """Which layer a stacked module is that of, counted from 0 at the bottom."""
-    blocks = [int(name.split("_")[1]) for name in path if name.startswith("block_")]
-    stacks = [name.split("_")[1] for name in path if name.startswith("stack_")]
-    if not stacks:
-        return str(place[0] * len(turn(config)) + blocks[0])
-    if not blocks:
-        return f"stack {stacks[0]}"
-    return f"stack {stacks[0]}, {place[0] * len(config.attention_pattern) + blocks[0]}"
+def _layer_name(path: tree.Path, place: tuple[int, ...], config: ModelConfig) -> str:
+    pattern = turn(config) if config.layout == "serial" else config.attention_pattern
+    return tree.layer_name(path, place[0] if place else 0, len(pattern))
 
 
 # --- Writing --------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from jaxdecoder.compression.calibration import input_squares
 from jaxdecoder.compression.criteria import CRITERIA, Need
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
+from jaxdecoder.layers.tree import Matrices, Path
 from jaxdecoder.training.runs import Model
-from jaxdecoder.training.sparsity import SCOPES, Matrices, Path, highest
+from jaxdecoder.training.sparsity import SCOPES, highest
 
 Needed = dict[Path, Any]
 """What a criterion needs, by the paths of the matrices."""

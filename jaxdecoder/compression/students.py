@@ -26,7 +26,7 @@ from jaxdecoder.config import (
 from jaxdecoder.data.tokenizers import Tokenizer
 from jaxdecoder.data.tokens import prepare
 from jaxdecoder.errors import UserError
-from jaxdecoder.layers import serial
+from jaxdecoder.layers import serial, tree
 from jaxdecoder.training.runs import Model, complete, load_model
 from jaxdecoder.training.step import init_state
 
@@ -253,21 +253,10 @@ def _reasons(teacher: ModelConfig, student: ModelConfig) -> list[str]:
 
 def _taken(params: Any, teacher: ModelConfig, student: ModelConfig, chosen: list[int]) -> Any:
     """The teacher's weights with the chosen blocks alone."""
-    length = len(serial.turn(teacher))
-    blocks = [
-        jax.tree.map(lambda x, at=number // length: x[at], params["body"]["blocks"])[
-            f"block_{number % length}"
-        ]
-        for number in chosen
-    ]
-    length = len(serial.turn(student))
-    stacked = {
-        f"block_{i}": jax.tree.map(lambda *x: jnp.stack(x), *blocks[i::length])
-        for i in range(length)
-    }
-    body = {**params["body"], "blocks": stacked}
-    taken = {**params, "body": body}
+    theirs = tree.blocks(params[tree.BODY])
+    places = len(serial.turn(student))
+    taken = tree.with_blocks(params, [theirs[number] for number in chosen], places)
     if student.position == "learned":
-        rows = params["positions"]["embedding"][: student.context_length]
-        taken["positions"] = {**params["positions"], "embedding": rows}
+        rows = tree.at(params, tree.POSITIONS)[: student.context_length]
+        taken = tree.replaced(taken, {tree.POSITIONS: rows})
     return taken

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels.device import current_device
 from jaxdecoder.kernels.dropout import Rate
+from jaxdecoder.layers import tree
 from jaxdecoder.layers.block import Block, empty_cache
 from jaxdecoder.layers.cache import Caches, Cursor
 from jaxdecoder.layers.depth import (
@@ -63,10 +64,10 @@ class Period(nn.Module):
         streams, penalties = [], []
         for i, (mechanism, routed) in enumerate(turn(c)):
             kind = Routed if routed else Block
-            block = kind(c, mechanism, self.dtype, name=f"block_{i}")
+            block = kind(c, mechanism, self.dtype, name=tree.block(i))
             layer = None if caches is None else caches[i]
             x, layer, *penalty = block(x, positions, layer, cursor, dropout)
-            self.sow("intermediates", f"after_block_{i}", x)
+            self.sow("intermediates", tree.after(tree.block(i)), x)
             extended.append(layer)
             streams.append(x)
             penalties += penalty
@@ -114,7 +115,7 @@ class Serial(nn.Module):
                 in_axes=nn.broadcast,
                 length=periods(c),
                 unroll=1 if loops(c) else periods(c),
-            )(c, self.dtype, name="blocks")
+            )(c, self.dtype, name=tree.BLOCKS)
             x, trail = blocks(x, positions, None, None, dropout)
             return Passed(norm(x), None, *self._trained(norm, trail))
         if caches is not None and head is not None and x.shape[1] == 1 and len(exits_of(c)) > 1:
@@ -122,7 +123,7 @@ class Serial(nn.Module):
         extended: list[PyTree] = []
         for i in range(periods(c)):
             held = None if caches is None else caches[i * len(turn(c)) : (i + 1) * len(turn(c))]
-            period = Period(c, self.dtype, name=f"blocks_{i}")
+            period = Period(c, self.dtype, name=tree.unrolled(i))
             x, trail = period(x, positions, held, cursor, dropout)
             extended += trail.caches or ()
         return Passed(norm(x), None if caches is None else tuple(extended))
@@ -136,7 +137,7 @@ class Serial(nn.Module):
         def layer(number: int) -> Layer:
             period, place = divmod(number, len(turn(c)))
             block = Block(c, turn(c)[place][0], self.dtype, parent=None)
-            params = self.variables["params"][f"blocks_{period}"][f"block_{place}"]
+            params = self.variables["params"][tree.unrolled(period)][tree.block(place)]
             return lambda x, cache: block.apply({"params": params}, x, positions, cache, cursor)
 
         stopped, extended = stop_early(c, [*map(layer, range(c.n_layers))], head, x, caches)
@@ -189,10 +190,7 @@ def periods(config: ModelConfig) -> int:
 
 def unroll(params: Params, config: ModelConfig) -> Params:
     """The parameters of a `Serial` as those of the same one with `unrolled`."""
-    rest = {name: value for name, value in params.items() if name != "blocks"}
-    for i in range(periods(config)):
-        rest[f"blocks_{i}"] = jax.tree.map(lambda stacked, i=i: stacked[i], params["blocks"])
-    return rest
+    return tree.unroll(params)
 
 
 def empty_caches(config: ModelConfig, batch: int, dtype: DTypeLike) -> Caches:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels.dropout import Rate
+from jaxdecoder.layers import tree
 from jaxdecoder.layers.attention import ATTENTIONS, Attention
 from jaxdecoder.layers.block import PLACEMENTS, residual
 from jaxdecoder.layers.cache import Caches, Cursor
@@ -95,7 +96,7 @@ class Period(nn.Module):
         """The slices in a row, and the layers' caches."""
         slices, extended = [], []
         for i, mechanism in enumerate(self.config.attention_pattern):
-            layer = Layer(self.config, mechanism, self.width, self.dtype, name=f"block_{i}")
+            layer = Layer(self.config, mechanism, self.width, self.dtype, name=tree.block(i))
             held = None if caches is None else caches[i]
             out, held = layer(x, positions, held, cursor, dropout)
             slices.append(out)
@@ -129,7 +130,7 @@ class Stack(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(None, None, 0, None, None),
             axis_size=periods(c),
-        )(c, self.width // c.layers_per_stack, self.dtype, name="blocks")
+        )(c, self.width // c.layers_per_stack, self.dtype, name=tree.BLOCKS)
         slices, caches = blocks(x, positions, caches, cursor, dropout)
         x = jnp.moveaxis(slices, 0, -2).reshape(*x.shape[:-1], self.width)
         if c.feed_forward:
@@ -163,10 +164,10 @@ class ParallelStacks(nn.Module):
         for i in range(c.n_stacks):
             last = i == c.n_stacks - 1
             x = NORMS[c.norm](c, self.dtype, name=f"norm_{i}")(x)
-            stack = Stack(c, width(c) if last else c.d_model, self.dtype, name=f"stack_{i}")
+            stack = Stack(c, width(c) if last else c.d_model, self.dtype, name=tree.stack(i))
             held = None if caches is None else caches[i]
             x, held = stack(x, positions, held, cursor, dropout)
-            self.sow("intermediates", f"after_stack_{i}", x)
+            self.sow("intermediates", tree.after(tree.stack(i)), x)
             extended.append(held)
         return x, None if caches is None else tuple(extended)
 

@@ -13,6 +13,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxdecoder.config import Config, OptimizerConfig
 from jaxdecoder.kernels.dropout import Rate, places, word
+from jaxdecoder.layers import tree
 from jaxdecoder.typing import Index, Params, Scalar
 
 
@@ -267,17 +268,13 @@ def round_at_random(
 
 
 def matrices(params: Params) -> Params:
-    """True for the weights of linear layers and embeddings, False for biases and norms."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "embedding"), params
-    )
+    """Return True for the weights of linear layers and embeddings, False for biases and norms."""
+    return tree.marked(params, tree.is_weight)
 
 
 def block_matrices(params: Params) -> Params:
-    """True for the weights of linear layers but the head."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key == "kernel" and path[-2].key != "head", params
-    )
+    """Return True for the weights of linear layers but the head."""
+    return tree.marked(params, tree.is_kernel)
 
 
 def _other_matrices(params: Params) -> Params:

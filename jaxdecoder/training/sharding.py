@@ -1,7 +1,7 @@
-"""Where arrays live: a device mesh, and one table from parameters to its axes.
+"""Where arrays live: a device mesh, and one table from the names of axes to its axes.
 
-A parameter's axes have names (`AXES`), and names map to mesh axes (`RULES`): splitting another
-axis, or over another axis of the mesh, is another row.
+A parameter's axes have names (`layers/tree.py`), and names map to mesh axes (`RULES`): splitting
+another axis, or over another axis of the mesh, is another row.
 """
 
 from __future__ import annotations
@@ -15,26 +15,10 @@ from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
 from jaxdecoder.config import Config, ConfigError
+from jaxdecoder.layers import tree
 
-# The last two names of a parameter's path -> the names of its axes. Blocks carry a leading
-# "layers" axis besides. What is not listed (norms, biases) is small and stays whole.
-AXES: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("embedding",): ("vocab", "model"),
-    ("positions", "embedding"): ("time", "model"),
-    ("query", "kernel"): ("model", "heads"),
-    ("key", "kernel"): ("model", "heads"),
-    ("value", "kernel"): ("model", "heads"),
-    ("out", "kernel"): ("heads", "model"),
-    ("up", "kernel"): ("model", "hidden"),
-    ("gate", "kernel"): ("model", "hidden"),
-    ("down", "kernel"): ("hidden", "model"),
-    ("skip", "kernel"): ("model", "slice"),
-    ("narrow", "kernel"): ("model", "slice"),
-    ("head", "kernel"): ("model", "vocab"),
-}
-
-# Axis name -> mesh axis that splits it, under `train.fsdp` (ZeRO-3, arXiv 1910.02054).
-RULES: dict[str, str] = {"model": "data"}
+RULES: dict[str, str] = {"features": "data"}
+"""Axis name -> mesh axis that splits it, under `train.fsdp` (ZeRO-3, arXiv 1910.02054)."""
 
 
 def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
@@ -79,8 +63,9 @@ def everywhere(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 def _spec(path: KeyPath, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     names = tuple(_name(entry) for entry in path)
-    axes = AXES.get(names[-2:]) or AXES.get(names[-1:])
-    if axes is None or len(shape) < len(axes):
+    axes = tree.axes_of(names)
+    # Norms and biases are small, and stay whole.
+    if len(axes) < 2 or len(shape) < len(axes):
         return PartitionSpec()
     axes = ("layers",) * (len(shape) - len(axes)) + axes
     split = [RULES.get(axis) for axis in axes]

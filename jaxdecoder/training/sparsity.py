@@ -15,15 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdecoder.config import CompressionConfig
+from jaxdecoder.layers.tree import Matrices, Path, body_matrices, leaves, replaced
 from jaxdecoder.typing import Params
-
-Path = tuple[str, ...]
-Matrices = dict[Path, Any]
-"""Arrays (*layers, d_in, d_out) by their paths."""
 
 
 class Scope(NamedTuple):
@@ -74,25 +70,6 @@ SCOPES: dict[str, Scope] = {
 """Within each matrix of each layer, among the weights of one output unit, or among all."""
 
 
-def body_matrices(params: Params, *, head: bool = False) -> Matrices:
-    """The linear layers' matrices, from the body alone, or with the head's where it has its own.
-
-    Embeddings, norms, biases and the routers of a mixture of depths are never among them.
-    """
-    return {
-        path: leaf
-        for path, leaf in flatten_dict(params).items()
-        if path[-1] == "kernel"
-        and path[-2] != "router"
-        and (path[0] == "body" or (head and path == ("head", "kernel")))
-    }
-
-
-def with_matrices(params: Params, matrices: Matrices) -> Params:
-    """The parameters with these in place of their own."""
-    return unflatten_dict({**flatten_dict(params), **matrices})
-
-
 def count_of(share: float, size: int) -> int:
     """How many of so many this share is, to the nearest whole number, halves upwards."""
     return math.floor(share * size + 0.5)
@@ -108,9 +85,9 @@ def highest(
 
 def zeros_of(params: Params, others: Params) -> Params:
     """`others`, with zeros where a matrix of the body in `params` has them."""
-    theirs = flatten_dict(others)
+    theirs = leaves(others)
     cut = {p: jnp.where(x == 0, 0, theirs[p]) for p, x in body_matrices(params).items()}
-    return with_matrices(others, cut)
+    return replaced(others, cut)
 
 
 # --- Zeros made in training -----------------------------------------------------------------------
@@ -146,7 +123,7 @@ def gradual(c: CompressionConfig) -> optax.GradientTransformation:
     steps = np.array(list(schedule), np.int32)
 
     def make_zeros(updates: Params, params: Params, number: Int[Array, ""]) -> Params:
-        ours, theirs = body_matrices(params), flatten_dict(updates)
+        ours, theirs = body_matrices(params), leaves(updates)
         shapes = {path: x.shape for path, x in ours.items()}
         sizes = scope.split({path: jnp.abs(x + theirs[path]) for path, x in ours.items()})
         kept = []
@@ -155,7 +132,7 @@ def gradual(c: CompressionConfig) -> optax.GradientTransformation:
             kept.append(highest(groups, jnp.asarray(counts, jnp.int32)[number][None]))
         masks = scope.join(kept, shapes)
         cut = {path: jnp.where(masks[path], theirs[path], -x) for path, x in ours.items()}
-        return with_matrices(updates, cut)
+        return replaced(updates, cut)
 
     def update(updates: Params, state: Rounds, params: Params) -> tuple[Params, Rounds]:
         step = state.step + 1
