@@ -13,37 +13,27 @@ import os
 import shutil
 import sys
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache, partial
-from itertools import chain, islice
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import filelock
 import numpy as np
-from jaxtyping import Int64, UInt16, UInt32
+from jaxtyping import Int64
 
 from jaxdecoder.config import DataConfig
-from jaxdecoder.data import corpora, tokenizers
-from jaxdecoder.data.corpora import Part, Piece
+from jaxdecoder.data import corpora, tokenizers, vocabularies
+from jaxdecoder.data.corpora import Part
+from jaxdecoder.data.encoding import Encoded, Stream, dtype_of, encode_all, jobs_of
 from jaxdecoder.data.tokenizers import Tokenizer
 from jaxdecoder.errors import UserError
 from jaxdecoder.files import disk_is_full
-from jaxdecoder.helpers import SPAWN, no_main_module, start_helper
 
 FORMAT = 1
 """Part of every key: raise it when the files, or the meaning of what is in them, change."""
-JOB = 1 << 20
-"""Characters that are tokenised at once."""
-JOBS_ALONE = 32
-"""Jobs done before helpers are called: a small corpus is ready before they could start."""
-
-Stream = UInt16[np.ndarray, "length"] | UInt32[np.ndarray, "length"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,15 +122,6 @@ def place_to_split(
     return exact
 
 
-class Encoded(NamedTuple):
-    """The tokens of some pieces in a row, and for each piece its share of tokens and of bytes."""
-
-    tokens: Stream
-    counts: list[int]
-    n_bytes: list[int]
-    ends: list[bool]
-
-
 @dataclass
 class _Ledger:
     """What every piece of the corpus came to, in order: a few bytes a piece."""
@@ -188,12 +169,12 @@ def _tokenise(data: DataConfig, folder: Path, ledger: _Ledger, start: Start) -> 
     def texts() -> Iterator[str]:
         done = start("learning the vocabulary")
         for part in parts:
-            for job in _jobs(corpora.pieces(data, part)):
+            for job in jobs_of(corpora.pieces(data, part)):
                 yield from (piece.text for piece in job)
                 done(sum(len(piece.text) for piece in job))
 
     parts: tuple[Part, ...] = ("train", "validation") if _validation_split(data) else ("train",)
-    tokenizer = tokenizers.build(data, texts)
+    tokenizer = vocabularies.build(data, texts)
     if data.end_of_text and tokenizer.end_token is None:
         raise UserError(
             f"data.end_of_text = true: the tokenizer {tokenizer.name} has no end token; set "
@@ -204,8 +185,8 @@ def _tokenise(data: DataConfig, folder: Path, ledger: _Ledger, start: Start) -> 
     pieces_of_train = 0
     with (folder / "train.bin").open("wb") as file:
         for part in parts:
-            jobs = _jobs(corpora.pieces(data, part))
-            for encoded in _encode_all(data, tokenizer, folder / "tokenizer.json", jobs):
+            jobs = jobs_of(corpora.pieces(data, part))
+            for encoded in encode_all(data, tokenizer, folder / "tokenizer.json", jobs):
                 file.write(encoded.tokens.data)
                 ledger.add(encoded)
                 done(sum(encoded.n_bytes))
@@ -234,7 +215,7 @@ def _divide(
     else:
         place = place_to_split(starts, n, data.validation_fraction)
     train_bytes = _bytes_before(place, tokenizer, folder / "train.bin", ledger)
-    dtype = _dtype(tokenizer)
+    dtype = dtype_of(tokenizer)
     with (folder / "train.bin").open("r+b") as train:
         train.seek(place * dtype.itemsize)
         with (folder / "validation.bin").open("wb") as validation:
@@ -260,7 +241,7 @@ def _bytes_before(place: int, tokenizer: Tokenizer, path: Path, ledger: _Ledger)
     if first < place:
         # The cut is inside a piece: its bytes are shared out by what the tokens stand for, which
         # is exact unless some stand for unknown characters.
-        tokens = np.memmap(path, _dtype(tokenizer), "r")[first : int(stops[whole])]
+        tokens = np.memmap(path, dtype_of(tokenizer), "r")[first : int(stops[whole])]
         lengths = tokenizer.byte_lengths[tokens]
         share = int(lengths[: place - first].sum()) * int(n_bytes[whole])
         total += share // max(1, int(lengths.sum()))
@@ -281,84 +262,8 @@ def _open(folder: Path) -> Corpus:
     return Corpus(tokenizer, split("train"), split("validation"))
 
 
-# Tokenising: pieces are gathered into jobs, jobs are done in parallel, results come in order.
-
-
-def _jobs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    job: list[Piece] = []
-    characters = 0
-    for piece in pieces:
-        job.append(piece)
-        characters += len(piece.text)
-        if characters >= JOB:
-            yield job
-            job, characters = [], 0
-    if job:
-        yield job
-
-
-def _encode(tokenizer: Tokenizer, end_of_text: bool, job: list[Piece]) -> Encoded:
-    end = np.array([tokenizer.end_token] if end_of_text else [], np.int32)
-    parts, counts, n_bytes = [], [], []
-    for text, ends in job:
-        ids = tokenizer.encode(text)
-        parts += [ids, end] if ends else [ids]
-        counts.append(len(ids) + (len(end) if ends else 0))
-        n_bytes.append(len(text) if text.isascii() else len(text.encode()))
-    tokens = np.concatenate(parts).astype(_dtype(tokenizer))
-    return Encoded(tokens, counts, n_bytes, [piece.ends for piece in job])
-
-
-def _encode_all(
-    data: DataConfig, tokenizer: Tokenizer, saved: Path, jobs: Iterator[list[Piece]]
-) -> Iterator[Encoded]:
-    """Encodes the jobs in order; from `JOBS_ALONE` on in `data.processes` processes."""
-    here = partial(_encode, tokenizer, data.end_of_text)
-    processes = data.processes or os.cpu_count() or 1
-    # Characters and bytes are looked up faster than they could be sent to a helper.
-    if processes == 1 or tokenizer.kind != "bpe":
-        yield from map(here, jobs)
-        return
-    yield from map(here, islice(jobs, JOBS_ALONE))
-    first = next(jobs, None)
-    if first is not None:
-        there = partial(_encode_in_helper, str(saved), data.end_of_text)
-        yield from _in_order(there, chain([first], jobs), processes)
-
-
-def _in_order(
-    function: Callable[[list[Piece]], Encoded], jobs: Iterable[list[Piece]], processes: int
-) -> Iterator[Encoded]:
-    """Like `map`, in helper processes, with at most two jobs a helper in memory."""
-    with ProcessPoolExecutor(processes, SPAWN, initializer=start_helper) as pool:
-        waiting: deque[Future[Encoded]] = deque()
-        for job in jobs:
-            with no_main_module():
-                waiting.append(pool.submit(function, job))
-            if len(waiting) >= 2 * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _encode_in_helper(saved: str, end_of_text: bool, job: list[Piece]) -> Encoded:
-    return _encode(_load_once(saved), end_of_text, job)
-
-
-@lru_cache(maxsize=1)
-def _load_once(saved: str) -> Tokenizer:
-    return tokenizers.load(saved)
-
-
-# Small matters.
-
-
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 def _validation_split(data: DataConfig) -> str:
