@@ -1,4 +1,7 @@
-"""Tokenise pieces of text in order: gathered into jobs, and the jobs done in helper processes."""
+"""Tokenise pieces of text in parallel: group them into jobs, and give the jobs to helper processes.
+
+The results come in the order of the pieces.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +24,28 @@ from jaxdecoder.data.tokenizers import Tokenizer
 from jaxdecoder.helpers import SPAWN, no_main_module, start_helper
 
 JOB = 1 << 20
-"""Characters that are tokenised at once."""
+"""Characters of a job."""
 JOBS_ALONE = 32
-"""Jobs done before helpers are called: a small corpus is ready before they could start."""
+"""Jobs done before helpers start. A small corpus is ready before they could start."""
 
 Stream = UInt16[np.ndarray, "length"] | UInt32[np.ndarray, "length"]
+"""The tokens of a stretch of text."""
 
 
 class Encoded(NamedTuple):
-    """The tokens of some pieces in a row, and for each piece its share of tokens and of bytes."""
+    """The tokens of consecutive pieces, and the sizes of each piece."""
 
     tokens: Stream
     counts: list[int]
+    """Tokens of each piece, its end token included."""
     n_bytes: list[int]
+    """UTF-8 bytes of each piece."""
     ends: list[bool]
+    """Whether a document ends with the piece."""
 
 
 def jobs_of(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Group pieces into jobs of at least `JOB` characters; the last may be shorter."""
     job: list[Piece] = []
     characters = 0
     for piece in pieces:
@@ -65,10 +73,13 @@ def _encode(tokenizer: Tokenizer, end_of_text: bool, job: list[Piece]) -> Encode
 def encode_all(
     data: DataConfig, tokenizer: Tokenizer, saved: Path, jobs: Iterator[list[Piece]]
 ) -> Iterator[Encoded]:
-    """Encodes the jobs in order; from `JOBS_ALONE` on in `data.processes` processes."""
+    """Encode the jobs in order; after the first `JOBS_ALONE`, in `data.processes` processes.
+
+    `saved` is the file of the tokenizer, for the helper processes.
+    """
     here = partial(_encode, tokenizer, data.end_of_text)
     processes = data.processes or os.cpu_count() or 1
-    # Characters and bytes are looked up faster than they could be sent to a helper.
+    # Looking up characters or bytes is faster than sending them to a helper.
     if processes == 1 or tokenizer.kind != "bpe":
         yield from map(here, jobs)
         return
@@ -82,7 +93,7 @@ def encode_all(
 def _in_order(
     function: Callable[[list[Piece]], Encoded], jobs: Iterable[list[Piece]], processes: int
 ) -> Iterator[Encoded]:
-    """Like `map`, in helper processes, with at most two jobs a helper in memory."""
+    """Map in helper processes, in order, with at most two jobs per helper in memory."""
     with ProcessPoolExecutor(processes, SPAWN, initializer=start_helper) as pool:
         waiting: deque[Future[Encoded]] = deque()
         for job in jobs:
@@ -104,4 +115,5 @@ def _load_once(saved: str) -> Tokenizer:
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
+    """Return the smallest integer type for the tokenizer's ids: uint16 or uint32."""
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)

@@ -22,52 +22,52 @@ from jaxdecoder.errors import UserError
 from jaxdecoder.files import write_atomically
 
 UNKNOWN = "\ufffd"
-"""What a char tokenizer with a limited vocabulary makes of the characters it left out."""
+"""The symbol for characters outside a char tokenizer's limited vocabulary."""
 
 Ids = Int32[np.ndarray, "length"]
 AnyIds = Sequence[SupportsInt] | SupportsInt | Shaped[Any, "..."]
-"""One id or several, as Python's, NumPy's or JAX's numbers."""
+"""One id or several, as numbers of Python, NumPy or JAX."""
 Kind = Literal["char", "byte", "bpe"]
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids and back. `encode` gives a document without its end token."""
+    """Turn text into ids and back. `encode` adds no end token."""
 
     kind: Kind
     name: str
-    """As `data.tokenizer` has it: char, byte, bpe, gpt2, ..."""
+    """The value of `data.tokenizer`: char, byte, bpe, gpt2, ..."""
     vocabulary: tuple[bytes, ...]
-    """The UTF-8 bytes of each id; for bpe also the order of merges."""
+    """The UTF-8 bytes of each id; for bpe, the ids are also the order of merges."""
     end_token: int | None = None
     unknown: int | None = None
     """For char: the id of characters outside the vocabulary."""
     pattern: str = ""
-    """For bpe: the regular expression of the words that merges stay within."""
+    """For bpe: the regular expression of a word. Merges never cross words."""
 
     @property
     def vocab_size(self) -> int:
         return len(self.vocabulary)
 
     def encode(self, text: str) -> Ids:
-        """The ids of a text; what looks like an end token in it stays text."""
+        """Return the ids of a text. An end token written in the text stays text."""
         if len(text) <= PIECE:
             return self._encode_piece(text)
         return np.concatenate([self._encode_piece(piece) for piece in cut([text])])
 
     def decode(self, ids: AnyIds) -> str:
-        """The text of ids; half a character at either end reads as U+FFFD."""
+        """Return the text of ids. An incomplete character at either end becomes U+FFFD."""
         return self.to_bytes(ids).decode("utf-8", "replace")
 
     def to_bytes(self, ids: AnyIds) -> bytes:
-        """The bytes of ids. Ids past the vocabulary (a model may have spare rows) read U+FFFD."""
+        """Return the bytes of ids; U+FFFD for ids outside the vocabulary (spare rows of a head)."""
         spare = UNKNOWN.encode()
         known = self.vocabulary
         numbers = np.asarray(ids, np.int64).ravel().tolist()
         return b"".join(known[i] if i < len(known) else spare for i in numbers)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything there is to it, as plain JSON values; `from_json` takes it back."""
+        """Return the whole tokenizer as plain JSON values, for `from_json`."""
         return {
             "kind": self.kind,
             "name": self.name,
@@ -80,7 +80,7 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
-        """How many bytes of text each id stands for; the end token for none."""
+        """Return how many bytes of text each id stands for; 0 for the end token."""
         lengths = np.array([len(entry) for entry in self.vocabulary], np.int64)
         if self.end_token is not None:
             lengths[self.end_token] = 0
@@ -91,12 +91,12 @@ class Tokenizer:
         return ENCODERS[self.kind](self)
 
 
-# JSON has no bytes: characters are written as they are, other entries one Latin-1 letter a byte.
+# JSON has no bytes: write characters as they are, and other entries as one Latin-1 letter per byte.
 _CODEC: dict[Kind, str] = {"char": "utf-8", "byte": "latin-1", "bpe": "latin-1"}
 
 
 def from_json(values: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_json` described."""
+    """Return the tokenizer that `to_json` described."""
     kind: Kind = values["kind"]
     return Tokenizer(
         kind=kind,
@@ -109,12 +109,16 @@ def from_json(values: dict[str, Any]) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, path: str | Path) -> None:
-    """Writes a self-contained tokenizer.json, whole or not at all."""
+    """Write a self-contained tokenizer.json, completely or not at all."""
     write_atomically(Path(path), json.dumps(tokenizer.to_json(), ensure_ascii=False))
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Reads what `save` wrote."""
+    """Read what `save` wrote.
+
+    Raises:
+        UserError: if the file cannot be read or is not a tokenizer of this project.
+    """
     try:
         return from_json(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
@@ -126,10 +130,10 @@ def load(path: str | Path) -> Tokenizer:
 
 
 def stream_decoder(tokenizer: Tokenizer) -> Callable[..., str]:
-    """A function to feed ids as they come, which returns the text that is complete so far.
+    """Return a function that takes ids as they come and returns the text that is complete.
 
-    A character whose bytes are spread over several tokens is held back until its last one;
-    `final=True` gives up on what is held. All that it returned, joined, is `decode` of all ids.
+    If the bytes of a character are spread over several tokens, the function waits for the last one.
+    With `final=True` it does not wait. All returned texts joined are `decode` of all ids.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -139,7 +143,7 @@ def stream_decoder(tokenizer: Tokenizer) -> Callable[..., str]:
     return feed
 
 
-# Encoders: from a tokenizer to its function from text to ids.
+# Encoders: take a tokenizer, return its function from text to ids.
 
 
 def _char_encoder(tokenizer: Tokenizer) -> Callable[[str], Ids]:
@@ -147,7 +151,7 @@ def _char_encoder(tokenizer: Tokenizer) -> Callable[[str], Ids]:
     characters = [entry.decode() for i, entry in enumerate(tokenizer.vocabulary) if i != end]
     codes = np.array([ord(character) for character in characters], np.int64)
     absent = -1 if tokenizer.unknown is None else tokenizer.unknown
-    table = np.full(0x110000, absent, np.int32)  # one row for every code point there can be
+    table = np.full(0x110000, absent, np.int32)  # one row for every possible code point
     table[codes] = np.arange(len(codes))
 
     def encode(text: str) -> Ids:

@@ -1,7 +1,7 @@
-"""How a tokenizer is made: from the characters or bytes of a corpus, trained, or from files.
+"""Make tokenizers: from the characters of a corpus, trained on it, or from files.
 
-`build` makes the tokenizer that `data.tokenizer` names, with one builder per name (`BUILDERS`).
-Every other name is looked up in tiktoken.
+`build` makes the tokenizer that `data.tokenizer` names. Each entry of `BUILDERS` makes one kind;
+all other names are tiktoken's.
 """
 
 from __future__ import annotations
@@ -21,19 +21,24 @@ from jaxdecoder.data.tokenizers import UNKNOWN, Tokenizer, load
 from jaxdecoder.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-"""How the end token reads. In text it is ordinary characters: only `end_token` ends a document."""
+"""The spelling of the end token. In text these are ordinary characters: only the id `end_token`
+ends a document."""
 BPE_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's words
 )
 BPE_VOCAB_SIZE = 4096
 BPE_SAMPLE_BYTES = 100_000_000
-"""A trained tokenizer has seen this much from the start of the corpus; more changes little."""
+"""Bytes at the start of the corpus that a tokenizer is trained on. More change little."""
 
 
 def build(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names; `texts()` streams the corpus to learn from.
+    """Make the tokenizer that `data.tokenizer` names; `texts()` streams the corpus to train on.
 
-    A `data.tokenizer_path` that is a tokenizer.json, such as another run's, is taken as it is.
+    If `data.tokenizer_path` is a tokenizer.json, such as that of another run, load it unchanged.
+
+    Raises:
+        UserError: for an unknown name, a `data.vocab_size` that the tokenizer cannot have, or files
+            that are missing or wrong.
     """
     if data.tokenizer_path.endswith(".json"):
         return load(data.tokenizer_path)
@@ -43,7 +48,7 @@ def build(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
 
 
 def _build_char(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """Every character of the corpus, sorted; or only the most frequent `data.vocab_size`."""
+    """Take every character of the corpus, sorted; or only the most frequent `data.vocab_size`."""
     counts = _count_characters(texts())
     extra = 1 if data.end_of_text else 0
     characters = sorted(counts)
@@ -88,10 +93,10 @@ def _build_byte(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokeniz
 
 
 def _build_bpe(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """Byte-level BPE trained on the corpus: the 256 bytes, the merges in order, the end token.
+    """Train byte-level BPE on the corpus: the 256 bytes, the merges in order, the end token.
 
-    A corpus with fewer merges than asked for (every word is one token by then) gives a smaller
-    vocabulary; `vocab_size` of the result is the true count.
+    If the corpus has fewer merges than asked for (every word is then one token), the vocabulary is
+    smaller; `vocab_size` of the result is the true count.
     """
     size = data.vocab_size or BPE_VOCAB_SIZE
     extra = 1 if data.end_of_text else 0
@@ -107,7 +112,7 @@ def _build_bpe(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokenize
 
 
 def from_trained(trained: Any, end_of_text: bool) -> Tokenizer:
-    """What `train_bpe` trained, as a value of ours: merges there are in the order of ids."""
+    """Turn the result of `train_bpe` into a `Tokenizer`. Its ids are in the order of the merges."""
     byte_of = _byte_of_character()
     vocabulary: list[bytes] = [b""] * trained.get_vocab_size()
     for entry, i in trained.get_vocab().items():
@@ -122,7 +127,7 @@ def from_trained(trained: Any, end_of_text: bool) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
-    """A Hugging Face tokenizer of `vocab_size` entries at most, the 256 bytes among them."""
+    """Train a Hugging Face tokenizer with at most `vocab_size` entries, the 256 bytes included."""
     import tokenizers
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -183,7 +188,7 @@ def _tiktoken(data: DataConfig) -> Tokenizer:
 
 
 def from_tiktoken(encoding: Any) -> Tokenizer:
-    """The same tokenizer as a value of ours; of its special tokens only the end stays special."""
+    """Turn a tiktoken encoding into a `Tokenizer`. Of its special tokens it keeps only the end."""
     vocabulary: list[bytes] = [b""] * encoding.n_vocab
     for entry in encoding.token_byte_values():
         vocabulary[encoding.encode_single_token(entry)] = entry
@@ -198,7 +203,11 @@ def from_tiktoken(encoding: Any) -> Tokenizer:
 
 
 def from_gpt2_files(folder: Path) -> Tokenizer:
-    """GPT-2's tokenizer from the vocab.json and merges.txt that come with its weights."""
+    """Read GPT-2's tokenizer from the vocab.json and merges.txt that come with its weights.
+
+    Raises:
+        UserError: if the files are missing, or are not a pair in GPT-2's format and order.
+    """
     try:
         ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
@@ -234,10 +243,10 @@ def from_gpt2_files(folder: Path) -> Tokenizer:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The printable alphabet in which GPT-2's files write bytes, inverted.
+    """Return the byte of each character of the alphabet in which GPT-2's files write bytes.
 
-    Bytes that print in Latin-1 stand for themselves; the others take, in order, the characters
-    from U+0100 on.
+    Bytes that are printable in Latin-1 stand for themselves. The others are, in order, the
+    characters from U+0100 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [value for value in range(256) if value not in printable]
