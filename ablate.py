@@ -1,4 +1,4 @@
-"""Compares variants: python ablate.py configs/ablations/norm_placement.toml [--size full]."""
+"""Compare variants: python ablate.py configs/ablations/positions.toml [--size full]."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from jaxdecoder.errors import UserError, friendly
 
 @dataclass(frozen=True)
 class Options:
-    """Trains all members of an ablation, judges its claims and writes a report."""
+    """Train all members of an ablation, judge its claims and write a report."""
 
     config: tyro.conf.Positional[str]
-    """The ablation's TOML file."""
+    """TOML file of the ablation."""
     size: Literal["small", "full"] = "small"
-    """small ends on two CPU cores in minutes; full is what the file's [full] table makes of it."""
+    """small: takes minutes on two CPU cores; full: apply the changes of the file's [full] table."""
     out: str = ""
     """Folder for members and report. Left out: runs/ablations/ and the file's name."""
     devices: int = 0
-    """On the CPU: cores to use, a process each; 0: all."""
+    """On the CPU: cores to use, one process each; 0: all."""
 
 
 @friendly
 def main() -> None:
-    """Reads the file, then hands over to the ablation."""
+    """Read the file and run the ablation."""
     if len(sys.argv) < 2:
         raise UserError("usage: python ablate.py CONFIG.toml [--size small|full] [--out FOLDER]")
     options = tyro.cli(Options, description=__doc__)
@@ -43,7 +43,7 @@ def main() -> None:
 
     ablation = read(options.config, out=out, size=options.size)
     one_device_a_core(options.devices)
-    # Ablations have programs in common, and one that goes on has those that it was stopped in.
+    # Ablations share compiled programs, and a resumed ablation finds those of its first part.
     keep_programs(ablation.base.data.cache)
     run(ablation, out, command=f"python ablate.py {shlex.join(sys.argv[1:])}")
 

@@ -1,4 +1,4 @@
-"""Makes models smaller and shows what they cost: python compress.py COMMAND; see its --help."""
+"""Make models smaller and show what they cost: python compress.py COMMAND; see its --help."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMMANDS: dict[str, Any] = {
 
 
 def read(arguments: list[str]) -> Any:
-    """The options of the command; those of prune are its method's."""
+    """Return the options of the command; for prune, those of its method."""
     if arguments[:1] != ["prune"]:
         return subcommand_cli_from_dict(COMMANDS, args=arguments, description=__doc__)
     which = argparse.ArgumentParser("compress.py prune", add_help=False, allow_abbrev=False)
@@ -44,7 +44,7 @@ def read(arguments: list[str]) -> Any:
 
 @friendly
 def main() -> None:
-    """Reads the command, then hands over."""
+    """Read the command and run it."""
     options = read(sys.argv[1:])
     command = f"python compress.py {shlex.join(sys.argv[1:])}"
 

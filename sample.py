@@ -1,4 +1,4 @@
-"""Talks to a model: python sample.py runs/stories --prompt "Once upon a time"."""
+"""Sample text from a run: python sample.py runs/stories --prompt "Once upon a time"."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from jaxdecoder.errors import UserError, friendly
 
 @dataclass(frozen=True)
 class Options:
-    """Samples text from a run."""
+    """Sample text from a run."""
 
     run: tyro.conf.Positional[str]
     """Run folder."""
     prompt: tuple[str, ...] = ("",)
-    """Beginning of the text; several make a batch."""
+    """Beginning of the text. Several prompts make a batch."""
     prompt_file: str = ""
     """Read the prompt from this file; - is standard input."""
     max_new_tokens: int = 500
-    """Longest continuation."""
+    """Greatest number of tokens to generate."""
     temperature: float = 0.8
-    """Divides the logits; 0 is greedy."""
+    """Divide the logits by this; 0 is greedy decoding."""
     top_k: int | None = None
     """Choose among the k likeliest tokens."""
     top_p: float | None = None
-    """Choose among the fewest tokens that have this probability together."""
+    """Choose among the fewest tokens whose probabilities sum to this."""
     min_p: float | None = None
-    """Choose among tokens at least this many times as probable as the likeliest."""
+    """Choose among tokens that are at least this many times as probable as the likeliest."""
     repetition_penalty: float | None = None
-    """Make tokens that are already there less likely, by this factor."""
+    """Make tokens that have occurred less likely, by this factor."""
     exit_threshold: float | None = None
-    """For a model with early exits: how sure of the next token it must be to stop; 1: never early.
+    """For a model with early exits: the confidence above which a token stops; 1: never stop early.
     Left out: the run's own."""
     num_samples: int = 1
     """Continuations of each prompt."""
     seed: int = 0
     """The same seed gives the same text."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which of the run's checkpoints."""
+    """Checkpoint of the run to load."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and compute; auto is what train.py would take for this run here."""
+    """Number format of weights and compute; auto: what train.py would use for this run here."""
 
 
 @friendly
 def main() -> None:
-    """Parses, loads, generates, prints."""
+    """Parse the options, load the model, generate and print."""
     options = tyro.cli(Options)
     import jax
     import jax.numpy as jnp
@@ -73,8 +73,8 @@ def main() -> None:
     if options.dtype != "auto":
         decoder = decoder.clone(dtype=jnp.dtype(options.dtype))
         params = packing.cast(params, decoder.dtype)
-    # Spare rows of the head mean nothing; penalties act on the raw logits, cuts on what the
-    # temperature made of them.
+    # Spare rows of the head mean nothing. Penalties apply to the raw logits; top-k, top-p and min-p
+    # apply after the temperature.
     steps = [filters.first(model.tokenizer.vocab_size), filters.temperature(options.temperature)]
     if options.repetition_penalty is not None:
         steps.insert(1, filters.repetition_penalty(options.repetition_penalty))
@@ -95,7 +95,7 @@ def main() -> None:
     )
     decoders = [stream_decoder(model.tokenizer) for _ in texts]
     if len(texts) == 1:
-        # One text is shown as it comes, several when they are whole.
+        # Print one text as it comes, several texts when they are complete.
         print(texts[0], end="", flush=True)
         for (fresh,) in chunks:
             print(decoders[0](fresh), end="", flush=True)

@@ -1,4 +1,4 @@
-"""Trains a decoder: python train.py configs/stories.toml [--model.n-layers 6 ...]."""
+"""Train a decoder: python train.py configs/stories.toml [--model.n-layers 6 ...]."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxdecoder.errors import UserError, friendly
 
 @friendly
 def main() -> None:
-    """Reads the config, then hands over to the training loop."""
+    """Read the config and train."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
             load("/dev/null", ["--help"])

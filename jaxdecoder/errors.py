@@ -1,4 +1,4 @@
-"""Errors for the person at the keyboard: they are shown as one message, without a traceback."""
+"""Errors for the user: shown as one message, without a traceback."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake the user can mend; the message says what, where, and what would be right."""
+    """A mistake that the user can correct. The message says what is wrong, where, and the fix."""
 
 
 def friendly(main: Callable[[], None]) -> Callable[[], None]:
-    """Wraps a script's `main`: a `UserError` ends it with its message and status 1.
+    """Wrap a script's `main`: a `UserError` ends the script with its message and status 1.
 
-    Every other exception keeps its traceback, because it is a mistake of ours.
+    Every other exception keeps its traceback, because it is a mistake in the program.
     """
 
     @functools.wraps(main)
@@ -26,7 +26,7 @@ def friendly(main: Callable[[], None]) -> Callable[[], None]:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
         except BrokenPipeError:
-            # Whoever read our output has seen enough; nothing more can be flushed to them.
+            # The reader of our output is gone, so nothing more can be flushed to it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

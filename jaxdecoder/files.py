@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, what they hold, and what a full disk looks like."""
+"""Write files completely or not at all, make their content, and recognise a full disk."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _NO_SPACE_TOLD = ("No space left", "File too large", "Disk quota")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file so that no reader, and no crash, ever sees half of it; text as UTF-8."""
-    # The process's own name for it: two that write the same file do not mix.
+    """Write a file so that no reader ever sees half of it, even after a crash; text as UTF-8."""
+    # The name contains the process id, so that two processes that write one file do not mix.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -31,21 +31,21 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
-    """Writes a table, its heading first, as `write_atomically` does."""
+    """Write a table, its heading first, completely or not at all."""
     buffer = io.StringIO()
     csv.writer(buffer).writerows(rows)
     write_atomically(path, buffer.getvalue())
 
 
 def as_png(figure: Figure, dpi: int = 110) -> bytes:
-    """What the file of a picture would hold."""
+    """Return the content of a figure's PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi)
     return buffer.getvalue()
 
 
 def as_page(template: Path, **values: Any) -> str:
-    """What the file of a web page would hold: a Jinja template with its values, escaped."""
+    """Return a web page: a Jinja template filled with values, which are escaped."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -60,7 +60,7 @@ def as_page(template: Path, **values: Any) -> str:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a lack of space."""
+    """Return whether an error, or its cause, is a lack of disk space."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NO_SPACE:
             return True

@@ -1,4 +1,4 @@
-"""Helper processes: spawned, not forked, for JAX has threads, and a fork of them may hang."""
+"""Helper processes, spawned and not forked: JAX has threads, and a forked process may hang."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def start_helper() -> None:
-    """Leaves interrupts to the parent, and goes when the parent goes, even if it was killed."""
+    """Ignore interrupts, and end when the parent ends, even if the parent was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -29,10 +29,10 @@ def start_helper() -> None:
 
 @contextmanager
 def no_main_module() -> Iterator[None]:
-    """Hides the running script from helpers while they start.
+    """Hide the running script from helpers while they start.
 
-    They would import it first: train.py with the model and all, and a script on standard input
-    could not be found. They need nothing of it.
+    Otherwise they would import it first: train.py with the whole model, or a script on standard
+    input, which cannot be found. They need nothing from it.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxdecoder.config import DataConfig, load
-from jaxdecoder.data import tokenizers
+from jaxdecoder.data import tokenizers, vocabularies
 from jaxdecoder.errors import UserError
 from jaxdecoder.training.runs import load_model, lock
 from jaxdecoder.training.single import train
@@ -49,7 +49,7 @@ def test_bytes_that_are_not_utf_8(tmp_path):
 def test_a_prompt_with_characters_never_seen(tiny_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
-    letters = tokenizers.build(DataConfig(tokenizer="char"), lambda: ["one two three"])
+    letters = vocabularies.build(DataConfig(tokenizer="char"), lambda: ["one two three"])
     tokenizers.save(letters, run / "tokenizer.json")
     said = here("sample.py", run, "--prompt", "qua ☃")
     assert said.returncode == 1

@@ -15,7 +15,7 @@ from jinja2 import UndefinedError
 from jaxdecoder.compression import chart
 from jaxdecoder.compression.chart import COSTS, Point, as_html, front
 from jaxdecoder.config import DataConfig
-from jaxdecoder.data import tokenizers
+from jaxdecoder.data import tokenizers, vocabularies
 from jaxdecoder.files import as_page
 from tests.runs import here, script
 
@@ -54,7 +54,7 @@ def runs(tiny_run, tmp_path_factory):
     config = folder / "exits" / "config.toml"
     config.write_text(config.read_text().replace('depth = "fixed"', 'depth = "early_exit"'))
     text = (tiny_run.parent / "corpus.txt").read_text()
-    letters = tokenizers.build(DataConfig(tokenizer="char"), lambda: [text])
+    letters = vocabularies.build(DataConfig(tokenizer="char"), lambda: [text])
     tokenizers.save(letters, folder / "letters" / "tokenizer.json")
     return folder
 

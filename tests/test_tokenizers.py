@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from jaxdecoder.config import DataConfig
-from jaxdecoder.data import tokenizers
+from jaxdecoder.data import tokenizers, vocabularies
 from jaxdecoder.data.corpora import cut
 from jaxdecoder.data.stories import stories
 from jaxdecoder.data.tokenizers import Tokenizer
@@ -26,7 +26,7 @@ STRANGE = (
 
 def build(tokenizer: str, *texts: str, **fields: object) -> Tokenizer:
     data = DataConfig(tokenizer=tokenizer, **fields)  # type: ignore[arg-type]
-    return tokenizers.build(data, lambda: texts)
+    return vocabularies.build(data, lambda: texts)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def bpe(text: str) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def theirs(text: str) -> HuggingFaceTokenizer:
-    return tokenizers.train_bpe([text], 999)
+    return vocabularies.train_bpe([text], 999)
 
 
 @pytest.fixture(scope="module", params=["char", "byte", "bpe"])
@@ -177,7 +177,7 @@ class TestBpe:
             build("bpe", "aaaa", vocab_size=100)
 
     def test_it_learns_from_a_bounded_sample(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tokenizers, "BPE_SAMPLE_BYTES", 10)
+        monkeypatch.setattr(vocabularies, "BPE_SAMPLE_BYTES", 10)
         read = []
 
         def texts():  # type: ignore[no-untyped-def]
@@ -185,7 +185,7 @@ class TestBpe:
                 read.append(number)
                 yield "word word"
 
-        tokenizers.build(DataConfig(tokenizer="bpe"), texts)
+        vocabularies.build(DataConfig(tokenizer="bpe"), texts)
         assert len(read) < 5
 
     @pytest.mark.slow
@@ -193,8 +193,8 @@ class TestBpe:
         rng = np.random.default_rng(0)
         letters = rng.choice(list("etaoinshrdlucmfwypvbgkjqxz"), (40_000, 8))
         corpus = " ".join("".join(word) for word in letters)
-        theirs = tokenizers.train_bpe([corpus], 109_999)
-        ours = tokenizers.from_trained(theirs, end_of_text=True)
+        theirs = vocabularies.train_bpe([corpus], 109_999)
+        ours = vocabularies.from_trained(theirs, end_of_text=True)
         assert ours.vocab_size == 110_000
         tokenizers.save(ours, tmp_path / "tokenizer.json")
         self.agrees(tokenizers.load(tmp_path / "tokenizer.json"), theirs, corpus[:100_000])
@@ -229,7 +229,9 @@ def published() -> dict[str, Tokenizer]:
                 patch.setattr(tiktoken_ext.openai_public, loader, lambda *_, **__: {b"a": 0})
             pattern = getattr(tiktoken_ext.openai_public, name)()["pat_str"]
         found[name] = Tokenizer("bpe", name, tuple(synthetic_ranks()), pattern=pattern)
-    found["bpe"] = Tokenizer("bpe", "bpe", tuple(synthetic_ranks()), pattern=tokenizers.BPE_PATTERN)
+    found["bpe"] = Tokenizer(
+        "bpe", "bpe", tuple(synthetic_ranks()), pattern=vocabularies.BPE_PATTERN
+    )
     return found
 
 
@@ -256,11 +258,11 @@ class TestTiktoken:
     def test_a_published_encoding_becomes_a_value(self, tmp_path: Path) -> None:
         encoding = tiktoken.Encoding(
             "gapped",
-            pat_str=tokenizers.BPE_PATTERN,
+            pat_str=vocabularies.BPE_PATTERN,
             mergeable_ranks=synthetic_ranks(),
             special_tokens={"<|endoftext|>": 280, "<|other|>": 285},
         )
-        ours = tokenizers.from_tiktoken(encoding)
+        ours = vocabularies.from_tiktoken(encoding)
         assert ours.vocab_size == encoding.n_vocab == 286
         assert ours.end_token == encoding.eot_token == 280
         tokenizers.save(ours, tmp_path / "tokenizer.json")

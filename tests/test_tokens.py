@@ -300,9 +300,10 @@ class TestWhenThingsGoWrong:
         text = "\n".join(stories(60_000, 0))
         path = book(tmp_path, text)
         script = """
-            import sys, jaxdecoder.data.tokens as tokens
+            import sys
             from jaxdecoder.config import DataConfig
-            tokens.JOB, tokens.JOBS_ALONE = 10_000, 1
+            from jaxdecoder.data import encoding, tokens
+            encoding.JOB, encoding.JOBS_ALONE = 10_000, 1
             tokens.corpora.cut.__defaults__ = (5_000, 40_000)
             wrote, write = [], tokens._write
             tokens._write = lambda *a: (wrote.append(1), write(*a))

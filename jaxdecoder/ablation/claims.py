@@ -1,8 +1,8 @@
-"""Claims in plain words, and what the members' results say of them.
+"""Judge claims in plain words by the results of the members.
 
-Every form of claim is a row of `FORMS`: a pattern and a judge. A judge reduces the claim to one
-number a seed (or several, where it speaks of several), and the verdict is that of the t test on it,
-corrected for all claims of the report.
+Every form of claim is an entry of `FORMS`: a pattern and a judge. A judge reduces the claim to one
+number per seed (or several, if the claim is about several). The verdict comes from a t test on
+these numbers, corrected for all claims of the report.
 """
 
 from __future__ import annotations
@@ -20,53 +20,53 @@ from jaxdecoder.ablation.statistics import Estimate, best_on_curve, estimate, ho
 from jaxdecoder.errors import UserError
 
 LEVEL = 0.05
-"""The chance, at most, that any claim of a report is judged although nothing is behind it."""
+"""The greatest probability that any claim of a report is judged although there is no effect."""
 
 SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "undecided"
 
 
 class Outcome(NamedTuple):
-    """What one member came to."""
+    """The result of one member."""
 
     arm: Arm
     learning_rate: float
     seed: int
     metrics: dict[str, float]
-    """By the names of `METRICS`, in nats a token."""
+    """By the names of `METRICS`, in nats per token."""
     diverged_at: int | None = None
-    """The step at which a number was no longer finite; its losses are then those of a model that
-    knows nothing, and its overfitting is not known (NaN)."""
+    """The step at which a number was no longer finite. The losses are then those of a model that
+    knows nothing, and the overfitting is unknown (NaN)."""
 
 
 class Judgement(NamedTuple):
-    """What the runs say of a claim, before the correction for the others."""
+    """The result of one claim, before the correction for the other claims."""
 
     direction: bool | None
-    """Whether they point to the claim (True) or against it; None where to neither."""
+    """Whether the runs speak for the claim (True) or against it (False); None: neither."""
     p_value: float
-    """That of what they point to."""
+    """p value of that direction."""
     what: str
-    """What `estimate` is the estimate of."""
+    """The quantity that `estimate` estimates."""
     estimate: Estimate
     caveat: str = ""
-    """What stands in the way of taking it at its word, as a sentence."""
+    """A sentence that says why the result may not be reliable."""
 
 
 class Verdict(NamedTuple):
-    """A claim, judged."""
+    """A claim with its verdict."""
 
     claim: str
     verdict: str
     judgement: Judgement
     adjusted_p: float
-    """p value under Holm's correction over the claims of the report."""
+    """p value after Holm's correction over the claims of the report."""
 
 
 class Evidence:
-    """The outcomes of an ablation, as judges ask for them.
+    """The outcomes of an ablation, in the form that judges need.
 
-    Arms are compared at the learning rate that is best for each, on average over its seeds. A rate
-    at which a seed diverged is not the best, unless one did at all of them.
+    Every arm is compared at its best learning rate, on average over its seeds. A rate at which a
+    seed diverged is not the best, unless seeds diverged at all rates.
     """
 
     def __init__(self, ablation: Ablation, outcomes: Sequence[Outcome]):
@@ -77,17 +77,17 @@ class Evidence:
         self._rates = {arm: ablation.rates(arm) for arm in ablation.arms}
 
     def estimate(self, values: Sequence[float] | np.ndarray) -> Estimate:
-        """Of one number a seed; what would be seen is what Holm's first step would let pass."""
+        """Estimate the mean of one number per seed, at the level of Holm's first step."""
         level = LEVEL / max(1, len(self.ablation.spec.claims))
         return estimate(values, self.ablation.spec.confidence, level)
 
     def curve(self, arm: Arm, seed: int, metric: str | None = None) -> np.ndarray:
-        """The metric of one arm and seed at every learning rate."""
+        """Return the metric of one arm and seed at every learning rate."""
         name = metric or self.metric
         return np.array([outcome.metrics[name] for outcome in self._by_rate(arm, seed)])
 
     def diverged(self, arm: Arm, seed: int) -> np.ndarray:
-        """Whether the members of one arm and seed diverged, at every learning rate."""
+        """Return whether one arm and seed diverged, at every learning rate."""
         return np.array([o.diverged_at is not None for o in self._by_rate(arm, seed)])
 
     def _by_rate(self, arm: Arm, seed: int) -> list[Outcome]:
@@ -99,29 +99,29 @@ class Evidence:
         return int(np.argmin(curve if spoilt.all() else np.where(spoilt, np.inf, curve)))
 
     def best_rate(self, arm: Arm) -> float:
-        """The learning rate at which an arm's mean over seeds is lowest."""
+        """Return the learning rate at which an arm's mean over seeds is lowest."""
         return self._rates[arm][self._best(arm)]
 
     def at_end(self, arm: Arm) -> bool:
-        """Whether an arm's best learning rate is the first or last of several."""
+        """Return whether an arm's best learning rate is the first or last of several."""
         n = len(self._rates[arm])
         return n > 1 and self._best(arm) in (0, n - 1)
 
     def value(self, arm: Arm, seed: int, measure: str) -> float:
-        """A measure of one arm and seed: a metric at its best learning rate, or a sensitivity."""
+        """Return a measure of one arm and seed: a metric at its best rate, or the sensitivity."""
         if measure == SENSITIVITY:
             curve = self.curve(arm, seed)
             return float(curve.mean() - curve.min())
         return float(self.curve(arm, seed, measure)[self._best(arm)])
 
     def gain(self, a: Arm, b: Arm, seed: int) -> float:
-        """By how much `a` has a lower metric than `b`; not known (NaN) if both diverged."""
+        """Return by how much the metric of `a` is lower than that of `b`; NaN if both diverged."""
         if all(self.diverged(arm, seed)[self._best(arm)] for arm in (a, b)):
             return math.nan
         return self.value(b, seed, self.metric) - self.value(a, seed, self.metric)
 
     def matching(self, conditions: dict[str, Any]) -> list[Arm]:
-        """The arms that have these values."""
+        """Return the arms that have these values."""
         return [
             arm
             for arm in self.ablation.arms
@@ -129,9 +129,9 @@ class Evidence:
         ]
 
     def pairs(self, a: dict[str, Any], b: dict[str, Any]) -> list[tuple[Arm, Arm]]:
-        """Arms with the values `a` beside those with `b` that agree in all that neither names.
+        """Pair arms with the values `a` with arms with the values `b`, if all other values agree.
 
-        Two arms that are the only ones with these values are a pair whatever else differs.
+        If only one arm has the values `a` and only one has `b`, they are a pair in any case.
         """
         named = {*a, *b}
 
@@ -144,18 +144,18 @@ class Evidence:
         return [(x, y) for x, y in every if rest(x) == rest(y)]
 
     def levels(self, factor: str) -> list[tuple[Any, list[Arm]]]:
-        """The values of a factor, each with its arms, in one order of the other factors."""
+        """Return the values of a factor, each with its arms, in the same order for all values."""
         return [(value, self.matching({factor: value})) for value in self.ablation.factors[factor]]
 
 
 SENSITIVITY = "learning-rate sensitivity"
-"""Mean over the grid of learning rates minus the lowest: what a wrong choice costs."""
+"""Mean loss over the grid of learning rates minus the lowest: the cost of a wrong choice."""
 
 Judge = Callable[[Evidence, "re.Match[str]"], Judgement]
 
 
 def beats(evidence: Evidence, match: re.Match[str]) -> Judgement:
-    """A beats B: paired over seeds, B's metric minus A's is above the margin."""
+    """Judge "A beats B": paired over seeds, B's metric minus A's is above the margin."""
     better, worse = (_conditions(evidence.ablation, match[name]) for name in ("a", "b"))
     pairs = evidence.pairs(better, worse)
     if not pairs:
@@ -177,7 +177,7 @@ def beats(evidence: Evidence, match: re.Match[str]) -> Judgement:
 
 
 def _at_ends(evidence: Evidence, arms: Iterable[Arm]) -> str:
-    """The caveat that arms are not compared at their best, if the grid of rates is too narrow."""
+    """Return the caveat that the grid of learning rates is too narrow for some arms, or ""."""
     names = [arm.name for arm in dict.fromkeys(arms) if evidence.at_end(arm)]
     if not names:
         return ""
@@ -185,9 +185,9 @@ def _at_ends(evidence: Evidence, arms: Iterable[Arm]) -> str:
 
 
 def raises(evidence: Evidence, match: re.Match[str]) -> Judgement:
-    """Raising a factor lowers (or raises) a measure: the sign of its slope over the levels.
+    """Judge "raising a factor lowers (or raises) a measure" by the slope over the factor's values.
 
-    Levels count by their order, so a doubling of heads is a step like the next.
+    Only the order of the values counts: from 1 to 4 heads is one step, as from 4 to 16.
     """
     factor = _factor(evidence.ablation, match["factor"])
     measure = _measure(evidence, match["measure"])
@@ -209,10 +209,10 @@ def raises(evidence: Evidence, match: re.Match[str]) -> Judgement:
 
 
 def effect_is_the_same(evidence: Evidence, match: re.Match[str]) -> Judgement:
-    """The effect of a factor has one sign at every value of another.
+    """Judge "the effect of a factor does not depend on another": it has one sign at every value.
 
-    Supported if it has that sign beyond chance at each of them (intersection-union test); refuted
-    if it has opposite ones, beyond chance, at two (corrected for the choice of the two).
+    Supported if the sign is significant at each value (intersection-union test). Refuted if two
+    values have significant opposite signs (corrected for the choice of the two).
     """
     ablation = evidence.ablation
     factor = _factor(ablation, match["factor"])
@@ -220,7 +220,7 @@ def effect_is_the_same(evidence: Evidence, match: re.Match[str]) -> Judgement:
     if len(values) != 2:
         raise UserError(f"the effect of {match['factor']} needs two values, not {len(values)}")
     effects = [
-        # No power line: the claim is about all of them.
+        # No power line: the claim is about all effects together.
         evidence.estimate(effect)._replace(detectable=math.nan)
         for effect in _effects(evidence, factor, match["other"])
     ]
@@ -242,8 +242,11 @@ def effect_is_the_same(evidence: Evidence, match: re.Match[str]) -> Judgement:
 
 
 def _effects(evidence: Evidence, factor: str, other: str) -> list[list[float]]:
-    """By value of the other: a seed's change of the metric from the factor's first to its second
-    value. Learning rates are taken one by one; everything else at the best of each arm."""
+    """Return the effect of a factor for each value of the other, and for each seed.
+
+    The effect is the change of the metric from the factor's first value to its second. If the other
+    is the learning rate, it takes each rate; otherwise the best rate of each arm.
+    """
     ablation = evidence.ablation
     first, second = ({factor: value} for value in ablation.factors[factor])
     pairs = evidence.pairs(first, second)
@@ -274,12 +277,13 @@ def _effects(evidence: Evidence, factor: str, other: str) -> list[list[float]]:
 
 
 def best_is_the_same(evidence: Evidence, match: re.Match[str]) -> Judgement:
-    """The best learning rate is the same at the first and last value of a factor.
+    """Judge "the best learning rate does not depend on a factor", from its first to its last value.
 
-    In doublings, between the vertices of the curves' parabolas. Supported if it moves by less than
-    a step of the grid beyond chance (two one-sided tests); refuted if it moves by a step or more
-    and differs from none beyond chance. A best at an end of the grid may lie anywhere beyond: it
-    can have moved by more, and so refute, but supports nothing.
+    The best rate is the vertex of the curve's parabola; moves are in doublings. Supported if it
+    moves significantly less than a step of the grid (two one-sided tests). Refuted if it moves by a
+    step or more, and significantly differs from 0. If the best is at an end of the grid, the true
+    best may be anywhere beyond. It may have moved by more, so the claim can be refuted but not
+    supported.
     """
     rates = np.log2(evidence.ablation.learning_rates)
     if len(rates) < 3:
@@ -295,7 +299,7 @@ def best_is_the_same(evidence: Evidence, match: re.Match[str]) -> Judgement:
         return int(np.argmin(np.mean(curves, axis=0))) in (0, len(rates) - 1)
 
     moves = np.array([best(last, seed) - best(first, seed) for seed in evidence.seeds])
-    # No power line: the claim is that nothing is to be seen.
+    # No power line: the claim is that there is no difference.
     found = evidence.estimate(moves)._replace(detectable=math.nan)
     step = float(np.mean(np.diff(rates)))
     what = f"doublings by which the best learning rate moves with {match['factor']}"
@@ -304,7 +308,7 @@ def best_is_the_same(evidence: Evidence, match: re.Match[str]) -> Judgement:
     if at_an_end(first) or at_an_end(last):
         caveat = "The best learning rate is at an end of the grid, which is too narrow to tell."
         return Judgement(None, 1.0, what, found, caveat)
-    # One-sided tests against either margin; p values of the two-sided ones, halved.
+    # One-sided tests against both margins: half the p values of two-sided tests.
     p = max(evidence.estimate(moves + margin).p_value / 2 for margin in (-step, step))
     return Judgement(True, p, what, found)
 
@@ -331,9 +335,12 @@ FORMS: dict[str, tuple[str, Judge]] = {
 
 
 def check(ablation: Ablation) -> None:
-    """Refuses claims that the ablation's arms cannot answer, before anything is trained.
+    """Refuse claims that the arms of the ablation cannot answer, before anything is trained.
 
-    They are judged once over made-up results, for a judge knows best what it needs.
+    It judges them once on made-up results, because a judge itself checks what it needs.
+
+    Raises:
+        UserError: with the claim and what is missing.
     """
     if ablation.spec.claims and ablation.spec.seeds < 2:
         raise UserError(
@@ -346,11 +353,10 @@ def check(ablation: Ablation) -> None:
 
 
 def judge(ablation: Ablation, outcomes: Sequence[Outcome]) -> list[Verdict]:
-    """The verdict on each claim of the ablation.
+    """Return the verdict on each claim of the ablation.
 
     Raises:
-        UserError: naming the claim, where it has no known form or speaks of arms that are not
-            there.
+        UserError: with the claim, if it has no known form or names arms that do not exist.
     """
     evidence = Evidence(ablation, outcomes)
     judgements = [_judge(evidence, claim) for claim in ablation.spec.claims]
@@ -377,7 +383,7 @@ def _judge(evidence: Evidence, claim: str) -> Judgement:
 
 
 def _conditions(ablation: Ablation, text: str) -> dict[str, Any]:
-    """`norm=none,residual=true` as values of factors."""
+    """Parse conditions such as `norm=none,residual=true` into values of factors."""
     conditions = {}
     for part in text.split(","):
         name, _, shown = part.strip().partition("=")
@@ -390,7 +396,7 @@ def _conditions(ablation: Ablation, text: str) -> dict[str, Any]:
 
 
 def _factor(ablation: Ablation, name: str) -> str:
-    """The dotted field of a factor's short or full name."""
+    """Return the dotted field for a factor's short or full name."""
     factors = ablation.factors
     fits = [key for key in factors if name in (key, key.split(".")[-1])]
     if len(fits) != 1:
@@ -419,10 +425,13 @@ def _measure(evidence: Evidence, name: str) -> str:
 
 
 def knowing_nothing(vocab_size: int) -> dict[str, float]:
-    """The losses of a model that gives every token the same chance; diverged members count so."""
+    """Return the losses of a model that gives every token the same probability.
+
+    Diverged members count as this model.
+    """
     return {
         "validation_loss": math.log(vocab_size),
         "train_loss": math.log(vocab_size),
-        # It has none, but to have none is what others strive for.
+        # Its overfitting would be 0, which would look like the best value.
         "overfitting": math.nan,
     }

@@ -1,15 +1,15 @@
-"""What an ablation asks: arms, seeds, learning rates and claims, read from one TOML file.
+"""Read an ablation from one TOML file: its arms, seeds, learning rates and claims.
 
 base = "../shakespeare_nano.toml"      # the preset all arms start from
 seeds = 5
 learning_rates = [1e-3, 3e-3]          # left out: the base's; else every arm gets its best
-budget = "steps"                       # or "tokens", "flops": what all arms have in equal parts
+budget = "steps"                       # or "tokens", "flops": what is equal for all arms
 claims = ["norm_placement=post beats norm_placement=pre"]
 
 [overrides]                            # for every arm
 train.steps = 300
 
-[factors]                              # the full grid of these, or [[arms]], a list
+[factors]                              # their full grid gives the arms; or list [[arms]]
 model.norm_placement = ["pre", "post"]
 
 [full]                                 # what `--size full` changes, keys as above
@@ -37,7 +37,7 @@ LEARNING_RATE = "optimizer.learning_rate"
 
 
 class Spec(pydantic.BaseModel):
-    """The tables of the file, checked for their types."""
+    """The tables of the file, with their types checked."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -56,17 +56,17 @@ class Spec(pydantic.BaseModel):
 
 
 class Arm(NamedTuple):
-    """One variant: the values that make it differ, under the dotted names of config fields."""
+    """One of the compared configs: the values in which it differs, by dotted names of fields."""
 
     values: tuple[tuple[str, Any], ...]
 
     @property
     def name(self) -> str:
-        """Its values, as in norm_placement=post,n_heads=4."""
+        """Return its values as text: norm_placement=post,n_heads=4."""
         return ",".join(f"{key.split('.')[-1]}={show(value)}" for key, value in self.values)
 
     def value(self, key: str) -> Any:
-        """Of a dotted field."""
+        """Return its value of a dotted field."""
         return dict(self.values)[key]
 
 
@@ -80,7 +80,7 @@ class Member(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of its run folder."""
+        """Return the name of its run folder."""
         return f"{self.arm.name or 'base'},lr={self.learning_rate:g},seed={self.seed}"
 
 
@@ -93,12 +93,12 @@ class Ablation(NamedTuple):
     base: Config
     arms: tuple[Arm, ...]
     learning_rates: tuple[float, ...]
-    """What all arms are trained at, the lowest first; the base's alone, if the file gives none."""
+    """The rates that all arms are trained at, ascending; if the file gives none, the base's."""
     members: tuple[Member, ...]
 
     @property
     def factors(self) -> dict[str, tuple[Any, ...]]:
-        """Every field in which arms differ, with its values in their order of appearance."""
+        """Return every field in which arms differ, with its values in order of appearance."""
         found: dict[str, dict[Any, None]] = {}
         for arm in self.arms:
             for key, value in arm.values:
@@ -106,16 +106,16 @@ class Ablation(NamedTuple):
         return {key: tuple(values) for key, values in found.items()}
 
     def rates(self, arm: Arm) -> tuple[float, ...]:
-        """The learning rates that an arm is trained at."""
+        """Return the learning rates that an arm is trained at."""
         return tuple(dict.fromkeys(m.learning_rate for m in self.members if m.arm == arm))
 
 
 def read(path: str | Path, *, out: str | Path = "", size: str = "small") -> Ablation:
-    """Reads an ablation file; `out` is the folder that will hold the members' runs.
+    """Read an ablation file; `out` is the folder for the members' runs.
 
     Raises:
-        UserError: naming file and key, for a factor that is no config field, a value that its
-            field cannot have, a base that does not exist, or a size that the file lacks.
+        UserError: with file and key, for a factor that is not a config field, a value that its
+            field cannot have, a base that does not exist, or a size that the file does not have.
     """
     path = Path(path)
     tables = read_toml(path)
@@ -147,7 +147,7 @@ def read(path: str | Path, *, out: str | Path = "", size: str = "small") -> Abla
 
 
 def show(value: Any) -> str:
-    """A value as it stands in a claim: no quotes, true and false as in TOML."""
+    """Return a value as it is written in a claim: no quotes, true and false as in TOML."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
@@ -156,7 +156,7 @@ def show(value: Any) -> str:
 
 
 def _arms(spec: Spec, base: Config, path: Path) -> tuple[Arm, ...]:
-    """The grid of the factors, or the listed arms, each with a value for every field in play."""
+    """Return the grid of the factors, or the listed arms, with a value for every named field."""
     factors = _flat(spec.factors)
     if bool(factors) == bool(spec.arms):
         raise UserError(f"{path}: give either [factors], for their full grid, or [[arms]]")
@@ -189,7 +189,7 @@ def _member(
     config = _with_values(base, dict(arm.values), f"{path}: {arm.name}")
     if spec.learning_rates:
         config = _with_values(config, {LEARNING_RATE: rate}, f"{path}: learning_rates")
-    # The rate may be a factor: then it is the arm's.
+    # If the learning rate is a factor, it is that of the arm.
     member = Member(arm, config.optimizer.learning_rate, seed, config)
     changes = {
         "train.seed": seed,
@@ -200,7 +200,7 @@ def _member(
 
 
 def _steps(base: Config, config: Config, budget: Budget) -> int:
-    """Steps of a member so that it spends what the base would, to the nearest step."""
+    """Return the steps that give a member the budget of the base, to the nearest step."""
     steps = base.train.steps if budget != "steps" else config.train.steps
     if budget == "steps":
         return steps
@@ -219,13 +219,13 @@ def _flops(config: Config, where: str) -> float:
 
 
 def value_of(config: Config, key: str) -> Any:
-    """The value of a dotted field."""
+    """Return the value of a dotted field."""
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
 
 
 def _with_values(config: Config, values: dict[str, Any], where: str) -> Config:
-    """The config with these dotted fields changed, and checked."""
+    """Return the config with these dotted fields changed and checked."""
     tables = to_dict(config)
     for key, value in values.items():
         section, _, name = key.partition(".")
@@ -236,7 +236,7 @@ def _with_values(config: Config, values: dict[str, Any], where: str) -> Config:
 
 
 def _flat(tables: dict[str, Any]) -> dict[str, Any]:
-    """Nested tables as dotted keys; TOML writes model.x = 1 as one or the other."""
+    """Return nested tables as dotted keys; TOML may write model.x = 1 as either."""
     flat: dict[str, Any] = {}
     for key, value in tables.items():
         if isinstance(value, dict):

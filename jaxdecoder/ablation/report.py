@@ -1,7 +1,7 @@
-"""The report of an ablation: HTML in one file, Markdown, CSV and pictures.
+"""Write the report of an ablation: HTML in one file, Markdown, CSV and pictures.
 
-The verdicts come first, in plain words; then the arms with what they cost, the curves, and the
-command and config that give it all again.
+First come the verdicts in plain words, then the arms with their costs, the curves, and the command
+and config that make all of it again.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from jaxdecoder.training.devices import processor
 from jaxdecoder.training.logging import read_metrics
 
 
-class Row(NamedTuple):
+class ArmRow(NamedTuple):
     """One arm in the table."""
 
     arm: Arm
     learning_rate: float
-    """The best of those tried."""
+    """The best of the rates tried."""
     at_end: bool
-    """Whether that is an end of the grid, beyond which a better one may lie."""
+    """Whether that is an end of the grid, so that a better one may be beyond it."""
     losses: list[float]
     """The metric of every seed at that rate."""
     parameters: int
     steps: int
     train_flops: float
-    """Of one member, from `jaxdecoder.analysis`."""
+    """FLOPs of one member, from `jaxdecoder.analysis`."""
     seconds: float
-    """Of one member, on average."""
+    """Training time of one member, on average."""
     diverged: int
     """Members, at any rate, in which a number was no longer finite."""
 
@@ -53,7 +53,7 @@ def write(
     verdicts: Sequence[Verdict],
     command: str,
 ) -> None:
-    """Writes report.html, report.md, results.csv and the pictures into a folder."""
+    """Write report.html, report.md, results.csv and the pictures into a folder."""
     rows = table(ablation, results, outcomes)
     pictures = {"loss.png": draw_losses(ablation, results, outcomes)}
     if len(ablation.learning_rates) > 1:
@@ -77,8 +77,10 @@ def write(
 # --- The table ------------------------------------------------------------------------------------
 
 
-def table(ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outcome]) -> list[Row]:
-    """A row an arm, the best first."""
+def table(
+    ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outcome]
+) -> list[ArmRow]:
+    """Return a row for each arm, the best first."""
     evidence = Evidence(ablation, outcomes)
     rows = []
     for arm in ablation.arms:
@@ -89,7 +91,7 @@ def table(ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outc
         ]
         result = own[0][0]
         rows.append(
-            Row(
+            ArmRow(
                 arm,
                 evidence.best_rate(arm),
                 evidence.at_end(arm),
@@ -108,8 +110,8 @@ def table(ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outc
 HEADINGS = ("arm", "loss", "learning rate", "parameters", "steps", "FLOPs", "seconds", "diverged")
 
 
-def cells(ablation: Ablation, row: Row) -> list[str]:
-    """A row as text, under `HEADINGS`."""
+def cells(ablation: Ablation, row: ArmRow) -> list[str]:
+    """Return a row as text, for `HEADINGS`."""
     mean = float(np.mean(row.losses))
     if len(row.losses) > 1:
         interval = estimate(row.losses, ablation.spec.confidence)
@@ -132,7 +134,7 @@ def cells(ablation: Ablation, row: Row) -> list[str]:
 
 
 def sentence(verdict: Verdict) -> str:
-    """What a verdict rests on, in one sentence or two."""
+    """Explain a verdict in one or two sentences."""
     e, what, caveat = verdict.judgement.estimate, verdict.judgement.what, verdict.judgement.caveat
     what = what[0].upper() + what[1:]
     if np.isnan(e.mean):
@@ -155,7 +157,7 @@ def _interval(e: Estimate) -> str:
 
 
 def power_line(e: Estimate) -> str:
-    """How small a difference so many seeds would show; empty where none is asked about."""
+    """Say how small a difference this many seeds show; "" if the question is another one."""
     if np.isnan(e.detectable):
         return ""
     return (
@@ -165,7 +167,7 @@ def power_line(e: Estimate) -> str:
 
 
 def about(ablation: Ablation) -> str:
-    """What was trained, and where."""
+    """Say what was trained, and where."""
     spec = ablation.spec
     return (
         f"{len(ablation.arms)} arms, {spec.seeds} seeds, {len(ablation.learning_rates)} learning "
@@ -179,13 +181,13 @@ def about(ablation: Ablation) -> str:
 
 
 def _way() -> str:
-    """How a device works through its members here; benchmarks/population.py measures the ways."""
+    """Say how a device trains its members here; benchmarks/population.py compares the ways."""
     mapping = MAPPINGS[jax.default_backend()]
     return "all at once" if mapping is jax.vmap else mapping.__name__.replace("_", " ")
 
 
 def machine() -> str:
-    """What the members are trained on."""
+    """Name the hardware that the members are trained on."""
     device, count = jax.devices()[0], jax.device_count()
     if device.platform == "cpu":
         return f"jax {jax.__version__}, {count} cores of {processor()}"
@@ -193,7 +195,7 @@ def machine() -> str:
 
 
 def sum_of_seconds(results: Sequence[Result]) -> float:
-    """What the training of all members took, compilation left out."""
+    """Return the seconds that training all members took, without compilation."""
     return float(sum(result.summary["seconds"] or 0.0 for result in results))
 
 
@@ -202,13 +204,13 @@ def sum_of_seconds(results: Sequence[Result]) -> float:
 
 def markdown(
     ablation: Ablation,
-    rows: Sequence[Row],
+    rows: Sequence[ArmRow],
     verdicts: Sequence[Verdict],
     pictures: dict[str, bytes],
     command: str,
     source: str,
 ) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     lines = [f"# {title(ablation)}", "", about(ablation), ""]
     if verdicts:
         lines += ["## Verdicts", ""]
@@ -228,13 +230,13 @@ def _markdown_row(values: Sequence[str]) -> str:
 
 def as_html(
     ablation: Ablation,
-    rows: Sequence[Row],
+    rows: Sequence[ArmRow],
     verdicts: Sequence[Verdict],
     pictures: dict[str, bytes],
     command: str,
     source: str,
 ) -> str:
-    """The report as one HTML file that needs nothing beside it."""
+    """Return the report as one self-contained HTML file."""
     return as_page(
         Path(__file__).with_name("report.html.jinja"),
         title=title(ablation),
@@ -249,7 +251,7 @@ def as_html(
 
 
 def title(ablation: Ablation) -> str:
-    """The ablation's name, from its file."""
+    """Return the name of the ablation, from its file."""
     name = ablation.path.stem.replace("_", " ")
     return name if ablation.size == "small" else f"{name} ({ablation.size})"
 
@@ -282,8 +284,10 @@ def _write_csv(
 def draw_losses(
     ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outcome]
 ) -> bytes:
-    """Validation loss against steps at every arm's best rate, the mean over seeds with the band
-    between its extremes."""
+    """Plot validation loss against steps, each arm at its best learning rate.
+
+    The line is the mean over the seeds; the band is between their extremes.
+    """
     axes, loss = _axes(), "validation_loss"
     evidence = Evidence(ablation, outcomes)
     for arm in ablation.arms:
@@ -294,7 +298,7 @@ def draw_losses(
                 curves.append({m["step"]: m[loss] for m in lines if loss in m})
         steps = sorted(set.intersection(*map(set, curves)))
         if not steps:
-            continue  # all of them diverged at once
+            continue  # all of them diverged before the first evaluation
         values = np.array([[curve[step] for step in steps] for curve in curves])
         (line,) = axes.plot(steps, values.mean(axis=0), label=arm.name, lw=1.5)
         axes.fill_between(
@@ -305,7 +309,7 @@ def draw_losses(
 
 
 def draw_sensitivity(ablation: Ablation, outcomes: Sequence[Outcome]) -> bytes:
-    """The metric against the learning rate, the mean over seeds with the band of its extremes."""
+    """Plot the metric against the learning rate: the mean and the extremes over the seeds."""
     axes = _axes()
     evidence = Evidence(ablation, outcomes)
     for arm in ablation.arms:

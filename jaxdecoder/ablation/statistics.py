@@ -1,7 +1,7 @@
-"""What a handful of paired runs can tell: differences with intervals, corrections and power.
+"""Statistics of a few paired runs: differences with intervals, corrections and power.
 
-All comparisons are paired over seeds: two arms see the same data in the same order, so what a seed
-does to both cancels.
+All comparisons are paired over seeds. With one seed, two arms see the same data in the same order,
+so the effect of the seed cancels.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ RESAMPLES = 5000
 
 
 class Estimate(NamedTuple):
-    """The mean of one number a seed, such as a difference of losses, and what it is worth."""
+    """The mean of one number per seed, such as a difference of losses, and its uncertainty."""
 
     mean: float
     low: float
     """Lower end of the t interval."""
     high: float
     bootstrap_low: float
-    """Lower end of the bootstrap interval, which assumes no normal distribution but, with few
-    seeds, comes out too narrow; verdicts use the t interval."""
+    """Lower end of the bootstrap interval. It assumes no normal distribution, but with few seeds it
+    is too narrow. Verdicts use the t interval."""
     bootstrap_high: float
     p_value: float
-    """Of Student's t test that the mean is 0, two-sided."""
+    """p value of Student's two-sided t test that the mean is 0."""
     effect_size: float
     """Mean over standard deviation (Cohen's d of paired samples)."""
     detectable: float
-    """The smallest true mean that so many seeds would tell from 0 with probability POWER; NaN where
-    the mean is not what is asked about."""
+    """The smallest true mean that this many seeds distinguish from 0 with probability POWER; NaN if
+    the question is not about the mean."""
     n: int
 
 
@@ -46,13 +46,13 @@ def estimate(
     confidence: float = 0.95,
     level: float | None = None,
 ) -> Estimate:
-    """Student's interval and test for the mean of values drawn once a seed, and a bootstrap.
+    """Estimate the mean of one value per seed: Student's interval and test, and a bootstrap.
 
-    `level` is what a p value must be below to tell the mean from 0; left out, 1 - confidence. Of
-    values that are not all known (NaN), nothing is.
+    `level`: the mean is different from 0 if the p value is below this; left out, 1 - confidence. If
+    any value is unknown (NaN), the whole estimate is.
 
     Raises:
-        ValueError: for fewer than two values, from which no interval follows.
+        ValueError: for fewer than two values, which give no interval.
     """
     x = np.asarray(values, np.float64)
     if x.ndim != 1 or len(x) < 2:
@@ -61,7 +61,7 @@ def estimate(
     if not np.isfinite(x).all():
         nan = math.nan
         return Estimate(nan, nan, nan, nan, nan, 1.0, nan, nan, n)
-    # Rounding aside, values that are all alike say the same at any confidence.
+    # If all values are equal (except for rounding), the interval is that value.
     if deviation <= 1e-12 * max(1.0, abs(mean)):
         p = 1.0 if abs(mean) <= 1e-12 else 0.0
         effect = 0.0 if p else math.copysign(math.inf, mean)
@@ -90,15 +90,15 @@ def estimate(
 
 
 def detectable(deviation: float, n: int, *, alpha: float = 0.05, power: float = POWER) -> float:
-    """The smallest mean that a two-sided t test at level alpha finds with this power.
+    """Return the smallest mean that a two-sided t test at level alpha finds with this power.
 
-    `deviation` is the standard deviation of the n values. The power is that of the noncentral t
-    distribution, as an integral over the sample's deviation: SciPy's own gives NaN for few degrees
-    of freedom and large effects.
+    `deviation` is the standard deviation of the n values. The power comes from the noncentral t
+    distribution, as an integral over the sample's deviation: SciPy's own function gives NaN for few
+    degrees of freedom and large effects.
     """
     freedom = n - 1
     critical = stats.t.ppf(1 - alpha / 2, freedom)
-    # Gauss-Legendre nodes over all there is of a chi distribution.
+    # Gauss-Legendre nodes over the whole chi distribution.
     nodes, weights = np.polynomial.legendre.leggauss(300)
     chi = (nodes + 1) / 2 * (math.sqrt(freedom) + 8)
     weights = weights * (math.sqrt(freedom) + 8) / 2 * stats.chi.pdf(chi, freedom)
@@ -116,9 +116,9 @@ def detectable(deviation: float, n: int, *, alpha: float = 0.05, power: float = 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values under Holm's correction (Scandinavian Journal of Statistics 6, 1979).
+    """Adjust p values by Holm's correction (Scandinavian Journal of Statistics 6, 1979).
 
-    Judged at level alpha, the chance that any of several true null hypotheses is rejected is at
+    At level alpha, the probability that any of several true null hypotheses is rejected is then at
     most alpha.
     """
     adjusted, running = [0.0] * len(p_values), 0.0
@@ -129,8 +129,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def best_on_curve(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
-    """Where on `x` a curve through the points is lowest: the vertex of the parabola through the
-    lowest point and its neighbours, or an end of the grid if the lowest is there."""
+    """Return the x at which a curve through the points is lowest.
+
+    It is the vertex of the parabola through the lowest point and its neighbours, or an end of the
+    grid if the lowest point is there.
+    """
     i = int(np.argmin(y))
     if i in (0, len(x) - 1):
         return float(x[i])

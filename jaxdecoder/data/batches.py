@@ -1,7 +1,7 @@
-"""Batches as pure functions of the step: a `Feed` has no iterator state.
+"""Make batches as pure functions of the step: a `Feed` has no iterator state.
 
-A resumed run asks for the next step and gets what it would have had, and a host of many asks for
-its rows of the global batch. Nothing here allocates more than the batch itself.
+A resumed run asks for its next step and gets the same batch as an uninterrupted run. Each of
+several hosts asks for its own rows of the global batch. Nothing here allocates more than the batch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from jaxdecoder.errors import UserError
 SplitName = Literal["train", "validation"]
 
 ROUNDS = 6
-"""Rounds of the shuffling network; four already pass for random, two more cost microseconds."""
+"""Rounds of the shuffling network. Four already look random; two more cost microseconds."""
 
 
 class Batch(NamedTuple):
-    """What a train step eats. `weights` is 0 where a row is padding, which costs nothing then."""
+    """The input of a train step. `weights` is 0 for padding, which adds nothing to the loss."""
 
     inputs: Int32[np.ndarray, "*steps batch time"]
     targets: Int32[np.ndarray, "*steps batch time"]
@@ -33,9 +33,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Feed:
-    """One split of a corpus, as batches of a run.
+    """Make the batches of a run from one split of a corpus.
 
-    A host of many asks for its `rows` of the global batch, which is the same on any number of them.
+    Each of several hosts asks for its `rows` of the global batch. The global batch does not depend
+    on the number of hosts.
     """
 
     split: Split
@@ -47,7 +48,7 @@ class Feed:
 
     @classmethod
     def of(cls, config: Config, corpus: Corpus, split: SplitName) -> Feed:
-        """What a run of a complete config learns from, or what it is measured on."""
+        """Return the feed of a complete config: its training batches, or its validation batches."""
         return cls(
             split=corpus.train if split == "train" else corpus.validation,
             data=config.data,
@@ -58,9 +59,9 @@ class Feed:
         )
 
     def at(self, step: int, count: int = 1, rows: slice = slice(None)) -> Batch:
-        """Batches of steps `step` to `step + count - 1`, (count, rows, context_length).
+        """Return the batches of steps `step` to `step + count - 1`: (count, rows, context_length).
 
-        One gather serves them all, so fused steps of tiny models do not wait for the host.
+        One gather makes them all, so that fused steps of tiny models do not wait for the host.
         """
         t = self.context_length
         if self.data.mode == "packed":
@@ -72,11 +73,15 @@ class Feed:
         return Batch(*(array.reshape(*order.shape, t) for array in flat))
 
     def fixed(self, count: int | None, rows: slice = slice(None)) -> Iterator[Batch]:
-        """Batches to measure a loss on, (rows, context_length): `count` spread evenly, or all.
+        """Yield batches for a loss, (rows, context_length): all, or `count` of them spread evenly.
 
-        Over the whole split every token but the first, which has no context, is a target exactly
-        once in packed mode. A last batch is filled up with rows of weight 0, so that all have one
-        shape. A split too short for `count` batches gives all it has.
+        In packed mode, all batches together have every token of the split as a target exactly
+        once, except the first, which has no context. The last batch is filled with rows of weight
+        0, so that all batches have one shape. If the split is too short for `count` batches, it
+        yields as many as there are.
+
+        Raises:
+            UserError: if the split has fewer than 2 tokens.
         """
         split, t = self.split, self.context_length
         if len(split.tokens) < 2:
@@ -99,11 +104,11 @@ class Feed:
             yield filled._replace(weights=filled.weights * real[:, None])
 
     def _end(self) -> int | None:
-        """The end token, if the documents of this corpus were given one."""
+        """Return the end token, if the documents of this corpus end with one."""
         return self.end_token if self.data.end_of_text else None
 
     def _offsets(self, step: int, count: int, rows: slice) -> Int64[np.ndarray, "steps rows"]:
-        """Where in the stream each row's window starts."""
+        """Return where in the split the window of each row starts."""
         n, t = len(self.split.tokens), self.context_length
         if n < t + 1:
             raise UserError(
@@ -114,9 +119,9 @@ class Feed:
             )
         if self.data.sampling == "random":
             return self._random(n - t, step, count, rows)
-        # A fixed number of windows an epoch, so that the epoch of a step is a division; one fewer
-        # than fit, so that they can start in at least t places and every token comes to be a
-        # target.
+        # The number of windows per epoch is fixed, so that a division gives the epoch of a step. It
+        # is one less than fit, so that the windows can start at t places or more, and every token
+        # becomes a target.
         windows = max(1, (n - t) // t)
         phases = n - windows * t
         chosen, keys = self._order(windows, step, count, rows)
@@ -125,7 +130,7 @@ class Feed:
     def _order(
         self, size: int, step: int, count: int, rows: slice
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Which of `size` things stand in the rows of some steps, and the phase key of each."""
+        """Return which of `size` items each row of these steps has, and the phase key of each."""
         if self.data.sampling == "random":
             chosen = self._random(size, step, count, rows)
             return chosen, np.zeros(chosen.shape, np.uint64)
@@ -139,7 +144,7 @@ class Feed:
     def _random(
         self, size: int, step: int, count: int, rows: slice
     ) -> Int64[np.ndarray, "steps rows"]:
-        """Uniform draws from range(size); every host draws the whole batch and keeps its rows."""
+        """Draw uniformly from range(size). Every host draws the whole batch and keeps its rows."""
         keys = [np.array([self.seed % 2**64, at], np.uint64) for at in range(step, step + count)]
         sources = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
         draws = [source.integers(size, size=self.batch_size) for source in sources]
@@ -149,12 +154,12 @@ class Feed:
 def permute(
     index: Int64[np.ndarray, "n"], size: int, keys: UInt64[np.ndarray, "rounds n"]
 ) -> Int64[np.ndarray, "n"]:
-    """Where a pseudo-random permutation of range(size) sends `index`: no table, no state.
+    """Apply a pseudo-random permutation of range(size) to `index`, without a table or state.
 
     An index is a cell (row, column) of a nearly square grid. Each round moves the row by a hash
-    of the column or the column by a hash of the row, which a key can undo, so a round is a
-    permutation of the grid (a Feistel network). Cells beyond `size` are sent on until they land
-    inside ("cycle walking", Black and Rogaway 2002); the grid has fewer than sqrt(size) of them.
+    of the column, or the column by a hash of the row. The key can undo that, so a round is a
+    permutation of the grid (a Feistel network). A cell beyond `size` is permuted again until it is
+    inside ("cycle walking", Black and Rogaway 2002). The grid has fewer than sqrt(size) of them.
     """
     height = max(1, int(np.ceil(np.sqrt(size))))
     width = -(-size // height)
@@ -180,14 +185,14 @@ def _shuffle_grid(
 
 
 def _mix(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
-    """A bijective hash of 64 bits (the finaliser of SplitMix64, Steele, Lea and Flood 2014)."""
+    """Hash 64 bits bijectively (the finaliser of SplitMix64, Steele, Lea and Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def _epoch_keys(seed: int, epoch: Int64[np.ndarray, "n"]) -> UInt64[np.ndarray, "keys n"]:
-    """Independent keys for each (seed, epoch): one a round, and one more for the phase."""
+    """Return independent keys for each (seed, epoch): one per round, and one more for the phase."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     numbers = np.arange(1, ROUNDS + 2, dtype=np.uint64)[:, None]
     of_seed = _mix(np.array([seed % 2**64], np.uint64) + golden)
@@ -195,9 +200,9 @@ def _epoch_keys(seed: int, epoch: Int64[np.ndarray, "n"]) -> UInt64[np.ndarray, 
 
 
 def _windows(split: Split, offsets: Int64[np.ndarray, "n"], context_length: int) -> Batch:
-    """The windows that start at `offsets`, all of them inside the split."""
+    """Return the windows that start at `offsets`. All of them must be inside the split."""
     tokens = np.asarray(split.tokens)
-    # A view whose row i is the window at i: the gather then copies whole rows, with no index
+    # Row i of this view is the window at i. The gather then copies whole rows and needs no index
     # for every token.
     view = np.lib.stride_tricks.as_strided(
         tokens,
@@ -211,7 +216,7 @@ def _windows(split: Split, offsets: Int64[np.ndarray, "n"], context_length: int)
 
 
 def _windows_to_the_end(split: Split, offsets: Int64[np.ndarray, "n"], length: int) -> Batch:
-    """Like `_windows`, but a window may run past the end of the split, at weight 0."""
+    """Do the same as `_windows`, but let windows run past the end of the split, with weight 0."""
     tokens = np.asarray(split.tokens)
     place = offsets[:, None] + np.arange(length + 1)
     rows = tokens[np.minimum(place, len(tokens) - 1)].astype(np.int32)
@@ -222,10 +227,10 @@ def _windows_to_the_end(split: Split, offsets: Int64[np.ndarray, "n"], length: i
 def _documents(
     split: Split, order: Int64[np.ndarray, "n"], context_length: int, end: int | None
 ) -> Batch:
-    """One document a row, from its start, cut to the context, its padding at weight 0.
+    """Return one document per row, from its start, cut to the context; padding has weight 0.
 
-    With an end token the row starts on it (the document before has just ended) and, as the
-    stored document finishes with it, ends on it.
+    With an end token, the row starts with it, as if the previous document had just ended. It also
+    ends with it, because every stored document does.
     """
     starts = np.asarray(split.starts)
     stops = np.append(starts[1:], len(split.tokens))

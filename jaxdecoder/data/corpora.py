@@ -1,6 +1,6 @@
-"""Where text comes from: one stream of documents, whatever the source, in bounded memory.
+"""Read the text of a corpus as one stream of documents, from any source, in bounded memory.
 
-A document may be larger than memory (a 2 GB book is one document), so the stream is made of
+A document may be larger than memory (a 2 GB book is one document). So the stream consists of
 `Piece`s, cut where tokenizers cut anyway.
 """
 
@@ -20,9 +20,9 @@ from jaxdecoder.errors import UserError
 from jaxdecoder.files import write_atomically
 
 PIECE = 1 << 17
-"""Characters of a piece, about."""
+"""Approximate length of a piece, in characters."""
 LONGEST_PIECE = 8 * PIECE
-"""A text with no safe place to cut is cut here all the same."""
+"""Greatest length of a piece. A text with no safe place to cut is cut here."""
 
 TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -33,79 +33,83 @@ Part = Literal["train", "validation"]
 
 
 class Piece(NamedTuple):
-    """A stretch of a document; `ends` says that the document ends with it."""
+    """A stretch of a document. `ends`: the document ends with this piece."""
 
     text: str
     ends: bool
 
 
 def documents(data: DataConfig) -> Iterator[str]:
-    """The documents of the corpus, in order. Each is whole, so the largest must fit in memory."""
-    held: list[str] = []
+    """Yield the documents of the corpus in order. The largest of them must fit in memory."""
+    texts: list[str] = []
     for piece in pieces(data):
-        held.append(piece.text)
+        texts.append(piece.text)
         if piece.ends:
-            yield "".join(held)
-            held.clear()
+            yield "".join(texts)
+            texts.clear()
 
 
 def pieces(data: DataConfig, part: Part = "train") -> Iterator[Piece]:
-    """The corpus as pieces of at most `LONGEST_PIECE` characters; documents without text are
-    left out. `part` = "validation" is the separate split that `data.validation_split` names.
+    """Yield the corpus as pieces of at most `LONGEST_PIECE` characters, without empty documents.
+
+    `part` = "validation" is the separate split that `data.validation_split` names.
+
+    Raises:
+        UserError: if there is no text.
     """
     empty = True
     for chunks in _SOURCES[data.source].chunks(data, part):
-        held = None
+        last = None
         for text in cut(chunks):
-            if held is not None:
-                yield Piece(held, ends=False)
-            held = text
-        if held is not None:
+            if last is not None:
+                yield Piece(last, ends=False)
+            last = text
+        if last is not None:
             empty = False
-            yield Piece(held, ends=True)
+            yield Piece(last, ends=True)
     if empty:
         raise UserError(f"data.{_where(data)}: the corpus is empty; there is no text in it")
 
 
 def fingerprint(data: DataConfig) -> str:
-    """A key to the content of the corpus: another text, another key."""
+    """Return a key of the corpus's content. Another text has another key."""
     return _SOURCES[data.source].fingerprint(data)
 
 
 def size(data: DataConfig) -> int | None:
-    """About how many bytes of text the corpus has, if that can be known without reading it."""
+    """Estimate the bytes of text of the corpus; None if that needs reading it."""
     return _SOURCES[data.source].size(data)
 
 
-# A place where no tokenizer's words continue, so that the tokens of the two sides are the tokens
-# of the whole: between a visible character and a space, or after a lone line break that a letter
-# or digit follows. (A space opens a word in byte-level BPE; a longer run of white space is one
-# word whose extent depends on what follows, and line breaks may belong to the punctuation before.)
+# A place where no word of any tokenizer continues. So the tokens of the two sides are the tokens of
+# the whole. It is between a visible character and a space, or after a single line break that a
+# letter or digit follows. (In byte-level BPE a space begins a word. A longer run of white space is
+# one word, whose length depends on what follows. Line breaks may belong to the punctuation before.)
 _LAST_SAFE_CUT = re.compile(r"(?s).*(?:\S(?= )|\S\n(?=[^\W_]))")
 
 
 def cut(chunks: Iterable[str], piece: int = PIECE, longest: int = LONGEST_PIECE) -> Iterator[str]:
-    """Regroups one document into pieces that tokenise apart exactly as they do together.
+    """Regroup one document into pieces whose tokens together are the tokens of the document.
 
-    Only a run of `longest` characters with no space or line break in it is cut inside a word:
-    it still decodes to the same text, at worst in other tokens around the cut.
+    Only a run of `longest` characters without a space or line break is cut inside a word. It still
+    decodes to the same text; at worst the tokens around the cut differ.
     """
-    held = ""
+    rest = ""
     for chunk in chunks:
         for start in range(0, len(chunk), piece):
-            held += chunk[start : start + piece]
-            if len(held) <= piece:
+            rest += chunk[start : start + piece]
+            if len(rest) <= piece:
                 continue
-            safe = _LAST_SAFE_CUT.match(held)
-            if safe or len(held) >= longest:
+            safe = _LAST_SAFE_CUT.match(rest)
+            if safe or len(rest) >= longest:
                 end = safe.end() if safe else longest
-                yield held[:end]
-                held = held[end:]
-    if held:
-        yield held
+                yield rest[:end]
+                rest = rest[end:]
+    if rest:
+        yield rest
 
 
-# Sources: how to stream a document's text in chunks, how to name the content, how large it is.
+# Sources: stream the text of each document in chunks, name the content, tell its size.
 
 
 class Source(NamedTuple):
@@ -135,7 +139,7 @@ def _text_chunks(data: DataConfig, part: Part) -> Iterator[Iterable[str]]:
 
 
 def _text_files(path: str) -> list[Path]:
-    """The files that `data.path` means: itself, the *.txt below it, or what a glob finds."""
+    """Return the files of `data.path`: itself, the *.txt files below it, or those a glob finds."""
     root = Path(path).expanduser()
     if root.is_file():
         return [root]
@@ -152,18 +156,18 @@ def _text_files(path: str) -> list[Path]:
 
 
 def _read(path: Path, block: int = 1 << 20) -> Iterator[str]:
-    """The text of a UTF-8 file, block by block and byte for byte (line ends are kept)."""
+    """Read a UTF-8 file block by block, byte for byte (line ends are kept)."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     try:
         with path.open("rb") as file:
             while True:
                 raw = file.read(block)
-                held = len(decoder.getstate()[0])
+                pending = len(decoder.getstate()[0])
                 try:
                     text = decoder.decode(raw, final=not raw)
                 except UnicodeDecodeError as error:
-                    at = offset - held + error.start
+                    at = offset - pending + error.start
                     raise UserError(
                         f"{path}: not UTF-8 text: byte {at:,} (0x{error.object[error.start]:02x}) "
                         "does not belong there; convert the file to UTF-8"
@@ -205,7 +209,7 @@ def _huggingface_chunks(data: DataConfig, part: Part) -> Iterator[Iterable[str]]
 
 
 def _huggingface_split(data: DataConfig, part: Part) -> Any:
-    """The stream of one split of a Hub repository or of a local folder of parquet or jsonl."""
+    """Stream one split of a Hub repository, or of a local folder of parquet or jsonl files."""
     import datasets
 
     folder = _huggingface_folder(data)
@@ -255,7 +259,7 @@ def _hub_cache(data: DataConfig) -> str:
 
 
 def _revision(data: DataConfig) -> str:
-    """The commit a hub id stands for now; without a network, the one it stood for last."""
+    """Return the commit that a hub id means now; without a network, the one it meant last."""
     import huggingface_hub
 
     note = Path(data.cache) / "huggingface" / f"{data.path.replace('/', '--')}.revision"
@@ -286,7 +290,7 @@ def _huggingface_fingerprint(data: DataConfig) -> str:
     else:
         files = [(p.relative_to(folder), p) for p in sorted(folder.rglob("*")) if p.is_file()]
         seen = [(name, p) for name, p in files if not any(x.startswith(".") for x in name.parts)]
-        # File names take part: they say which split a file belongs to.
+        # File names are part of it: they say which split a file belongs to.
         content = tuple(part for name, p in seen for part in (name.as_posix(), _file_digest(p)))
     return _digest("huggingface", data.text_column, data.validation_split, *content)
 
@@ -302,7 +306,11 @@ def _shakespeare_fingerprint(data: DataConfig) -> str:
 
 
 def tiny_shakespeare(data: DataConfig) -> Path:
-    """The file of Tiny Shakespeare: `data.path` if given, else the cached or a fresh download."""
+    """Return the file of Tiny Shakespeare: `data.path` if given, else a cached or new download.
+
+    Raises:
+        UserError: if the file is missing, is another text, or cannot be downloaded.
+    """
     if data.path:
         local = Path(data.path).expanduser()
         if not local.is_file():

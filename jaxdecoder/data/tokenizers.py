@@ -1,16 +1,14 @@
 """Tokenizers as values: a vocabulary of byte strings, and a rule that finds them in text.
 
-Decoding is one rule for all (join the bytes), encoding is one function a kind (`ENCODERS`), and
-what a `data.tokenizer` name means for a corpus is one builder a name (`build`).
+Decoding is one rule for all (join the bytes), encoding is one function per kind (`ENCODERS`).
+`vocabularies.build` makes the tokenizer that `data.tokenizer` names.
 """
 
 from __future__ import annotations
 
 import codecs
-import difflib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,66 +17,57 @@ from typing import Any, Literal, SupportsInt
 import numpy as np
 from jaxtyping import Int32, Shaped
 
-from jaxdecoder.config import DataConfig
 from jaxdecoder.data.corpora import PIECE, cut
 from jaxdecoder.errors import UserError
 from jaxdecoder.files import write_atomically
 
-END_OF_TEXT = "<|endoftext|>"
-"""How the end token reads. In text it is ordinary characters: only `end_token` ends a document."""
 UNKNOWN = "\ufffd"
-"""What a char tokenizer with a limited vocabulary makes of the characters it left out."""
-BPE_PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's words
-)
-BPE_VOCAB_SIZE = 4096
-BPE_SAMPLE_BYTES = 100_000_000
-"""A trained tokenizer has seen this much from the start of the corpus; more changes little."""
+"""The symbol for characters outside a char tokenizer's limited vocabulary."""
 
 Ids = Int32[np.ndarray, "length"]
 AnyIds = Sequence[SupportsInt] | SupportsInt | Shaped[Any, "..."]
-"""One id or several, as Python's, NumPy's or JAX's numbers."""
+"""One id or several, as numbers of Python, NumPy or JAX."""
 Kind = Literal["char", "byte", "bpe"]
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids and back. `encode` gives a document without its end token."""
+    """Turn text into ids and back. `encode` adds no end token."""
 
     kind: Kind
     name: str
-    """As `data.tokenizer` has it: char, byte, bpe, gpt2, ..."""
+    """The value of `data.tokenizer`: char, byte, bpe, gpt2, ..."""
     vocabulary: tuple[bytes, ...]
-    """The UTF-8 bytes of each id; for bpe also the order of merges."""
+    """The UTF-8 bytes of each id; for bpe, the ids are also the order of merges."""
     end_token: int | None = None
     unknown: int | None = None
     """For char: the id of characters outside the vocabulary."""
     pattern: str = ""
-    """For bpe: the regular expression of the words that merges stay within."""
+    """For bpe: the regular expression of a word. Merges never cross words."""
 
     @property
     def vocab_size(self) -> int:
         return len(self.vocabulary)
 
     def encode(self, text: str) -> Ids:
-        """The ids of a text; what looks like an end token in it stays text."""
+        """Return the ids of a text. An end token written in the text stays text."""
         if len(text) <= PIECE:
             return self._encode_piece(text)
         return np.concatenate([self._encode_piece(piece) for piece in cut([text])])
 
     def decode(self, ids: AnyIds) -> str:
-        """The text of ids; half a character at either end reads as U+FFFD."""
+        """Return the text of ids. An incomplete character at either end becomes U+FFFD."""
         return self.to_bytes(ids).decode("utf-8", "replace")
 
     def to_bytes(self, ids: AnyIds) -> bytes:
-        """The bytes of ids. Ids past the vocabulary (a model may have spare rows) read U+FFFD."""
+        """Return the bytes of ids; U+FFFD for ids outside the vocabulary (spare rows of a head)."""
         spare = UNKNOWN.encode()
         known = self.vocabulary
         numbers = np.asarray(ids, np.int64).ravel().tolist()
         return b"".join(known[i] if i < len(known) else spare for i in numbers)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything there is to it, as plain JSON values; `from_json` takes it back."""
+        """Return the whole tokenizer as plain JSON values, for `from_json`."""
         return {
             "kind": self.kind,
             "name": self.name,
@@ -91,7 +80,7 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
-        """How many bytes of text each id stands for; the end token for none."""
+        """Return how many bytes of text each id stands for; 0 for the end token."""
         lengths = np.array([len(entry) for entry in self.vocabulary], np.int64)
         if self.end_token is not None:
             lengths[self.end_token] = 0
@@ -102,12 +91,12 @@ class Tokenizer:
         return ENCODERS[self.kind](self)
 
 
-# JSON has no bytes: characters are written as they are, other entries one Latin-1 letter a byte.
+# JSON has no bytes: write characters as they are, and other entries as one Latin-1 letter per byte.
 _CODEC: dict[Kind, str] = {"char": "utf-8", "byte": "latin-1", "bpe": "latin-1"}
 
 
 def from_json(values: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_json` described."""
+    """Return the tokenizer that `to_json` described."""
     kind: Kind = values["kind"]
     return Tokenizer(
         kind=kind,
@@ -120,12 +109,16 @@ def from_json(values: dict[str, Any]) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, path: str | Path) -> None:
-    """Writes a self-contained tokenizer.json, whole or not at all."""
+    """Write a self-contained tokenizer.json, completely or not at all."""
     write_atomically(Path(path), json.dumps(tokenizer.to_json(), ensure_ascii=False))
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Reads what `save` wrote."""
+    """Read what `save` wrote.
+
+    Raises:
+        UserError: if the file cannot be read or is not a tokenizer of this project.
+    """
     try:
         return from_json(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
@@ -137,10 +130,10 @@ def load(path: str | Path) -> Tokenizer:
 
 
 def stream_decoder(tokenizer: Tokenizer) -> Callable[..., str]:
-    """A function to feed ids as they come, which returns the text that is complete so far.
+    """Return a function that takes ids as they come and returns the text that is complete.
 
-    A character whose bytes are spread over several tokens is held back until its last one;
-    `final=True` gives up on what is held. All that it returned, joined, is `decode` of all ids.
+    If the bytes of a character are spread over several tokens, the function waits for the last one.
+    With `final=True` it does not wait. All returned texts joined are `decode` of all ids.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -150,7 +143,7 @@ def stream_decoder(tokenizer: Tokenizer) -> Callable[..., str]:
     return feed
 
 
-# Encoders: from a tokenizer to its function from text to ids.
+# Encoders: take a tokenizer, return its function from text to ids.
 
 
 def _char_encoder(tokenizer: Tokenizer) -> Callable[[str], Ids]:
@@ -158,7 +151,7 @@ def _char_encoder(tokenizer: Tokenizer) -> Callable[[str], Ids]:
     characters = [entry.decode() for i, entry in enumerate(tokenizer.vocabulary) if i != end]
     codes = np.array([ord(character) for character in characters], np.int64)
     absent = -1 if tokenizer.unknown is None else tokenizer.unknown
-    table = np.full(0x110000, absent, np.int32)  # one row for every code point there can be
+    table = np.full(0x110000, absent, np.int32)  # one row for every possible code point
     table[codes] = np.arange(len(codes))
 
     def encode(text: str) -> Ids:
@@ -212,239 +205,4 @@ ENCODERS: dict[Kind, Callable[[Tokenizer], Callable[[str], Ids]]] = {
     "char": _char_encoder,
     "byte": _byte_encoder,
     "bpe": _bpe_encoder,
-}
-
-
-# Builders: from the config and the corpus to a tokenizer.
-
-
-def build(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names; `texts()` streams the corpus to learn from.
-
-    A `data.tokenizer_path` that is a tokenizer.json, such as another run's, is taken as it is.
-    """
-    if data.tokenizer_path.endswith(".json"):
-        return load(data.tokenizer_path)
-    if data.tokenizer in BUILDERS:
-        return BUILDERS[data.tokenizer](data, texts)
-    return _check_fixed_size(data, _tiktoken(data))
-
-
-def _build_char(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """Every character of the corpus, sorted; or only the most frequent `data.vocab_size`."""
-    counts = _count_characters(texts())
-    extra = 1 if data.end_of_text else 0
-    characters = sorted(counts)
-    if data.vocab_size is not None:
-        if data.vocab_size < extra + 2:
-            raise UserError(
-                f"data.vocab_size = {data.vocab_size}: at least {extra + 2} are needed for one "
-                "character and the unknown symbol" + (" and the end token" if extra else "")
-            )
-        counts.pop(UNKNOWN, None)
-        common = sorted(counts, key=lambda character: (-counts[character], character))
-        characters = sorted([*common[: data.vocab_size - extra - 1], UNKNOWN])
-    vocabulary = [character.encode() for character in characters]
-    return Tokenizer(
-        kind="char",
-        name="char",
-        vocabulary=tuple(vocabulary + [END_OF_TEXT.encode()] * extra),
-        end_token=len(vocabulary) if extra else None,
-        unknown=None if data.vocab_size is None else characters.index(UNKNOWN),
-    )
-
-
-def _count_characters(texts: Iterable[str]) -> Counter[str]:
-    total = np.zeros(0x110000, np.int64)
-    for text in cut(texts):  # short documents are counted together
-        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        counted = np.bincount(points)
-        total[: len(counted)] += counted
-    return Counter({chr(i): int(total[i]) for i in np.flatnonzero(total)})
-
-
-def _build_byte(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    vocabulary = [bytes([value]) for value in range(256)]
-    extra = 1 if data.end_of_text else 0
-    tokenizer = Tokenizer(
-        kind="byte",
-        name="byte",
-        vocabulary=tuple(vocabulary + [END_OF_TEXT.encode()] * extra),
-        end_token=256 if extra else None,
-    )
-    return _check_fixed_size(data, tokenizer)
-
-
-def _build_bpe(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """Byte-level BPE trained on the corpus: the 256 bytes, the merges in order, the end token.
-
-    A corpus with fewer merges than asked for (every word is one token by then) gives a smaller
-    vocabulary; `vocab_size` of the result is the true count.
-    """
-    size = data.vocab_size or BPE_VOCAB_SIZE
-    extra = 1 if data.end_of_text else 0
-    if size < 256 + extra:
-        raise UserError(
-            f"data.vocab_size = {size}: bpe starts from the 256 bytes"
-            + (" and the end token" if extra else "")
-            + f", so give at least {256 + extra}"
-        )
-    return from_trained(
-        train_bpe(_sample(texts(), BPE_SAMPLE_BYTES), size - extra), data.end_of_text
-    )
-
-
-def from_trained(trained: Any, end_of_text: bool) -> Tokenizer:
-    """What `train_bpe` trained, as a value of ours: merges there are in the order of ids."""
-    byte_of = _byte_of_character()
-    vocabulary: list[bytes] = [b""] * trained.get_vocab_size()
-    for entry, i in trained.get_vocab().items():
-        vocabulary[i] = bytes(byte_of[character] for character in entry)
-    return Tokenizer(
-        kind="bpe",
-        name="bpe",
-        vocabulary=tuple(vocabulary + [END_OF_TEXT.encode()] * end_of_text),
-        end_token=len(vocabulary) if end_of_text else None,
-        pattern=BPE_PATTERN,
-    )
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
-    """A Hugging Face tokenizer of `vocab_size` entries at most, the 256 bytes among them."""
-    import tokenizers
-    from tokenizers import models, pre_tokenizers, trainers
-
-    trained = tokenizers.Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(tokenizers.Regex(BPE_PATTERN), "isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    trained.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    trained.train_from_iterator(texts, trainer)
-    return trained
-
-
-def _sample(texts: Iterable[str], most: int) -> Iterator[str]:
-    for text in texts:
-        yield text
-        most -= len(text.encode())
-        if most <= 0:
-            return
-
-
-def _tiktoken(data: DataConfig) -> Tokenizer:
-    import tiktoken
-
-    names = tiktoken.list_encoding_names()
-    if data.tokenizer not in names:
-        known = [*BUILDERS, *names]
-        near = difflib.get_close_matches(data.tokenizer, known, n=1, cutoff=0.5)
-        raise UserError(
-            f"data.tokenizer = {json.dumps(data.tokenizer)}: should be one of {', '.join(known)}"
-            + (f"; did you mean {near[0]}?" if near else "")
-        )
-    if data.tokenizer_path:
-        if data.tokenizer not in ("gpt2", "r50k_base"):
-            raise UserError(
-                f"data.tokenizer_path = {json.dumps(data.tokenizer_path)}: vocab.json and "
-                f"merges.txt describe gpt2, not {data.tokenizer}; leave it out, or set "
-                'data.tokenizer = "gpt2"'
-            )
-        return from_gpt2_files(Path(data.tokenizer_path).expanduser())
-    try:
-        encoding = tiktoken.get_encoding(data.tokenizer)
-    except OSError as error:
-        folder = (
-            ", or set data.tokenizer_path to a folder with GPT-2's vocab.json and merges.txt"
-            if data.tokenizer in ("gpt2", "r50k_base")
-            else ', or use data.tokenizer = "bpe", which is trained here'
-        )
-        raise UserError(
-            f"data.tokenizer = {json.dumps(data.tokenizer)} must be downloaded once and the "
-            f"network does not answer ({type(error).__name__}); run once with a network (and set "
-            f"TIKTOKEN_CACHE_DIR to keep the file){folder}"
-        ) from None
-    return from_tiktoken(encoding)
-
-
-def from_tiktoken(encoding: Any) -> Tokenizer:
-    """The same tokenizer as a value of ours; of its special tokens only the end stays special."""
-    vocabulary: list[bytes] = [b""] * encoding.n_vocab
-    for entry in encoding.token_byte_values():
-        vocabulary[encoding.encode_single_token(entry)] = entry
-    vocabulary[encoding.eot_token] = END_OF_TEXT.encode()
-    return Tokenizer(
-        kind="bpe",
-        name=encoding.name,
-        vocabulary=tuple(vocabulary),
-        end_token=encoding.eot_token,
-        pattern=encoding._pat_str,
-    )
-
-
-def from_gpt2_files(folder: Path) -> Tokenizer:
-    """GPT-2's tokenizer from the vocab.json and merges.txt that come with its weights."""
-    try:
-        ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        merged = [ids[left + right] for left, right in merges]
-        byte_of = _byte_of_character()
-        end = ids.pop(END_OF_TEXT, None)
-        vocabulary: list[bytes] = [b""] * (max(ids.values(), default=-1) + 1)
-        for entry, i in ids.items():
-            vocabulary[i] = bytes(byte_of[character] for character in entry)
-    except OSError as error:
-        raise UserError(
-            f"data.tokenizer_path = {folder}: {error.filename}: {error.strerror}; it should be a "
-            "folder with GPT-2's vocab.json and merges.txt"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"data.tokenizer_path = {folder}: vocab.json and merges.txt are not a pair in GPT-2's "
-            f"format ({type(error).__name__}: {error})"
-        ) from None
-    has_bytes = {bytes([value]) for value in range(256)} <= set(vocabulary[:256])
-    if not has_bytes or merged != sorted(merged):
-        raise UserError(
-            f"data.tokenizer_path = {folder}: this vocabulary is not numbered as GPT-2's is, the "
-            "256 bytes first and then the merges in order"
-        )
-    if end is not None:
-        vocabulary.extend([b""] * (end + 1 - len(vocabulary)))
-        vocabulary[end] = END_OF_TEXT.encode()
-    from tiktoken_ext.openai_public import r50k_pat_str
-
-    return Tokenizer("bpe", "gpt2", tuple(vocabulary), end, pattern=r50k_pat_str)
-
-
-def _byte_of_character() -> dict[str, int]:
-    """The printable alphabet in which GPT-2's files write bytes, inverted.
-
-    Bytes that print in Latin-1 stand for themselves; the others take, in order, the characters
-    from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {
-        chr(0x100 + rank): value for rank, value in enumerate(others)
-    }
-
-
-def _check_fixed_size(data: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
-    if data.vocab_size not in (None, tokenizer.vocab_size):
-        raise UserError(
-            f"data.vocab_size = {data.vocab_size}: the tokenizer {tokenizer.name} always has "
-            f"{tokenizer.vocab_size:,} entries; leave data.vocab_size out (it is for char and bpe)"
-        )
-    return tokenizer
-
-
-BUILDERS: dict[str, Callable[[DataConfig, Callable[[], Iterable[str]]], Tokenizer]] = {
-    "char": _build_char,
-    "byte": _build_byte,
-    "bpe": _build_bpe,
 }

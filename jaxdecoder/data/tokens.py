@@ -1,8 +1,8 @@
-"""A corpus tokenised once, into memory-mapped files that later runs open in milliseconds.
+"""Tokenise a corpus once, into memory-mapped files that later runs open in milliseconds.
 
-The files live in `<data.cache>/tokens/<key>`, where the key stands for the text, the tokenizer
-and the split. They are written to a sibling folder that is renamed when complete, under a lock,
-so neither a crash nor a second process ever leaves or sees half a corpus.
+The files are in `<data.cache>/tokens/<key>`. The key stands for the text, the tokenizer and the
+split. The files are written to a sibling folder, under a lock, and the folder is renamed when it is
+complete. So a crash never leaves half a corpus, and a second process never sees one.
 """
 
 from __future__ import annotations
@@ -13,66 +13,59 @@ import os
 import shutil
 import sys
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache, partial
-from itertools import chain, islice
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import filelock
 import numpy as np
-from jaxtyping import Int64, UInt16, UInt32
+from jaxtyping import Int64
 
 from jaxdecoder.config import DataConfig
-from jaxdecoder.data import corpora, tokenizers
-from jaxdecoder.data.corpora import Part, Piece
+from jaxdecoder.data import corpora, tokenizers, vocabularies
+from jaxdecoder.data.corpora import Part
+from jaxdecoder.data.encoding import Encoded, Stream, dtype_of, encode_all, jobs_of
 from jaxdecoder.data.tokenizers import Tokenizer
 from jaxdecoder.errors import UserError
 from jaxdecoder.files import disk_is_full
-from jaxdecoder.helpers import SPAWN, no_main_module, start_helper
 
 FORMAT = 1
-"""Part of every key: raise it when the files, or the meaning of what is in them, change."""
-JOB = 1 << 20
-"""Characters that are tokenised at once."""
-JOBS_ALONE = 32
-"""Jobs done before helpers are called: a small corpus is ready before they could start."""
-
-Stream = UInt16[np.ndarray, "length"] | UInt32[np.ndarray, "length"]
+"""Part of every key. Raise it when the files change, or the meaning of their content."""
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """A stretch of the corpus as tokens; a memory map, so slices of it cost what they hold."""
+    """A part of the corpus as tokens, in a memory map: a slice loads only what it holds."""
 
     tokens: Stream
     starts: Int64[np.ndarray, "documents"]
     """Where in `tokens` each document starts; the first is 0."""
     n_bytes: int
-    """UTF-8 bytes of the text in `tokens`: nats per token times tokens / n_bytes / ln 2 gives
+    """UTF-8 bytes of the text in `tokens`. Nats per token times tokens / n_bytes / ln 2 gives
     bits per byte."""
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """What a run learns from and what it is judged on."""
+    """The text that a run learns from and is evaluated on, as tokens."""
 
     tokenizer: Tokenizer
     train: Split
     validation: Split
     key: str = ""
-    """What text, tokenizer and split it is known by (`cache_key`)."""
+    """The key of its text, tokenizer and split (`cache_key`)."""
 
 
 def prepare(data: DataConfig, *, progress: bool = True) -> Corpus:
-    """The corpus of a config as tokens: from the cache, or tokenised into it now.
+    """Return the corpus of a config as tokens: from the cache, or tokenised into it now.
 
-    `progress` shows a bar on the terminal's error stream.
+    `progress` shows a progress bar on standard error.
+
+    Raises:
+        UserError: if the text cannot be read, is too short, or the tokens cannot be written.
     """
     key = cache_key(data)  # it may read the whole text
     folder = Path(data.cache) / "tokens" / key
@@ -85,7 +78,7 @@ def prepare(data: DataConfig, *, progress: bool = True) -> Corpus:
 
 
 def cache_key(data: DataConfig) -> str:
-    """The name of the folder for this corpus, tokenizer and split."""
+    """Return the name of the folder for this corpus, tokenizer and split."""
     folder = Path(data.tokenizer_path).expanduser()
     names = [] if folder.suffix == ".json" else ["vocab.json", "merges.txt"]
     files = [folder / name for name in names] or [folder]
@@ -102,12 +95,12 @@ def cache_key(data: DataConfig) -> str:
 
 
 def first(split: Split, fraction: float) -> Split:
-    """The start of a split: this share of its tokens, as whole documents if nearly so."""
+    """Return this fraction of a split, from its start; it ends with a document if one ends near."""
     if fraction == 1.0:
         return split
     n = len(split.tokens)
     kept = place_to_split(split.starts, n, 1 - Fraction(str(fraction)))
-    # A token's bytes are not stored, so those of a part are its share.
+    # The bytes of single tokens are not stored, so the bytes of a part are in proportion.
     return Split(
         split.tokens[:kept], split.starts[split.starts < kept], round(split.n_bytes * kept / n)
     )
@@ -116,12 +109,12 @@ def first(split: Split, fraction: float) -> Split:
 def place_to_split(
     starts: Int64[np.ndarray, "documents"], n: int, fraction: float | Fraction
 ) -> int:
-    """How many of `n` tokens to train on, when the last `fraction` is for validation.
+    """Return how many of `n` tokens to train on, when the last `fraction` is for validation.
 
-    The nearest start of a document, unless it would make the validation share wrong by more than
-    half of it; then, and in a single document, exactly int(n (1 - fraction)).
+    That is the start of the nearest document. If this would make the validation part wrong by more
+    than half of its size, or if there is only one document, it is exactly int(n (1 - fraction)).
     """
-    # As a decimal number, for 1 - 0.9 in binary is less than 0.1.
+    # The fraction is taken as a decimal number: in binary, 1 - 0.9 is less than 0.1.
     exact = int(n * (1 - Fraction(str(fraction))))
     exact = min(max(exact, 1), n - 1)
     inner = starts[(starts > 0) & (starts < n)]
@@ -132,18 +125,9 @@ def place_to_split(
     return exact
 
 
-class Encoded(NamedTuple):
-    """The tokens of some pieces in a row, and for each piece its share of tokens and of bytes."""
-
-    tokens: Stream
-    counts: list[int]
-    n_bytes: list[int]
-    ends: list[bool]
-
-
 @dataclass
 class _Ledger:
-    """What every piece of the corpus came to, in order: a few bytes a piece."""
+    """The sizes of every piece of the corpus, in order: a few bytes per piece."""
 
     counts: array[int] = field(default_factory=lambda: array("q"))
     n_bytes: array[int] = field(default_factory=lambda: array("q"))
@@ -156,7 +140,7 @@ class _Ledger:
 
     @property
     def stops(self) -> np.ndarray:
-        """The token each piece stops before."""
+        """Return the token that each piece stops before."""
         return np.cumsum(np.array(self.counts, np.int64))
 
 
@@ -181,19 +165,19 @@ def _write(data: DataConfig, folder: Path, progress: bool) -> None:
 
 
 Start = Callable[[str], Callable[[int], None]]
-"""Starts a progress bar with a title; what it returns is told of bytes done."""
+"""Start a progress bar with a title; return a function that adds to the bytes done."""
 
 
 def _tokenise(data: DataConfig, folder: Path, ledger: _Ledger, start: Start) -> None:
     def texts() -> Iterator[str]:
         done = start("learning the vocabulary")
         for part in parts:
-            for job in _jobs(corpora.pieces(data, part)):
+            for job in jobs_of(corpora.pieces(data, part)):
                 yield from (piece.text for piece in job)
                 done(sum(len(piece.text) for piece in job))
 
     parts: tuple[Part, ...] = ("train", "validation") if _validation_split(data) else ("train",)
-    tokenizer = tokenizers.build(data, texts)
+    tokenizer = vocabularies.build(data, texts)
     if data.end_of_text and tokenizer.end_token is None:
         raise UserError(
             f"data.end_of_text = true: the tokenizer {tokenizer.name} has no end token; set "
@@ -204,8 +188,8 @@ def _tokenise(data: DataConfig, folder: Path, ledger: _Ledger, start: Start) -> 
     pieces_of_train = 0
     with (folder / "train.bin").open("wb") as file:
         for part in parts:
-            jobs = _jobs(corpora.pieces(data, part))
-            for encoded in _encode_all(data, tokenizer, folder / "tokenizer.json", jobs):
+            jobs = jobs_of(corpora.pieces(data, part))
+            for encoded in encode_all(data, tokenizer, folder / "tokenizer.json", jobs):
                 file.write(encoded.tokens.data)
                 ledger.add(encoded)
                 done(sum(encoded.n_bytes))
@@ -219,7 +203,7 @@ def _tokenise(data: DataConfig, folder: Path, ledger: _Ledger, start: Start) -> 
 def _divide(
     data: DataConfig, tokenizer: Tokenizer, folder: Path, ledger: _Ledger, pieces_of_train: int
 ) -> None:
-    """Moves the validation tokens out of train.bin and writes down what is where."""
+    """Move the validation tokens out of train.bin; write the starts and sizes of both splits."""
     stops = ledger.stops
     n = int(stops[-1])
     if n < 2:
@@ -234,7 +218,7 @@ def _divide(
     else:
         place = place_to_split(starts, n, data.validation_fraction)
     train_bytes = _bytes_before(place, tokenizer, folder / "train.bin", ledger)
-    dtype = _dtype(tokenizer)
+    dtype = dtype_of(tokenizer)
     with (folder / "train.bin").open("r+b") as train:
         train.seek(place * dtype.itemsize)
         with (folder / "validation.bin").open("wb") as validation:
@@ -252,15 +236,15 @@ def _divide(
 
 
 def _bytes_before(place: int, tokenizer: Tokenizer, path: Path, ledger: _Ledger) -> int:
-    """The bytes of text in the first `place` tokens."""
+    """Return the bytes of text in the first `place` tokens."""
     stops, n_bytes = ledger.stops, np.array(ledger.n_bytes, np.int64)
     whole = int(np.searchsorted(stops, place, side="right"))
     total = int(n_bytes[:whole].sum())
     first = int(stops[whole - 1]) if whole else 0
     if first < place:
-        # The cut is inside a piece: its bytes are shared out by what the tokens stand for, which
-        # is exact unless some stand for unknown characters.
-        tokens = np.memmap(path, _dtype(tokenizer), "r")[first : int(stops[whole])]
+        # The cut is inside a piece. Divide its bytes by the lengths of its tokens, which is exact
+        # unless some stand for unknown characters.
+        tokens = np.memmap(path, dtype_of(tokenizer), "r")[first : int(stops[whole])]
         lengths = tokenizer.byte_lengths[tokens]
         share = int(lengths[: place - first].sum()) * int(n_bytes[whole])
         total += share // max(1, int(lengths.sum()))
@@ -281,99 +265,23 @@ def _open(folder: Path) -> Corpus:
     return Corpus(tokenizer, split("train"), split("validation"))
 
 
-# Tokenising: pieces are gathered into jobs, jobs are done in parallel, results come in order.
-
-
-def _jobs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    job: list[Piece] = []
-    characters = 0
-    for piece in pieces:
-        job.append(piece)
-        characters += len(piece.text)
-        if characters >= JOB:
-            yield job
-            job, characters = [], 0
-    if job:
-        yield job
-
-
-def _encode(tokenizer: Tokenizer, end_of_text: bool, job: list[Piece]) -> Encoded:
-    end = np.array([tokenizer.end_token] if end_of_text else [], np.int32)
-    parts, counts, n_bytes = [], [], []
-    for text, ends in job:
-        ids = tokenizer.encode(text)
-        parts += [ids, end] if ends else [ids]
-        counts.append(len(ids) + (len(end) if ends else 0))
-        n_bytes.append(len(text) if text.isascii() else len(text.encode()))
-    tokens = np.concatenate(parts).astype(_dtype(tokenizer))
-    return Encoded(tokens, counts, n_bytes, [piece.ends for piece in job])
-
-
-def _encode_all(
-    data: DataConfig, tokenizer: Tokenizer, saved: Path, jobs: Iterator[list[Piece]]
-) -> Iterator[Encoded]:
-    """Encodes the jobs in order; from `JOBS_ALONE` on in `data.processes` processes."""
-    here = partial(_encode, tokenizer, data.end_of_text)
-    processes = data.processes or os.cpu_count() or 1
-    # Characters and bytes are looked up faster than they could be sent to a helper.
-    if processes == 1 or tokenizer.kind != "bpe":
-        yield from map(here, jobs)
-        return
-    yield from map(here, islice(jobs, JOBS_ALONE))
-    first = next(jobs, None)
-    if first is not None:
-        there = partial(_encode_in_helper, str(saved), data.end_of_text)
-        yield from _in_order(there, chain([first], jobs), processes)
-
-
-def _in_order(
-    function: Callable[[list[Piece]], Encoded], jobs: Iterable[list[Piece]], processes: int
-) -> Iterator[Encoded]:
-    """Like `map`, in helper processes, with at most two jobs a helper in memory."""
-    with ProcessPoolExecutor(processes, SPAWN, initializer=start_helper) as pool:
-        waiting: deque[Future[Encoded]] = deque()
-        for job in jobs:
-            with no_main_module():
-                waiting.append(pool.submit(function, job))
-            if len(waiting) >= 2 * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _encode_in_helper(saved: str, end_of_text: bool, job: list[Piece]) -> Encoded:
-    return _encode(_load_once(saved), end_of_text, job)
-
-
-@lru_cache(maxsize=1)
-def _load_once(saved: str) -> Tokenizer:
-    return tokenizers.load(saved)
-
-
-# Small matters.
-
-
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-
-
 def _validation_split(data: DataConfig) -> str:
-    """The split of the source that is for validation, where the source has splits."""
+    """Return the name of the source's validation split; "" if the source has no splits."""
     return data.validation_split if data.source == "huggingface" else ""
 
 
 def _room_needed(data: DataConfig, ledger: _Ledger) -> str:
-    """About how much disk the tokens take, judged by those written so far."""
+    """Estimate the disk space that the tokens need, from those written so far."""
     written, seen, total = sum(ledger.counts), sum(ledger.n_bytes), corpora.size(data)
     itemsize = 2 if not data.vocab_size or data.vocab_size <= 1 << 16 else 4
     if total is None:
         return f"more than {written * itemsize / 1e6:,.1f} MB"
     tokens = total * written / seen if seen else total
-    # The validation tokens are there twice for a moment.
+    # For a moment the validation tokens are stored twice.
     return f"about {tokens * itemsize * (1 + data.validation_fraction) / 1e6:,.1f} MB"
 
 
@@ -401,7 +309,7 @@ def _lock(folder: Path, progress: bool) -> Iterator[None]:
 
 @contextmanager
 def _bar(progress: bool, total: int | None) -> Iterator[Start]:
-    """Progress bars on standard error, one a title, counted in bytes of text."""
+    """Show progress bars on standard error, one per title, in bytes of text."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 

@@ -1,8 +1,9 @@
-"""Logit filters: pure functions from logits to logits, chained in the order they are given.
+"""Logit filters: pure functions from logits to logits, applied in the order they are given.
 
 A filter takes the logits of one step, (batch, vocab) in float32, and how often each token has
-occurred in each row so far, (batch, vocab); what it forbids becomes -inf. One token at least
-always stays. The same arguments give the same function object, so that decoding compiles once.
+occurred in each row so far, (batch, vocab). It sets the logits of forbidden tokens to -inf. At
+least one token always stays. The same arguments give the same function object, so that decoding
+compiles once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Filter = Callable[[Logits, Counts], Logits]
 
 @functools.cache
 def chain(*filters: Filter) -> Filter:
-    """One filter that applies these in turn."""
+    """Return one filter that applies these filters one after another."""
 
     def apply(logits: Logits, counts: Counts) -> Logits:
         for each in filters:
@@ -35,7 +36,7 @@ def chain(*filters: Filter) -> Filter:
 
 @functools.cache
 def temperature(value: float) -> Filter:
-    """Divides the logits; 0 keeps only the largest, which is greedy decoding."""
+    """Divide the logits by `value`; 0 keeps only the largest logit (greedy decoding)."""
     _check("temperature", value, value >= 0, "0 or more")
     if value == 0:
         return top_k(1)
@@ -44,14 +45,14 @@ def temperature(value: float) -> Filter:
 
 @functools.cache
 def first(n: int) -> Filter:
-    """Keeps the first n tokens: a head may have more rows than the tokenizer has entries."""
+    """Keep the first n tokens: a head may have more rows than the tokenizer has entries."""
     _check("first", n, n >= 1, "1 or more")
     return lambda logits, counts: jnp.where(jnp.arange(logits.shape[-1]) < n, logits, -jnp.inf)
 
 
 @functools.cache
 def top_k(k: int) -> Filter:
-    """Keeps the k largest logits (arXiv 1805.04833); ties are broken by the lower token."""
+    """Keep the k largest logits (arXiv 1805.04833); of equal ones, those of the lower tokens."""
     _check("top_k", k, k >= 1, "1 or more")
 
     def apply(logits: Logits, counts: Counts) -> Logits:
@@ -64,13 +65,13 @@ def top_k(k: int) -> Filter:
 
 @functools.cache
 def top_p(p: float) -> Filter:
-    """Keeps the fewest tokens whose probabilities reach p together (arXiv 1904.09751)."""
+    """Keep the fewest tokens whose probabilities sum to p or more (arXiv 1904.09751)."""
     _check("top_p", p, 0 < p <= 1, "in (0, 1]")
 
     def apply(logits: Logits, counts: Counts) -> Logits:
         tokens = jnp.argsort(-logits, axis=-1)
         ordered = jax.nn.softmax(jnp.take_along_axis(logits, tokens, axis=-1), axis=-1)
-        # A token stays if those before it have not reached p yet, so the first always does.
+        # A token stays if the tokens before it sum to less than p. So the first always stays.
         stays = jnp.cumsum(ordered, axis=-1) - ordered < p
         rows = jnp.arange(logits.shape[0])[:, None]
         kept = jnp.zeros(logits.shape, bool).at[rows, tokens].set(stays)
@@ -81,7 +82,7 @@ def top_p(p: float) -> Filter:
 
 @functools.cache
 def min_p(p: float) -> Filter:
-    """Keeps tokens at least p times as probable as the likeliest (arXiv 2407.01082)."""
+    """Keep tokens that are at least p times as probable as the likeliest (arXiv 2407.01082)."""
     _check("min_p", p, 0 < p <= 1, "in (0, 1]")
     return lambda logits, counts: jnp.where(
         logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(p), logits, -jnp.inf
@@ -90,9 +91,9 @@ def min_p(p: float) -> Filter:
 
 @functools.cache
 def repetition_penalty(factor: float) -> Filter:
-    """Divides the positive logits of tokens already there, multiplies the negative ones.
+    """Divide the positive logits of tokens that have occurred, multiply their negative ones.
 
-    CTRL (arXiv 1909.05858), with the sign handled as is usual since.
+    CTRL (arXiv 1909.05858), with the usual treatment of negative logits.
     """
     _check("repetition_penalty", factor, factor > 0, "more than 0")
 

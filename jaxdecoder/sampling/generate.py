@@ -1,4 +1,4 @@
-"""Text from a model: prefill the cache with the prompts, then decode in one compiled loop."""
+"""Generate tokens: prefill the cache with the prompts, then decode in one compiled loop."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from jaxdecoder.training.step import make_decoder
 from jaxdecoder.typing import Index, Params
 
 CHUNK = 16
-"""Tokens decoded by one call of the loop: as many as a reader waits for at once."""
+"""Tokens that one call of the compiled loop decodes. Readers see text in portions of this size."""
 
 BUCKETS = 16
-"""Prompts are padded to one of so many lengths, so that few of them compile anew."""
+"""Number of lengths that prompts are padded to, so that few lengths need a new compilation."""
 
 
 class Decoding(NamedTuple):
-    """Where a batch of texts stands."""
+    """The state of a batch of texts during decoding."""
 
     tokens: Int[Array, "batch room"]
-    """Prompts, padded on the left, then what was generated."""
+    """The prompts, padded on the left, then the generated tokens."""
     length: Int[Array, ""]
     """Filled columns of `tokens`."""
     start: Int[Array, "batch"]
@@ -54,12 +54,15 @@ def generate(
     choose: filters.Filter | None = None,
     end_token: int | None = None,
 ) -> Iterator[list[list[int]]]:
-    """Yields the new tokens of every row, a chunk at a time, until all rows have ended.
+    """Yield the new tokens of every row, a chunk at a time, until all rows have ended.
 
-    Rows end after `max_new_tokens` or with `end_token`, which is not returned. A row's tokens
-    depend on the key, its number and its prompt, not on the other rows' lengths. Past the context
-    length the oldest tokens are forgotten: by the cache's ring where the positions permit it, by
-    cropping and starting over where they do not.
+    A row ends after `max_new_tokens` or with `end_token`, which is not returned. The tokens of a
+    row depend on the key, the row's number and its prompt, but not on the lengths of other rows.
+    Past the context length, the oldest tokens are forgotten. Where the positions permit it, the
+    cache is a ring. Where they do not, the text is cropped and the cache is filled again.
+
+    Raises:
+        UserError: for an empty prompt.
     """
     context = decoder.config.context_length
     slides = POSITIONS[decoder.config.position].slides
@@ -91,9 +94,10 @@ def generate(
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, data: DataConfig) -> list[int]:
-    """A prompt's tokens, as they stand at the beginning of a document: after the end of another.
+    """Return the tokens of a prompt as at the beginning of a document: after an end token.
 
-    Where documents have no ends, a prompt stands alone, and an empty one is the first token.
+    If documents have no end tokens, return the prompt alone; for an empty prompt, the first token
+    of the vocabulary.
     """
     tokens = tokenizer.encode(text).tolist()
     if data.end_of_text and tokenizer.end_token is not None:
@@ -102,7 +106,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, data: DataConfig) -> list[int
 
 
 def show_sample(config: Config, params: Params, tokenizer: Tokenizer) -> str:
-    """A short sample for the training log, always with the same key."""
+    """Sample a short text for the training log, always with the same key."""
     new_tokens = min(256, 2 * config.model.context_length)
     chunks = generate(
         make_decoder(config),
@@ -147,7 +151,7 @@ def _advance(
     end_token: int | None,
     crops: bool,
 ) -> Decoding:
-    """Fills columns up to `until`, or until every row is done."""
+    """Fill columns up to `until`, or until every row is done."""
     context = decoder.config.context_length
 
     def key_of(row: jax.Array, number: jax.Array) -> jax.Array:
@@ -155,7 +159,7 @@ def _advance(
 
     def step(s: Decoding) -> Decoding:
         rows = jnp.arange(s.tokens.shape[0])
-        # Numbered within the row, so that its padding has no say in what is drawn.
+        # Numbered within the row, so that padding does not change what is drawn.
         keys = jax.vmap(key_of)(rows, s.length - s.start)
         token = jax.vmap(jax.random.categorical)(keys, choose(s.logits, s.counts))
         token = token.astype(jnp.int32)
@@ -178,7 +182,7 @@ def _advance(
 def _prefill(
     decoder: Decoder, params: Params, tokens: Int[Array, "batch time"], start: Int[Array, "batch"]
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
-    """Logits after left-padded prompts, and a cache that holds them."""
+    """Return the logits after left-padded prompts, and a cache that holds the prompts."""
     empty = empty_cache(decoder.config, tokens.shape[0], dtype=decoder.dtype)
     cache = empty._replace(cursor=Cursor(empty.cursor.length, start))
     return _extend(decoder, params, tokens, cache)
@@ -187,7 +191,7 @@ def _prefill(
 def _extend(
     decoder: Decoder, params: Params, tokens: Int[Array, "batch time"], cache: Cache
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
-    """Logits after the last of `tokens`."""
+    """Return the logits after the last of `tokens`, and the cache with `tokens` added."""
     logits, extended = decoder.apply({"params": params}, tokens, cache, last=True, method="extend")
     return logits[:, -1], extended  # type: ignore[return-value]
 

@@ -1,4 +1,4 @@
-"""Text from a run's model, at one call."""
+"""Generate text from the model of a run with one call."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def generate(
     temperature: float = 0.8,
     seed: int = 0,
 ) -> str:
-    """The prompt and how a run's model goes on, as `sample.py` prints it for these options.
+    """Return the prompt and its continuation, as `sample.py` prints them for these options.
 
-    `jaxdecoder.sampling.generate` has what takes tokens, batches and filters.
+    For tokens, batches and filters, use `jaxdecoder.sampling.generate`.
     """
     chunks = generate_tokens(
         model.decoder,
@@ -35,5 +35,5 @@ def generate(
         ),
         end_token=model.tokenizer.end_token,
     )
-    decode = stream_decoder(model.tokenizer)  # leaves out half a character at the end
+    decode = stream_decoder(model.tokenizer)  # leaves out an incomplete character at the end
     return prompt + "".join(decode(row) for (row,) in chunks)

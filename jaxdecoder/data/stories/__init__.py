@@ -1,14 +1,15 @@
-"""A built-in corpus: an endless, seeded supply of small, grammatical stories.
+"""A built-in corpus: an endless sequence of small, grammatical stories from a seed.
 
-Each story has a hero with a name, a pronoun and a trait, a friend, something the hero wants,
-trouble, a first attempt that fails and a second that works, and an ending that remembers the
-beginning. To predict one well, a model has to carry names, pronouns, objects and places over
-hundreds of characters, and yet the language is small enough for a model of a million parameters.
+Each story has a hero with a name, a pronoun and a trait, a friend, something that the hero wants,
+and trouble. A first attempt fails, a second works, and the ending refers to the beginning. To
+predict a story well, a model must remember names, pronouns, objects and places over hundreds of
+characters. Yet the language is small enough for a model of a million parameters.
 
-A plot, in `plots`, reads as the outline of its stories. `t.tell(...)` tells one of the given
-paraphrases; in them `{hero}` is a fact of this story and `[big|huge]` a free choice. The friend's
-pronoun always differs from the hero's, so every "he" and "she" has one owner: `{he} {him} {his}
-{himself}` are the hero's words and `{she} {her} {hers}` the friend's, whatever their genders.
+A plot, in `plots`, reads like the outline of its stories. `t.tell(...)` tells one of the given
+paraphrases. In them `{hero}` is a fact of this story and `[big|huge]` is a free choice. The
+friend's pronoun always differs from the hero's, so every "he" and "she" has one owner: `{he} {him}
+{his} {himself}` are the hero's words and `{she} {her} {hers}` are the friend's, whatever their
+genders.
 """
 
 import json
@@ -38,13 +39,13 @@ VERSION = 3  # part of the cache key of tokenised text: raise it when any story 
 
 
 def stories(n_bytes: int, seed: int = 0, world: World = EVERYTHING) -> Iterator[str]:
-    """Yields whole stories until at least `n_bytes` bytes have been yielded.
+    """Yield whole stories until they have at least `n_bytes` bytes together.
 
-    The order depends on `seed` and `world` alone: asking for more continues the same sequence.
+    The stories depend only on `seed` and `world`; a larger `n_bytes` continues the same sequence.
     Paragraphs are separated by one newline, so that a caller can separate stories by two.
 
     Raises:
-        UserError: if the world has a plot that nobody knows.
+        UserError: if the world names a plot that does not exist.
     """
     unknown = [plot for plot in world.plots if plot not in PLOTS]
     if unknown:
@@ -55,21 +56,24 @@ def stories(n_bytes: int, seed: int = 0, world: World = EVERYTHING) -> Iterator[
     told = 0
     while told < n_bytes:
         text = tell_story(rng, world).text
-        told += len(text)  # ASCII only: one byte a character
+        told += len(text)  # ASCII only: one byte per character
         yield text
 
 
 @dataclass(frozen=True)
 class Story:
+    """One story, with how it was made."""
+
     text: str
     plot: str
     hero: str
-    cast: tuple[tuple[str, str], ...]  # (name, pronoun) of everyone who is ever a pronoun
-    facts: dict[str, str]  # what each `{slot}` of the wordings came to be
+    cast: tuple[tuple[str, str], ...]  # (name, pronoun) of everyone whom a pronoun may mean
+    facts: dict[str, str]  # the text of each `{slot}` of the wordings
     phrases: tuple[tuple[str, str], ...]  # (fact, its wording), or ("", the wording of a sentence)
 
 
 def tell_story(rng: random.Random, world: World = EVERYTHING) -> Story:
+    """Tell one story of a world."""
     t = Teller(rng, world)
     plot = t.pick(world.plots or tuple(PLOTS))
     PLOTS[plot](t)

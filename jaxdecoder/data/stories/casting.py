@@ -1,4 +1,4 @@
-"""Who is in a story, and how it opens."""
+"""Choose the people of a story, and open it."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ RELATED = (words.GIRL, words.BOY, *words.ANIMALS)  # those who have a family
 
 
 def cast_hero(t: Teller, *groups: Sequence[Hero], unlike: str = "") -> Kind:
-    """Chooses whom the story is about; a creature with the skill `unlike` has no such trouble."""
+    """Choose the hero; never a creature with the skill `unlike`, which would have no trouble."""
     kind, names, pronoun = t.pick(t.pick(groups or (CHILDREN, BEASTS, CHILDREN, BEASTS, ROBOTS)))
     if unlike and unlike in kind.skills:
         return cast_hero(t, *groups, unlike=unlike)
@@ -33,7 +33,7 @@ def cast_hero(t: Teller, *groups: Sequence[Hero], unlike: str = "") -> Kind:
 
 
 def cast_friend(t: Teller, hero: Kind, role: str = "any", skill: str = "") -> None:
-    """Chooses a peer, an elder or any of them, with a pronoun that differs from the hero's."""
+    """Choose a friend: a peer, an elder or either, with another pronoun than the hero's."""
     pronoun = {"he": "she", "she": "he"}.get(t.cast[0][1]) or t.pick(("he", "she"))
     elder = role == "elder" or (role == "any" and not skill and hero in RELATED and t.chance(0.5))
     beasts = [beast for beast in BEASTS if beast[2] == pronoun and beast[0] is not hero]
@@ -53,7 +53,7 @@ def cast_friend(t: Teller, hero: Kind, role: str = "any", skill: str = "") -> No
 
 
 def cast_other(t: Teller, hero: Kind) -> None:
-    """Chooses somebody who is spoken of by name only."""
+    """Choose somebody who is mentioned only by name."""
     lists = (words.ANIMALS_SHE, words.ANIMALS_HE)
     if hero not in words.ANIMALS:
         lists = (words.GIRLS, words.BOYS)
@@ -63,7 +63,7 @@ def cast_other(t: Teller, hero: Kind) -> None:
 
 
 def open_story(t: Teller, kind: Kind, trait: Trait) -> None:
-    """Who the hero is, where the hero lives, and the trait that will matter."""
+    """Tell who the hero is, where the hero lives, and the trait that will matter."""
     named = t.chance(0.4)
     adjectives = f"{trait.adjective} {kind.noun}"
     if not named or t.chance(0.5):
@@ -86,7 +86,7 @@ def open_story(t: Teller, kind: Kind, trait: Trait) -> None:
 
 
 def set_day(t: Teller, *weathers: str) -> None:
-    """One weather and one time of day for the whole story."""
+    """Choose one weather and one time of day for the whole story."""
     weather = t.pick(weathers or ("sunny", "windy", "cloudy"))
     time = t.pick(("morning", "afternoon"))
     t.know(when=f"one {weather} {time}", sky=words.SKIES[weather])
@@ -94,6 +94,6 @@ def set_day(t: Teller, *weathers: str) -> None:
 
 
 def know_thing(t: Teller, noun: str, adjectives: Sequence[str] = words.COLORS) -> None:
-    """The object of the story: `{noun}` is a kite, `{thing}` a red kite."""
+    """Fix the object of the story: `{noun}` is a kite, `{thing}` is a red kite."""
     t.note(color=t.pick(adjectives))
     t.know(noun=noun, thing="{color} {noun}")

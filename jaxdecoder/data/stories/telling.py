@@ -1,4 +1,4 @@
-"""How a plot is told: its outline is read, and its sentences become a story."""
+"""Tell a plot: read its outline, and make its sentences a story."""
 
 import random
 import re
@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 
 class Facts(dict[str, str]):
-    """What is true in one story. `{He}` is `{he}` at the beginning of a sentence, and `{a_kite}`
-    is `{kite}` with its article."""
+    """The facts of one story. `{He}` is `{he}` at the beginning of a sentence, and `{a_kite}` is
+    `{kite}` with its article."""
 
     def __missing__(self, key: str) -> str:
         if key[0].isupper():
@@ -40,8 +40,8 @@ PARAGRAPH = Beat(())
 
 @cache
 def outline(script: str) -> tuple[Beat, ...]:
-    """Reads a script: "-" begins a beat, "?" one that may be left out, and a blank line breaks the
-    paragraph. Further lines are paraphrases of the beat, or the name of a list of them."""
+    """Read a script. "-" begins a beat, "?" begins a beat that may be left out, and a blank line
+    begins a paragraph. Other lines are paraphrases of the beat, or the name of a list of them."""
     beats: list[Beat] = []
     for line in textwrap.dedent(script).removeprefix("\n").splitlines():
         mark, wording = line[:2], line[2:]
@@ -57,7 +57,7 @@ def outline(script: str) -> tuple[Beat, ...]:
 
 @cache
 def spell_out(template: str) -> tuple[str, ...]:
-    """All choices of a template: "a [big|huge] [tree|bush]" has four."""
+    """Return all choices of a template: "a [big|huge] [tree|bush]" has four."""
     parts = re.split(r"\[([^\]]*)\]", template)
     choices = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
     return tuple("".join(choice) for choice in product(*choices))
@@ -72,7 +72,7 @@ def a(phrase: str) -> str:
 
 
 class Teller:
-    """Collects the sentences of one story, and the facts that they must agree with."""
+    """Collect the sentences of one story, and the facts that they must agree with."""
 
     def __init__(self, rng: random.Random, world: World = EVERYTHING) -> None:
         self.random = rng.random
@@ -86,7 +86,7 @@ class Teller:
         return options[int(self.random() * len(options))]
 
     def given(self, names: Sequence[str]) -> Sequence[str]:
-        """Those of these names that there are in this world."""
+        """Return those of these names that exist in this world."""
         return names[: self.world.names or None]
 
     def chance(self, probability: float) -> bool:
@@ -98,12 +98,12 @@ class Teller:
         return phrase.format_map(self.facts)
 
     def know(self, **facts: str | tuple[str, ...]) -> None:
-        """Fixes facts for the rest of the story; of a tuple, one is true."""
+        """Fix facts for the rest of the story; of a tuple, choose one."""
         for name, fact in facts.items():
             self.facts[name] = self.fill(fact if isinstance(fact, str) else self.pick(fact), name)
 
     def note(self, **facts: str) -> None:
-        """Fixes facts that leave no choice."""
+        """Fix facts that leave no choice."""
         self.facts |= facts
         self.phrases += facts.items()
 
@@ -119,7 +119,7 @@ class Teller:
                     self.facts["his_friend"] = self.facts["friend"]
 
     def text(self) -> str:
-        """The story, with a pronoun where a sentence would repeat the name in the one before."""
+        """Return the story. A pronoun replaces a name that the sentence before begins with."""
         text = "\n".join(" ".join(sentences) for sentences in self.paragraphs)
         for name, pronoun in self.cast:
             if pronoun != "it":  # "it" could as well be the ball

@@ -1,8 +1,8 @@
-"""The words of the story generator: who lives in the stories, where, and what befalls them.
+"""The words of the story generator: who lives in the stories, where, and what happens to them.
 
-Every string here is a template in the notation that `jaxdecoder.data.stories` explains: `{he}`,
-`{him}`, `{his}` and `{himself}` are the hero's pronouns, `{she}`, `{her}` and `{hers}` ("her bag")
-the friend's, and `[a|b]` is a choice.
+Every string here is a template in the notation that `jaxdecoder.data.stories` explains. `{he}`,
+`{him}`, `{his}` and `{himself}` are the hero's pronouns. `{she}`, `{her}` and `{hers}` ("her bag")
+are the friend's. `[a|b]` is a choice.
 """
 
 from dataclasses import dataclass
@@ -355,7 +355,7 @@ CLOSES = {
 
 @dataclass(frozen=True)
 class Place:
-    """A place to lose things in. What the hero was doing there tells where the thing is."""
+    """A place where things get lost. What the hero did there tells where the thing is."""
 
     name: str
     doings: tuple[tuple[str, str, str], ...]  # ("fed the ducks", "feeding the ducks", spot)
@@ -443,7 +443,7 @@ TREASURES = (
 
 @dataclass(frozen=True)
 class Mishap:
-    """A toy gets stuck somewhere, in a way that suits the toy; a tool that suits the trouble."""
+    """A toy, a way in which it gets stuck, and the tool that helps."""
 
     noun: str
     weather: str
@@ -930,7 +930,7 @@ HIDEOUTS = ("under a bush", "behind a fence", "in a ditch", "under the stairs", 
 
 @dataclass(frozen=True)
 class Repair:
-    """A broken thing: how it fails, a foolish repair and its result, and the right one."""
+    """A broken thing: how it fails, a foolish repair and its result, and the right repair."""
 
     noun: str
     use: str

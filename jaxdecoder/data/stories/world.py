@@ -1,4 +1,4 @@
-"""Which stories there are to tell: all of them, or those of a smaller world."""
+"""The world of the stories: everything, or a smaller one."""
 
 from typing import NamedTuple
 
@@ -6,19 +6,19 @@ from jaxdecoder.config import DataConfig
 
 
 class World(NamedTuple):
-    """Which stories there are to tell."""
+    """Which stories can be told."""
 
     plots: tuple[str, ...] = ()
     """Names of `PLOTS`; empty: all of them."""
     names: int = 0
-    """So many names each of girls, boys and others are given; 0: all of them."""
+    """How many names of girls, of boys and of each other sort there are; 0: all of them."""
     paragraphs: bool = True
-    """Whether stories have several."""
+    """Whether stories have several paragraphs."""
 
 
 EVERYTHING = World()
 
 
 def world_of(data: DataConfig) -> World:
-    """The world that a config's stories are from."""
+    """Return the world of a config's stories."""
     return World(data.stories_plots, data.stories_names, data.stories_paragraphs)

@@ -1,4 +1,4 @@
-"""Every plot by its name: a function that makes a `Teller` tell it."""
+"""All plots by name. A plot is a function that makes a `Teller` tell it."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from jaxdecoder.data.stories.plots.kindness import cloud, foundling, greedy, hon
 from jaxdecoder.data.stories.plots.trouble import garden, gift, lesson, lost, noise, repair, stuck
 from jaxdecoder.data.stories.telling import Teller
 
-# Their order is part of what a seed tells.
+# Their order matters: another order would give other stories for a seed.
 PLOTS: dict[str, Callable[[Teller], None]] = {
     plot.__name__: plot
     for plot in (

@@ -1,4 +1,4 @@
-"""Plots of what one does to another, and of what comes back."""
+"""Plots about being kind or unkind to others, and what follows from it."""
 
 from jaxdecoder.data.stories import words
 from jaxdecoder.data.stories.casting import (
@@ -156,7 +156,7 @@ def foundling(t: Teller) -> None:
 
 
 def greedy(t: Teller) -> None:
-    """Too much for one alone is too heavy or too sweet; shared, it is a feast."""
+    """The hero keeps too much food, which is too heavy or too sweet; shared, it is a feast."""
     kind = cast_hero(t, CHILDREN, BEASTS)
     cast_friend(t, kind, role="peer")
     t.know(**vars(t.pick(words.TREATS)))

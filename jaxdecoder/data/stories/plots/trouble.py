@@ -1,4 +1,4 @@
-"""Plots in which the hero alone cannot put a thing right, and with a friend can."""
+"""Plots in which the hero has a problem, fails alone, and succeeds with a friend."""
 
 from jaxdecoder.data.stories import words
 from jaxdecoder.data.stories.casting import (
@@ -15,7 +15,7 @@ from jaxdecoder.data.stories.telling import Teller
 
 
 def lost(t: Teller) -> None:
-    """A dear thing is lost; a friend asks where the hero was, and there it is."""
+    """The hero loses a dear thing, a friend asks where the hero was, and there it is."""
     kind = cast_hero(t)
     cast_friend(t, kind)
     noun, dear = t.pick(words.TREASURES)
