@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdecoder.ablation.claims import LEVEL, Evidence, Outcome, Verdict, judge
+from jaxdecoder.ablation.claims import Verdict, judge
+from jaxdecoder.ablation.evidence import LEVEL, Evidence, Outcome
 from jaxdecoder.ablation.grid import METRICS, Ablation, read
 from jaxdecoder.ablation.statistics import POWER, estimate
 

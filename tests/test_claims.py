@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from jaxdecoder.ablation import statistics
-from jaxdecoder.ablation.claims import Evidence, Outcome, check, judge, knowing_nothing
+from jaxdecoder.ablation.claims import check, judge
+from jaxdecoder.ablation.evidence import Evidence, Outcome, knowing_nothing
 from jaxdecoder.ablation.grid import METRICS, read
 from jaxdecoder.ablation.report import sentence
 from jaxdecoder.errors import UserError
@@ -256,6 +257,82 @@ def test_what_would_be_seen_is_said_at_the_level_of_so_many_claims(tmp_path):
         level = 0.05 / len(asked.spec.claims)
         assert estimate.detectable == statistics.detectable(deviation, 5, alpha=level)
     assert found[6] > 1.5 * found[1]
+
+
+TABLES = {
+    "norm=layernorm,n_heads=4 beats norm=none,n_heads=1 by 0.05": """
+form = "beats"
+better = { norm = "layernorm", n_heads = 4 }
+worse = { "model.norm" = "none", n_heads = 1 }
+by = 0.05
+""",
+    "norm=none does not beat norm=layernorm": """
+form = "beats"
+better.norm = "none"
+worse.norm = "layernorm"
+negated = true
+""",
+    "widening n_heads narrows the learning-rate sensitivity": """
+form = "trend"
+factor = "n_heads"
+direction = "lowers"
+measure = "learning-rate sensitivity"
+""",
+    "the effect of norm does not depend on the learning rate": """
+form = "same_effect"
+factor = "norm"
+other = "learning rate"
+""",
+    "the best learning rate does not depend on norm": """
+form = "same_best_rate"
+factor = "norm"
+""",
+}
+
+
+class TestTables:
+    """Claims may be tables of the file, which say what sentences say."""
+
+    @staticmethod
+    def asked(tmp_path, *tables):
+        ablation(tmp_path, [])
+        file = tmp_path / "x.toml"
+        text = file.read_text().replace("claims = []\n", "")
+        file.write_text(text + "".join(f"[[claims]]\n{table}" for table in tables))
+        return read(file)
+
+    def test_say_what_their_sentences_say(self, tmp_path):
+        asked = self.asked(tmp_path, *TABLES.values())
+        found = outcomes(asked, handicapped)
+        said = judge(ablation(tmp_path, list(TABLES)), found)
+        for table, sentence_, words in zip(judge(asked, found), said, TABLES, strict=True):
+            assert sentence_.claim == words
+            assert table.verdict == sentence_.verdict
+            assert table.adjusted_p == sentence_.adjusted_p
+            assert table.judgement.estimate == sentence_.judgement.estimate
+            # What a table is called in a report is a sentence that says the same again.
+            again = judge(ablation(tmp_path, [table.claim]), found)[0]
+            assert again.judgement.estimate.mean == table.judgement.estimate.mean
+
+    @pytest.mark.parametrize(
+        ("table", "message"),
+        [
+            ('form = "loses"', 'claims.0 = {"form": "loses"}: should be a sentence, or a table'),
+            (
+                'form = "trend"\nfactor = "norm"\ndirection = "up"\nmeasure = "x"',
+                'claims.0.direction = "up": should be one of lowers, raises',
+            ),
+            ('form = "beats"\nbetter = { norm = "none" }', "claims.0.worse: is missing"),
+            (
+                'form = "same_best_rate"\nfactor = "norm"\nfactors = "norm"',
+                'claims.0.factors = "norm": unknown key',
+            ),
+        ],
+    )
+    def test_that_cannot_be_are_refused_with_file_and_key(self, tmp_path, table, message):
+        with pytest.raises(UserError) as error:
+            self.asked(tmp_path, table)
+        assert f"x.toml: {message}" in str(error.value)
 
 
 class TestRefusals:

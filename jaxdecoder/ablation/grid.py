@@ -4,7 +4,7 @@ base = "../shakespeare_nano.toml"      # the preset all arms start from
 seeds = 5
 learning_rates = [1e-3, 3e-3]          # left out: the base's; else every arm gets its best
 budget = "steps"                       # or "tokens", "flops": what is equal for all arms
-claims = ["norm_placement=post beats norm_placement=pre"]
+claims = ["norm_placement=post beats norm_placement=pre"]   # or tables, see forms.py
 
 [overrides]                            # for every arm
 train.steps = 300
@@ -27,6 +27,7 @@ import pydantic
 from pydantic import Field
 
 from jaxdecoder import analysis
+from jaxdecoder.ablation.forms import Claim, show
 from jaxdecoder.config import Config, explain, from_dict, load, read_toml, to_dict
 from jaxdecoder.errors import UserError
 
@@ -48,7 +49,7 @@ class Spec(pydantic.BaseModel):
     budget: Budget = "steps"
     metric: Metric = "validation_loss"
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
-    claims: tuple[str, ...] = ()
+    claims: tuple[Claim, ...] = ()
     overrides: dict[str, Any] = {}
     factors: dict[str, Any] = {}
     arms: tuple[dict[str, Any], ...] = ()
@@ -130,7 +131,14 @@ def read(path: str | Path, *, out: str | Path = "", size: str = "small") -> Abla
     try:
         spec = Spec.model_validate_json(pydantic.TypeAdapter(dict).dump_json(tables), strict=True)
     except pydantic.ValidationError as error:
-        raise UserError("\n".join(explain(str(path), e) for e in error.errors())) from None
+        # A claim's place is followed by its form, which is no key.
+        keys = [loc[:2] + loc[3:4] for loc in (e["loc"] for e in error.errors())]
+        raise UserError(
+            "\n".join(
+                explain(str(path), {**e, "loc": key}, depth=3)
+                for e, key in zip(error.errors(), keys, strict=True)
+            )
+        ) from None
     base = load(path.parent / spec.base)
     base = _with_values(base, _flat(spec.overrides), f"{path}: overrides")
     arms = _arms(spec, base, path)
@@ -144,15 +152,6 @@ def read(path: str | Path, *, out: str | Path = "", size: str = "small") -> Abla
         for seed in range(spec.first_seed, spec.first_seed + spec.seeds)
     )
     return Ablation(path, size, spec, base, arms, rates, members)
-
-
-def show(value: Any) -> str:
-    """Return a value as it is written in a claim: no quotes, true and false as in TOML."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return "+".join(map(show, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _arms(spec: Spec, base: Config, path: Path) -> tuple[Arm, ...]:

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from jaxdecoder import analysis
-from jaxdecoder.ablation.claims import LEVEL, Evidence, Outcome, Verdict
+from jaxdecoder.ablation.claims import Verdict
+from jaxdecoder.ablation.evidence import LEVEL, Evidence, Outcome
 from jaxdecoder.ablation.grid import METRICS, Ablation, Arm
 from jaxdecoder.ablation.population import MAPPINGS
 from jaxdecoder.ablation.statistics import POWER, Estimate, estimate

@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jaxdecoder.ablation import report
-from jaxdecoder.ablation.claims import Outcome, Verdict, check, judge, knowing_nothing
+from jaxdecoder.ablation.claims import Verdict, check, judge
+from jaxdecoder.ablation.evidence import Outcome, knowing_nothing
 from jaxdecoder.ablation.grid import Ablation
 from jaxdecoder.ablation.training import Result, train_members
 from jaxdecoder.ablation.workers import train_on_cores

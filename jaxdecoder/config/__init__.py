@@ -174,11 +174,18 @@ def _first_of_each(error: pydantic.ValidationError) -> list[Any]:
     return list(firsts.values())
 
 
-def explain(where: str, error: Any) -> str:
-    """One of pydantic's complaints as a sentence that names file, key and value."""
-    key = ".".join(str(part) for part in error["loc"][:2])
+def explain(where: str, error: Any, depth: int = 2) -> str:
+    """Return one of pydantic's complaints as a sentence that names file, key and value.
+
+    `depth`: how many parts of the place that pydantic names are keys.
+    """
+    key = ".".join(str(part) for part in error["loc"][:depth])
     message = error["msg"]
     value = error["input"]
+    if error["type"] == "missing":
+        return f"{where}: {key}: is missing"
+    if error["type"] == "extra_forbidden":
+        return f"{where}: {key} = {show(value)}: unknown key"
     if error["type"] == "literal_error" and isinstance(value, str):
         options = [o.strip("'") for o in error["ctx"]["expected"].replace(" or ", ", ").split(", ")]
         near = difflib.get_close_matches(value, options, n=1, cutoff=0.5)
