@@ -1,4 +1,4 @@
-"""GPTQ over a whole model: which text its layers see, and in which order they are rounded."""
+"""Apply GPTQ to a whole model: choose the text for its layers and the order of rounding."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from jaxdecoder.training.runs import Model
 from jaxdecoder.training.sparsity import Matrices, Path
 
 Change = Callable[[Path, jax.Array], Packed]
-"""(path, kernel of one or several layers) -> the same, packed."""
+"""(path, kernel of one or several layers) -> the kernel, packed."""
 
 
 def corrected(
     model: Model, shown: Sequence[Batch], scheme: Scheme, kernels: Matrices
 ) -> tuple[Change, dict[str, Any]]:
-    """Kernels by GPTQ, and the mean error of their layers' outputs beside that of the nearest.
+    """Round kernels by GPTQ; also return the mean error of the layers' outputs, by both roundings.
 
-    Stage by stage: what enters a layer has passed those before it as they are rounded.
+    It goes stage by stage: the inputs of a layer come from the rounded layers before it. The errors
+    are those of GPTQ and of rounding to the nearest.
 
     Raises:
-        UserError: if the inputs of a layer do not allow it.
+        UserError: if the inputs of a layer are too much alike.
     """
     params, layers = model.params, {path: _layers(kernel) for path, kernel in kernels.items()}
     packed: dict[tuple[Path, int], Packed] = {}
@@ -68,9 +69,9 @@ def corrected(
 
 
 def stages(kernels: Matrices) -> list[list[tuple[Path, int]]]:
-    """All kernels, each a path and the number of its layer, in the order that text meets them.
+    """Return all kernels in the order of computation, each as a path and the number of its layer.
 
-    Those of a stage belong to one block, or to blocks side by side.
+    The kernels of a stage belong to one block, or to blocks side by side.
     """
     found: dict[tuple[int, ...], list[tuple[Path, int]]] = {}
     for path, kernel in kernels.items():
@@ -80,9 +81,9 @@ def stages(kernels: Matrices) -> list[list[tuple[Path, int]]]:
 
 
 def _order(path: Path, layer: int) -> tuple[int, ...]:
-    """Serial blocks repeat; stacks follow one another, their layers side by side.
+    """Return a sort key for the order of computation: first the body, then copying, then the head.
 
-    Then comes copying, and last the head.
+    Serial blocks repeat; stacks follow one another, with their layers side by side.
     """
     if path[0] != "body":
         return (1 + (path[0] == "head"),)
@@ -96,12 +97,12 @@ def _number(name: str) -> int:
 
 
 def _layers(stacked: jax.Array) -> jax.Array:
-    """Matrices of one layer or of several, with one axis over the layers."""
+    """Return the matrices of one or several layers with one axis over the layers."""
     return stacked.reshape(-1, *stacked.shape[-2:])
 
 
 def _with_layer(params: Any, path: Path, layer: int, kernel: jax.Array) -> Any:
-    """The parameters with one layer's kernel replaced."""
+    """Return the parameters with one layer's kernel replaced."""
     if not path:
         return _layers(params).at[layer].set(kernel).reshape(params.shape)
     return {**params, path[0]: _with_layer(params[path[0]], path[1:], layer, kernel)}
