@@ -1,11 +1,11 @@
-"""Writes docs/findings.md from the committed results of the ablations.
+"""Write docs/findings.md from the committed results of the ablations.
 
     make ablations                                    # trains all members
-    python -m docs.findings --collect runs/ablations  # takes their results over, then writes
-    python -m docs.findings                           # writes from what is committed
+    python -m docs.findings --collect runs/ablations  # copies their results, then writes the page
+    python -m docs.findings                           # writes the page from the committed results
 
-The verdicts are judged anew from every member's losses in `benchmarks/results/ablations/`, so the
-page says what the code says of them today.
+The claims are judged again from the losses of every member in `benchmarks/results/ablations/`. So
+the page has the verdicts of the current code.
 """
 
 from __future__ import annotations
@@ -31,24 +31,29 @@ PAGE = ROOT / "docs" / "findings.md"
 
 HEAD = """# Findings
 
-What published claims become when they are tried here, and what else our own runs found. This page
-is written by `python -m docs.findings` from the results in `benchmarks/results/`; every section
-names the command that makes them anew. Differences and losses are in nats a token (a character of
-Tiny Shakespeare), intervals are 95% t intervals over the seeds, p values are corrected by Holm's
-method over the claims of a section, and a claim is decided at {level:.0%}. Every arm is compared at
-the best of the learning rates that it was tried at, on the same data in the same order for a seed.
-A star marks a verdict for which the best was at an end of them, so that a better one may lie
-beyond. The last column is the difference that so many seeds would find {power:.0%} of the time,
-where one is asked about.
+This page tests published claims, and has other results of our own runs. `python -m docs.findings`
+writes it from the results in `benchmarks/results/`. Every section names the command that makes its
+results again.
 
-These are models of 0.1 to 0.2 million parameters (parallel against serial stacks: 1 million),
-trained for a few hundred steps: a verdict speaks of them, and a larger model may differ. Each
-file's `[full]` table asks the same question of a larger one.
+- Differences and losses are in nats per token (a character of Tiny Shakespeare).
+- Intervals are 95% t intervals over the seeds.
+- p values are corrected by Holm's method over the claims of a section. A claim is decided at
+  {level:.0%}.
+- Every arm is compared at its best learning rate of those tried. For a seed, all arms see the same
+  data in the same order.
+- A star marks a verdict for which the best learning rate was at an end of the grid. A better rate
+  may be beyond that end.
+- "detectable" is the difference that this many seeds would find {power:.0%} of the time. It is
+  empty where the claim is not about one difference.
+
+The models have 0.1 to 0.2 million parameters (parallel against serial stacks: 1 million) and train
+for a few hundred steps. A verdict is about these models; a larger model may differ. The `[full]`
+table of each file asks the same question about a larger model.
 """
 
 
 class Found(NamedTuple):
-    """An ablation with what came of it."""
+    """An ablation with its results."""
 
     ablation: Ablation
     outcomes: list[Outcome]
@@ -57,14 +62,14 @@ class Found(NamedTuple):
 
     @property
     def question(self) -> str:
-        """The comment at the head of its file."""
+        """Return the comment at the top of its file."""
         lines = self.ablation.path.read_text(encoding="utf-8").splitlines()
         until = next(i for i, line in enumerate(lines) if not line.startswith("#"))
         return " ".join(line.lstrip("# ") for line in lines[:until])
 
 
 def found(config: Path) -> Found:
-    """An ablation's committed results, judged."""
+    """Read the committed results of an ablation, and judge its claims."""
     ablation = read(config)
     folder = RESULTS / "ablations"
     with (folder / f"{config.stem}.csv").open(encoding="utf-8", newline="") as file:
@@ -83,7 +88,7 @@ def found(config: Path) -> Found:
 
 
 def section(it: Found) -> str:
-    """The question, what was run, the verdicts and the arms."""
+    """Write one section: the question, what was run, the verdicts and the arms."""
     spec, ablation = it.ablation.spec, it.ablation
     base = ablation.base
     lines = [
@@ -100,7 +105,7 @@ def section(it: Found) -> str:
     ]
     if it.verdicts:
         lines += [
-            "| claim | verdict | estimate | of | 95% interval | corrected p | would be seen |",
+            "| claim | verdict | estimate | of what | 95% interval | corrected p | detectable |",
             "| --- | --- | --- | --- | --- | --- | --- |",
             *map(_verdict_row, it.verdicts),
             "",
@@ -125,7 +130,7 @@ def _star(verdict: Verdict) -> str:
 
 
 def _arm_rows(it: Found) -> list[str]:
-    """The arms by their losses, the best first."""
+    """Return the arms by their losses, the best first."""
     evidence = Evidence(it.ablation, it.outcomes)
     rows = []
     for arm in it.ablation.arms:
@@ -144,7 +149,7 @@ def _count(n: int, thing: str) -> str:
 
 
 def upper_triangle() -> str:
-    """The section on the parallel stacks' published losses."""
+    """Write the section on the published losses of the parallel stacks."""
     arms = json.loads((RESULTS / "upper_triangle.json").read_text())["arms"]
     rows = "\n".join(
         f"| {name} | {arm['parameters']:,} | {arm['validation']['100']:.3f} "
@@ -156,13 +161,13 @@ def upper_triangle() -> str:
     return f"""## Low loss after 100 steps
 
 The author of the parallel decoder stacks reports a loss of 0.37 after 100 steps and 0.07 after
-2,700. The mask of that code keeps the upper triangle: a token sees itself and the future, and so
-the very token that it is to tell.
+2,700. The mask of that code keeps the upper triangle: a token sees itself and the tokens after it.
+So it sees the token that it should predict.
 
-`python -m benchmarks.upper_triangle` trains `parallel_stacks_small` with that mask, the same with a
-causal one, and a serial decoder with as many parameters (5 blocks of width 128), on the same
-batches of Tiny Shakespeare's characters (16 x 64 a step, Adam at 1e-3, one seed). Validation losses
-in nats a character:
+`python -m benchmarks.upper_triangle` trains three models: `parallel_stacks_small` with that mask,
+the same model with a causal mask, and a serial decoder with as many parameters (5 blocks of width
+128). All see the same batches of Tiny Shakespeare's characters (16 x 64 per step, Adam at 1e-3, one
+seed). These are validation losses in nats per character:
 
 | model | parameters | after 100 steps | after 1,000 | then, with a causal mask |
 | --- | --- | --- | --- | --- |
@@ -170,15 +175,15 @@ in nats a character:
 
 ![Losses of the three models by step](upper_triangle.png)
 
-The low loss is that of a copy. Where the future is out of sight, as it is when text is written, the
-same weights are worse than an even guess among the 65 characters (log 65 = 4.17). With a causal
-mask the stacks learn as other decoders do, and here more slowly than a serial one of the same size:
-{gap:.2f} nats behind it after 1,000 steps.
+The low loss comes from copying. When text is generated, the future is not visible. Then the same
+weights are worse than a uniform guess among the 65 characters (log 65 = 4.17). With a causal mask
+the stacks learn as other decoders do. Here they learn more slowly than a serial decoder of the same
+size: after 1,000 steps their loss is {gap:.2f} nats higher.
 """
 
 
 def page() -> str:
-    """The whole page."""
+    """Write the whole page."""
     every = [found(config) for config in sorted(CONFIGS.glob("*.toml"))]
     claims = [it for it in every if it.ablation.path.stem.startswith("claim_")]
     others = [it for it in every if it not in claims]
@@ -201,7 +206,7 @@ def page() -> str:
 
 
 def collect(runs: Path) -> None:
-    """Copies every ablation's results from its run folder to where they are committed."""
+    """Copy the results of every ablation from its run folder to where they are committed."""
     target = RESULTS / "ablations"
     target.mkdir(parents=True, exist_ok=True)
     for config in CONFIGS.glob("*.toml"):
@@ -211,7 +216,7 @@ def collect(runs: Path) -> None:
 
 
 def main() -> None:
-    """Reads the command line and writes the page."""
+    """Read the command line and write the page."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("--collect", type=Path, help="folder with the ablations' run folders")
     options.add_argument("--out", type=Path, default=PAGE)

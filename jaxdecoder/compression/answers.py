@@ -1,13 +1,14 @@
-"""A teacher's answers, written to disk once: its likeliest next tokens, and the rest as one more.
+"""Write a teacher's answers to disk once: its likeliest next tokens, and all others as one more.
 
-What a step trains on is a function of the seed and the step, so the answers are kept by step: they
-are those to the very windows that the student sees, whatever their place in the text. A token takes
+The batch of a step is a function of the seed and the step, so the answers are stored by step. They
+belong to exactly the windows that the student sees, wherever these are in the text. A token takes
 4 top_k + 2 bytes (6 top_k + 2 for vocabularies past 65,536), and a run has steps x batch_size x
-context_length of them; it is said, and refused if it is too much, before anything is written.
+context_length tokens. The size is printed, and refused if it is too large, before anything is
+written.
 
 The files are two arrays in `<data.cache>/answers/<key>`. The key stands for the teacher's weights,
-the text, and what else decides the windows. They grow in a sibling folder that is renamed when
-complete, under a lock: a process that was killed goes on where it stopped.
+the text, and all else that decides the windows. They are written to a sibling folder, under a lock,
+and the folder is renamed when it is complete. A killed process continues where it stopped.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from jaxdecoder.training.runs import Model
 from jaxdecoder.training.step import compute_dtype
 
 FORMAT = 1
-"""Part of every key: raise it when the files, or the meaning of what is in them, change."""
+"""Part of every key. Raise it when the files change, or the meaning of their content."""
 LEAST = -60000.0
-"""The lowest log-probability there is: float16 ends soon after."""
+"""The lowest log-probability that is stored, close to the limit of float16."""
 FILES = ("tokens.npy", "log_probabilities.npy")
 
 
@@ -50,15 +51,15 @@ class Answers(NamedTuple):
     """The teacher's answers to some tokens."""
 
     tokens: Any
-    """The likeliest next ones, (..., top_k)."""
+    """The likeliest next tokens, (..., top_k)."""
     log_probabilities: Any
-    """Theirs, and last that of all others together, (..., top_k + 1)."""
+    """Their log-probabilities, and last that of all others together, (..., top_k + 1)."""
 
 
 def outcomes(
     log_probabilities: Float[Array, "*rows vocab"], tokens: Int[Array, "*rows top_k"]
 ) -> Float[Array, "*rows outcomes"]:
-    """The log-probabilities of these tokens, and last that of all others together."""
+    """Return the log-probabilities of these tokens, and last that of all others together."""
     chosen = jnp.take_along_axis(log_probabilities, tokens, axis=-1)
     others = jnp.put_along_axis(log_probabilities, tokens, -jnp.inf, axis=-1, inplace=False)
     rest = jax.nn.logsumexp(others, axis=-1, keepdims=True)
@@ -66,23 +67,23 @@ def outcomes(
 
 
 def answer(logits: Float[Array, "*rows vocab"], top_k: int, temperature: float) -> Answers:
-    """What a teacher with these logits says at a temperature, in full precision."""
+    """Return the answers of a teacher with these logits at a temperature, in full precision."""
     log_probabilities = soften(logits, temperature)
     _, tokens = jax.lax.top_k(log_probabilities, top_k)
     return Answers(tokens, outcomes(log_probabilities, tokens))
 
 
 def told(answers: Answers) -> Float[Array, "*rows outcomes"]:
-    """The teacher's log-probabilities, whose sum the rounding on disk has moved a little."""
+    """Return the teacher's log-probabilities, normalised again after their rounding on disk."""
     return jax.nn.log_softmax(answers.log_probabilities.astype(jnp.float32), axis=-1)
 
 
 def feeding(
     config: Config, corpus: Corpus, teacher: Callable[[], Model]
 ) -> Callable[[int, int, slice], Answers]:
-    """A function from a step, a number of steps and this host's rows to their answers.
+    """Return a function from a step, a number of steps and this host's rows to their answers.
 
-    Nothing is opened, or written, before it is asked; the teacher is loaded to write alone.
+    It opens or writes nothing before its first call, and loads the teacher only to write.
     """
 
     @functools.cache
@@ -97,11 +98,10 @@ def feeding(
 
 
 def prepare(config: Config, corpus: Corpus, teacher: Callable[[], Model]) -> Answers:
-    """The answers to all that the run trains on, memory-mapped; written now if they are not there.
+    """Return the answers to all batches of the run, memory-mapped; write them if they are missing.
 
     Raises:
-        UserError: if they would take more than distillation.cached_most_gigabytes, or more than
-            there is.
+        UserError: if they need more space than distillation.cached_most_gigabytes, or than is free.
     """
     folder = folder_of(config)
     if not folder.is_dir():
@@ -113,7 +113,7 @@ def prepare(config: Config, corpus: Corpus, teacher: Callable[[], Model]) -> Ans
 
 
 def folder_of(config: Config) -> Path:
-    """Where the answers of a run are."""
+    """Return the folder of a run's answers."""
     t, d = config.train, config.distillation
     settings = {
         "format": FORMAT,
@@ -130,7 +130,7 @@ def folder_of(config: Config) -> Path:
 
 
 def shapes(config: Config) -> tuple[tuple[tuple[int, ...], np.dtype[Any]], ...]:
-    """Shape and dtype of each of `FILES`."""
+    """Return the shape and dtype of each of `FILES`."""
     t, k, vocab = config.train, config.distillation.cached_top_k, config.model.vocab_size
     assert vocab is not None
     tokens = (t.steps, t.batch_size, config.model.context_length)
@@ -139,7 +139,7 @@ def shapes(config: Config) -> tuple[tuple[tuple[int, ...], np.dtype[Any]], ...]:
 
 
 def needed(config: Config) -> int:
-    """The bytes that the answers take."""
+    """Return the bytes that the answers need."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes(config))
 
 
@@ -187,7 +187,7 @@ def _ask(decoder: Any, top_k: int, temperature: float, params: Any, tokens: jax.
 
 
 def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
-    """What stands before the numbers of an .npy file of this shape."""
+    """Return the header of an .npy file of this shape."""
     buffer = io.BytesIO()
     described = np.lib.format.dtype_to_descr(dtype)
     np.lib.format.write_array_header_1_0(
@@ -197,7 +197,7 @@ def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
 
 
 def _steps_written(paths: list[Path], headers: list[bytes], step_bytes: list[int]) -> int:
-    """Steps whose answers are in all files; files that are not there, or not begun, are."""
+    """Return the steps whose answers are in all files; begin files that are missing or empty."""
     done = []
     for path, header, size in zip(paths, headers, step_bytes, strict=True):
         if not path.exists() or path.stat().st_size < len(header):

@@ -1,7 +1,7 @@
-"""What goes into the linear layers when a model reads its training text.
+"""Measure the inputs of linear layers while a model reads its training text.
 
-The layers themselves know nothing of this: an interceptor stands before each and sows sums over
-its input, which come out stacked over the layers as the parameters are.
+The layers themselves do not know of this. An interceptor before each layer sows sums over its
+input. The sums come out stacked over the layers, as the parameters are.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ SOWN = "of_inputs"
 def calibration_batches(
     config: Config, corpus: Corpus, tokens: int, inputs: int = 1
 ) -> list[Batch]:
-    """Batches of about so many tokens of the training split, in whole batches.
+    """Return whole batches of the training split with about this many tokens.
 
-    The text is the same for the same config, its rows spread evenly over the split.
+    The rows are spread evenly over the split, and are the same for the same config.
 
     Raises:
-        UserError: if the split has fewer tokens, or those asked for are fewer than the widest
-            layer has `inputs`, so that they could not tell what these are like.
+        UserError: if the split has fewer tokens, or if they are fewer than the `inputs` of the
+            widest layer, which is too few to measure these.
     """
     have = predicted(config, corpus.train)
     if not 0 < tokens <= have:
@@ -63,17 +63,17 @@ def calibration_batches(
 
 
 def widest(kernels: Matrices) -> int:
-    """The most inputs that one of these has."""
+    """Return the greatest number of inputs of these kernels."""
     return max(kernel.shape[-2] for kernel in kernels.values())
 
 
 def weighty(chosen: Iterable[Batch]) -> int:
-    """How many tokens count, padding aside."""
+    """Return the number of tokens without padding."""
     return int(sum(np.count_nonzero(batch.weights) for batch in chosen))
 
 
 def input_squares(model: Model, corpus: Corpus, tokens: int) -> Matrices:
-    """`calibrate` over some `tokens` tokens of the training split."""
+    """Run `calibrate` on about `tokens` tokens of the training split."""
     kernels = body_matrices(model.params, head=True)
     chosen = calibration_batches(model.config, corpus, tokens, widest(kernels))
     return calibrate(model.decoder, model.params, track(chosen, description="calibration"))
@@ -82,23 +82,23 @@ def input_squares(model: Model, corpus: Corpus, tokens: int) -> Matrices:
 def calibrate(
     decoder: nn.Module, params: Any, chosen: Iterable[Batch], *, grams: bool = False
 ) -> Matrices:
-    """Sums over the tokens of these batches, by the paths of the kernels that the inputs x meet.
+    """Sum over the tokens of these batches, for the inputs x of each kernel, by the kernel's path.
 
-    Of x^2, (*layers, d_in), or with `grams` of x x^T, (*layers, d_in, d_in). Padding is left out,
-    and so are, for the layers of a block with a router, the tokens that it does not take. The head
-    is among the layers, its kernel its own or not; embeddings and routers are not.
+    The sums are of x^2, (*layers, d_in), or with `grams` of x x^T, (*layers, d_in, d_in). They
+    leave out padding, and for the layers of a block with a router the tokens that the block does
+    not take. The layers include the head, tied or not, but no embeddings or routers.
     """
     return added_up(lambda batch: sums(decoder, params, batch, grams), chosen)
 
 
 def added_up(of: Callable[[Batch], Any], chosen: Iterable[Batch]) -> Any:
-    """What `of` makes of each batch, arrays all of the same shapes, added up."""
+    """Apply `of` to each batch and add up the results, which all have the same shapes."""
     return reduce(partial(jax.tree.map, jnp.add), map(of, chosen))
 
 
 @partial(jax.jit, static_argnums=(0, 3))
 def sums(decoder: nn.Module, params: Any, batch: Batch, grams: bool) -> Matrices:
-    """Those of `calibrate` over one batch."""
+    """Return the sums of `calibrate` for one batch."""
 
     def of(x: jax.Array, weights: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
@@ -114,7 +114,7 @@ def sums(decoder: nn.Module, params: Any, batch: Batch, grams: bool) -> Matrices
         for path, value in tree.leaves(seen["intermediates"]).items()
         if SOWN in path
     }
-    # The head is a product of another kind, which no module's call makes.
+    # The head is another kind of product, which is not the call of a module.
     return found | {tree.HEAD: of(features, weights)}
 
 
@@ -122,24 +122,24 @@ def sums(decoder: nn.Module, params: Any, batch: Batch, grams: bool) -> Matrices
 def observed(
     of: Callable[[jax.Array, jax.Array], Any], weights: Float[Array, "batch time"]
 ) -> Iterator[Float[Array, "batch time"]]:
-    """Within it, linear layers sow what `of` makes of their input and its tokens' weights."""
-    held = [weights]
+    """Make linear layers sow the result of `of` on their input and the weights of its tokens."""
+    in_force = [weights]  # the last are those of the innermost routed block
 
     def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         if context.method_name != "__call__":
             return call(*args, **kwargs)
         if isinstance(module, Routed):
-            # The block inside computes every token, but what it makes of some goes nowhere.
+            # The block inside computes every token, but some results are not used.
             router = module.variables["params"]["router"]
             score = args[0].astype(jnp.float32) @ router["kernel"] + router["bias"]
-            held.append(held[-1] * (score[..., 0] > 0))
+            in_force.append(in_force[-1] * (score[..., 0] > 0))
             try:
                 return call(*args, **kwargs)
             finally:
-                held.pop()
+                in_force.pop()
         if isinstance(module, nn.Dense):
-            module.sow("intermediates", SOWN, of(args[0], held[-1]))
+            module.sow("intermediates", SOWN, of(args[0], in_force[-1]))
         return call(*args, **kwargs)
 
     with nn.intercept_methods(interceptor):

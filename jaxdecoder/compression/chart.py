@@ -1,7 +1,7 @@
-"""What models cost against what they lose: one chart of many runs, with its table.
+"""Plot the losses of models against their costs: one chart of many runs, with its table.
 
-Losses are those of the whole validation split, in nats a token, or in bits a byte where the runs do
-not share a tokenizer. A run is on the Pareto front of a cost if no other is both cheaper and
+Losses are over the whole validation split, in nats per token, or in bits per byte if the runs do
+not share a tokenizer. A run is on the Pareto front of a cost if no other run is both cheaper and
 better.
 """
 
@@ -39,7 +39,7 @@ from jaxdecoder.training.runs import Model, load_model
 from jaxdecoder.training.step import make_decoder
 
 ROUNDS = 7
-"""Turns of sampling that every model takes, in alternation with the others."""
+"""Rounds of sampling. In each round every model samples once, one after another."""
 
 
 class Point(NamedTuple):
@@ -47,20 +47,20 @@ class Point(NamedTuple):
 
     name: str
     loss: float
-    """Nats a token."""
+    """Nats per token."""
     bits_per_byte: float
     bytes: int
-    """Of the weights as they are stored and held, zeros included."""
+    """Bytes of the weights on disk and in memory, zeros included."""
     parameters: int
     """Weights that are not zero."""
     flops: float
-    """A decoded token's, at the end of the context; zeros are multiplied as well."""
+    """FLOPs of decoding one token at the end of the context; products with zeros count too."""
     tokens_per_second: float
-    """Sampling at batch 1, the median of `ROUNDS` turns."""
+    """Speed of sampling at batch 1, the median of `ROUNDS` rounds."""
 
 
 class Cost(NamedTuple):
-    """An axis: `better` is 1 where more is better, -1 where less is."""
+    """An axis: `better` is 1 if more is better, -1 if less is better."""
 
     title: str
     better: int
@@ -75,7 +75,7 @@ COSTS = {
 
 
 class _Subject(NamedTuple):
-    """A model to be measured; one with early exits makes several."""
+    """A model to measure; a model with early exits makes several."""
 
     name: str
     model: Model
@@ -84,7 +84,7 @@ class _Subject(NamedTuple):
 
 
 def chart(options: Chart, command: str) -> list[Point]:
-    """Measures the runs, draws them, and writes .html, .md, .csv and .png; returns the points."""
+    """Measure the runs, draw them, and write .html, .md, .csv and .png; return the points."""
     if not options.runs:
         raise UserError("chart: which runs? Give a run folder or several, such as runs/stories")
     if options.tokens < 1:
@@ -108,7 +108,7 @@ def chart(options: Chart, command: str) -> list[Point]:
 
 
 def front(points: Sequence[Point], cost: str, loss: str = "loss") -> list[Point]:
-    """Those that no other beats in both the cost and the loss, the cheapest first."""
+    """Return the points that no other point beats in both cost and loss, the cheapest first."""
     sign = COSTS[cost].better
 
     def price(point: Point) -> float:
@@ -171,7 +171,7 @@ def _measure(subject: _Subject, tokens_per_second: float) -> Point:
 
 
 def _decoded(subject: _Subject, config: Config) -> tuple[float, float]:
-    """Mean loss and depth of validation text that is decoded token by token."""
+    """Return the mean loss and depth of validation text that is decoded token by token."""
     total = weight = depth = 0.0
     for batch in Feed.of(config, subject.corpus, "validation").fixed(4):
         losses, depths = decoded_losses(subject.model.decoder, subject.model.params, batch)
@@ -182,36 +182,36 @@ def _decoded(subject: _Subject, config: Config) -> tuple[float, float]:
 
 
 def _tokens_per_second(subjects: Sequence[_Subject], tokens: int) -> list[float]:
-    """Of each, the median over turns that they take one after another."""
-    turns = [_sampling(subject, tokens) for subject in subjects]
+    """Return the median speed of each model; the models take turns in every round."""
+    samplers = [_sampling(subject, tokens) for subject in subjects]
     seconds: list[list[float]] = [[] for _ in subjects]
     for number in track(range(ROUNDS), description="tokens/s"):
-        for turn, times in zip(turns, seconds, strict=True):
-            times.append(turn(number))
+        for sample, times in zip(samplers, seconds, strict=True):
+            times.append(sample(number))
     return [tokens / statistics.median(times) for times in seconds]
 
 
 def _sampling(subject: _Subject, tokens: int) -> Callable[[int], float]:
-    """Seconds that it takes to sample so many tokens, by the number of the turn."""
+    """Return a function that samples this many tokens and returns the seconds it took."""
     model = subject.model
     prompt = encode_prompt(model.tokenizer, model.config.train.sample_prompt, model.config.data)
 
-    def turn(number: int) -> float:
+    def sample(number: int) -> float:
         start = time.perf_counter()
         key = jax.random.key(number)
         for _ in generate(model.decoder, model.params, [prompt], max_new_tokens=tokens, key=key):
             pass
         return time.perf_counter() - start
 
-    turn(0)  # compiles
-    return turn
+    sample(0)  # compiles
+    return sample
 
 
 # --- Writing --------------------------------------------------------------------------------------
 
 
 def write(out: Path, points: Sequence[Point], loss: str, command: str) -> None:
-    """Writes the chart and its table beside one another."""
+    """Write the chart, and its table beside it."""
     picture = draw(points, loss)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out.with_suffix(".png"), picture)
@@ -221,12 +221,12 @@ def write(out: Path, points: Sequence[Point], loss: str, command: str) -> None:
 
 
 def ranked(points: Sequence[Point], loss: str) -> list[Point]:
-    """The lowest loss first, as the table has them and the picture numbers them."""
+    """Sort points by loss, lowest first: the order of the table and the numbers of the picture."""
     return sorted(points, key=lambda point: float(getattr(point, loss)))
 
 
 def rows(points: Sequence[Point], loss: str) -> list[list[str]]:
-    """The table's cells, its heading first; a star marks who is on the front of a cost."""
+    """Return the cells of the table, its heading first; a star marks points on a cost's front."""
     unit = "nats a token" if loss == "loss" else "bits a byte"
     fronts = {cost: front(points, cost, loss) for cost in COSTS}
     table = [["model", f"validation loss ({unit})", *(cost.title for cost in COSTS.values())]]
@@ -243,14 +243,14 @@ NOTE = "A star: no other model here is both better in this and lower in loss."
 
 
 def markdown(points: Sequence[Point], loss: str) -> str:
-    """The table as Markdown."""
+    """Return the table as Markdown."""
     heading, *body = rows(points, loss)
     lines = [heading, ["---"] * len(heading), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{NOTE}\n"
 
 
 def as_html(points: Sequence[Point], loss: str, picture: bytes, command: str) -> str:
-    """One page that needs nothing beside it."""
+    """Return one self-contained page."""
     heading, *body = rows(points, loss)
     return as_page(
         Path(__file__).with_name("chart.html.jinja"),
@@ -263,7 +263,7 @@ def as_html(points: Sequence[Point], loss: str, picture: bytes, command: str) ->
 
 
 def draw(points: Sequence[Point], loss: str) -> bytes:
-    """A panel for each cost, with the front; models go by numbers, the lowest loss first."""
+    """Draw a panel for each cost, with its front. Models have numbers, the lowest loss first."""
     from matplotlib import ticker
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -279,7 +279,8 @@ def draw(points: Sequence[Point], loss: str) -> bytes:
         for number, point in numbered:
             at = getattr(point, cost), getattr(point, loss)
             axes.plot(*at, "o", color="tab:orange" if point in best else "tab:blue")
-            # Neighbours in loss, which may be equal in cost, have theirs on either side.
+            # Models next to each other in loss may have equal costs: put their numbers on
+            # opposite sides.
             side = 1 if number % 2 else -1
             place = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 8}
             axes.annotate(str(number), at, (9 * side, 0), **place)

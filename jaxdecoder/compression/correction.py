@@ -1,4 +1,4 @@
-"""GPTQ over a whole model: which text its layers see, and in which order they are rounded."""
+"""Apply GPTQ to a whole model: choose the text for its layers and the order of rounding."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from jaxdecoder.layers.tree import Matrices, Path, layers_of, order_of, with_lay
 from jaxdecoder.training.runs import Model
 
 Change = Callable[[Path, jax.Array], Packed]
-"""(path, kernel of one or several layers) -> the same, packed."""
+"""(path, kernel of one or several layers) -> the kernel, packed."""
 
 
 def corrected(
     model: Model, shown: Sequence[Batch], scheme: Scheme, kernels: Matrices
 ) -> tuple[Change, dict[str, Any]]:
-    """Kernels by GPTQ, and the mean error of their layers' outputs beside that of the nearest.
+    """Round kernels by GPTQ; also return the mean error of the layers' outputs, by both roundings.
 
-    Stage by stage: what enters a layer has passed those before it as they are rounded.
+    It goes stage by stage: the inputs of a layer come from the rounded layers before it. The errors
+    are those of GPTQ and of rounding to the nearest.
 
     Raises:
-        UserError: if the inputs of a layer do not allow it.
+        UserError: if the inputs of a layer are too much alike.
     """
     params, layers = model.params, {path: layers_of(kernel) for path, kernel in kernels.items()}
     packed: dict[tuple[Path, int], Packed] = {}
@@ -68,9 +69,9 @@ def corrected(
 
 
 def stages(kernels: Matrices) -> list[list[tuple[Path, int]]]:
-    """All kernels, each a path and the number of its layer, in the order that text meets them.
+    """Return all kernels in the order of computation, each as a path and the number of its layer.
 
-    Those of a stage belong to one block, or to blocks side by side.
+    The kernels of a stage belong to one block, or to blocks side by side.
     """
     found: dict[tuple[int, ...], list[tuple[Path, int]]] = {}
     for path, kernel in kernels.items():

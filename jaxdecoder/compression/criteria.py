@@ -1,7 +1,7 @@
-"""By what single weights go: a criterion is a function and an entry of `CRITERIA`.
+"""Criteria for pruning single weights. A criterion is a function and an entry of `CRITERIA`.
 
-Read without JAX, so that --help is quick: a function that needs more than the operators of arrays
-imports it inside.
+This module loads no JAX, so that --help is quick. A function that needs more than the operators of
+arrays imports it inside.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ Need = Literal["nothing", "input_norms", "lot"]
 
 
 class Criterion(NamedTuple):
-    """How much each weight matters.
+    """A measure of how much each weight matters.
 
-    score: (weights (*layers, d_in, d_out), what is needed of them) -> a score for each, 0 or more;
-        the lowest go.
-    needs: what that is. input_norms: the norm of each input feature over the calibration set,
-        (*layers, d_in); lot: a NumPy generator of its own, by --seed.
-    scope: which weights compare with one another if it is left out.
-    gradual: whether it is the one by which training makes zeros, too.
+    score: (weights (*layers, d_in, d_out), what it needs) -> a score for each, 0 or more; the
+        weights with the lowest scores become zero.
+    needs: what it needs. input_norms: the norm of each input feature over the calibration set,
+        (*layers, d_in); lot: its own NumPy generator, by --seed.
+    scope: which weights are compared with each other if the option is left out.
+    gradual: whether training can use it to prune gradually.
     """
 
     score: Callable[[Any, Any], Any]
@@ -41,7 +41,7 @@ def wanda(weights: Any, input_norms: Any) -> Any:
 
 
 def random(weights: Any, lot: Any) -> Any:
-    """A number by lot, for a control."""
+    """A random number, as a control."""
     return lot.random(weights.shape, "float32")
 
 

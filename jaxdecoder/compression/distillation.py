@@ -1,8 +1,8 @@
-"""Distillation: a student learns what a teacher says of every next token (arXiv 1503.02531).
+"""Distillation: a student learns a teacher's predictions of every next token (arXiv 1503.02531).
 
-The two are any decoders of one tokenizer. The teacher runs within the jitted step, its weights held
-beside the state, or its answers come from disk. What is minimised is a function of the config
-alone, so that a run that was cut short goes on with the same losses.
+Teacher and student are any two decoders with one tokenizer. The teacher runs inside the jitted
+step, with its weights beside the state, or its answers come from disk. The loss is a function of
+the config alone, so that an interrupted run continues with the same losses.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from jaxdecoder.training.step import Objective, compute_dtype, make_decoder, nex
 
 
 def distill(options: Distill, command: str) -> dict[str, Any]:
-    """Makes the run `options.new_run`, or goes on with it; returns its summary."""
+    """Make the run `options.new_run`, or continue it; return its summary."""
     return run_pass(
         options.teacher,
         options.new_run,
@@ -50,9 +50,9 @@ def distill(options: Distill, command: str) -> dict[str, Any]:
 
 
 def first_lesson(options: Distill, teacher: Model, corpus: Corpus) -> Made:
-    """The student that the options name as it is before it learns, and its config."""
+    """Return the student of the options before it learns, with its config."""
     student = student_of(options, teacher)
-    # As if from a file: what cannot be is refused before anything is written.
+    # Check it like a file: mistakes are refused before anything is written.
     config = from_dict(to_dict(student.config), "command line")
     config = _known_by(config, digest(teacher.params))
     check(config, teacher)
@@ -61,7 +61,7 @@ def first_lesson(options: Distill, teacher: Model, corpus: Corpus) -> Made:
     return Made(config, student.params, notes)
 
 
-# --- What is minimised ----------------------------------------------------------------------------
+# --- The loss -------------------------------------------------------------------------------------
 
 
 class Answered(NamedTuple):
@@ -74,7 +74,7 @@ class Answered(NamedTuple):
 
 
 def objective(config: Config) -> Objective:
-    """What a run minimises: its teacher's lesson, or where it has no teacher the next token.
+    """Return what a run minimises: the teacher's lesson, or without a teacher the usual loss.
 
     Raises:
         UserError: if the teacher is not the one that the run began with, or cannot teach it.
@@ -101,12 +101,12 @@ def objective(config: Config) -> Objective:
 def lesson(
     config: Config, tokenizer: Tokenizer, teacher: Decoder | None
 ) -> Callable[[Any, Any, jax.Array, Any], Float[Array, ""]]:
-    """The loss of a batch, see `Objective`: what is held are the teacher's weights.
+    """Return the loss of a batch, see `Objective`; its `held` are the teacher's weights.
 
-    Every token's is alpha times its divergence from the teacher and 1 - alpha times the
-    cross-entropy of the true next token, at all exits in their shares, and what else the student's
-    variants and the matching add. Of a text that the student sampled there is no true next token:
-    its loss is the divergence. Without a `teacher` the batch has its answers.
+    The loss of a token is alpha times the divergence from the teacher, plus 1 - alpha times the
+    cross-entropy of the true next token, summed over all exits with their shares. The student's
+    variants and the matching may add terms. A text that the student sampled has no true next token,
+    so its loss is the divergence. Without a `teacher`, the batch has the teacher's answers.
     """
     d, student = config.distillation, make_decoder(config)
     temperature, divergence = d.temperature, DIVERGENCES[d.divergence]
@@ -138,7 +138,7 @@ def lesson(
         )
 
         def judge(said: Any) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-            """The teacher's log-probabilities, and the student's of the same outcomes."""
+            """Return the teacher's log-probabilities, and a function to the student's for them."""
             if teacher is None:
                 return answers.told(said), lambda own: answers.outcomes(own, said.tokens)
             logits: Any = teacher.apply({"params": held}, said, method="logits")
@@ -175,7 +175,7 @@ def lesson(
 
 
 def prompt_of(config: Config) -> int:
-    """Tokens that a student goes on from when it samples."""
+    """Return the number of tokens that a sampling student starts from."""
     return config.distillation.on_policy_prompt or max(1, config.model.context_length // 4)
 
 
@@ -183,7 +183,11 @@ def prompt_of(config: Config) -> int:
 
 
 def teacher_of(config: Config, corpus: Corpus) -> Model:
-    """The teacher of a run, which must be the one that it began with."""
+    """Load the teacher of a run.
+
+    Raises:
+        UserError: if its weights are not those that the run began with, or it cannot teach the run.
+    """
     d, where = config.distillation, config.train.out
     teacher = load_model(d.teacher)
     if d.teacher_digest not in ("", digest(teacher.params)):
@@ -198,10 +202,10 @@ def teacher_of(config: Config, corpus: Corpus) -> Model:
 
 
 def check(config: Config, teacher: Model) -> None:
-    """Refuses a lesson that these two models cannot have.
+    """Refuse a lesson that is impossible with these two models.
 
     Raises:
-        ConfigError: with the key, and what would do.
+        ConfigError: with the key and a possible value.
     """
     d, model = config.distillation, config.model
     matching.check(config, teacher.config.model)
@@ -224,7 +228,7 @@ def check(config: Config, teacher: Model) -> None:
 
 
 def digest(params: Any) -> str:
-    """What weights are known by: a hash of all their names, shapes and bytes."""
+    """Hash weights: all their names, shapes and bytes."""
     whole = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(leaf)

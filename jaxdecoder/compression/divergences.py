@@ -1,6 +1,6 @@
-"""How far a student's next token is from its teacher's: pure functions, in nats a token, float32.
+"""Divergences of a student's predictions from its teacher's: pure functions, nats, float32.
 
-A distribution is given by the logarithms of its probabilities over all outcomes, none of them -inf.
+A distribution is given by its log-probabilities over all outcomes, none of them -inf.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from jaxtyping import Array, Float
 
 LogProbabilities = Float[Array, "*rows outcomes"]
 Divergence = Callable[[LogProbabilities, LogProbabilities, float], Float[Array, "*rows"]]
-"""(student, teacher, beta) -> nats. beta is the teacher's share of a mixture, if there is one."""
+"""(student, teacher, beta) -> nats. beta is the teacher's share of the mixture, if there is one."""
 
 MOST_LOGITS = {"cpu": 2**22}
-"""Logits of one model that exist at once, 4 bytes each, by platform; elsewhere `MOST_ELSEWHERE`."""
+"""Most logits of one model in memory at once, 4 bytes each, by platform; else `MOST_ELSEWHERE`."""
 MOST_ELSEWHERE = 2**26
 
 
 def forward_kl(
     student: LogProbabilities, teacher: LogProbabilities, beta: float = 0.5
 ) -> Float[Array, "*rows"]:
-    """KL(teacher || student): what the teacher holds possible must be (Hinton, arXiv 1503.02531).
+    """KL(teacher || student): likely for the teacher must be likely for the student.
 
-    It is the cross-entropy with the teacher's probabilities, less what no student can change.
+    It is the cross-entropy with the teacher's probabilities, minus a term that no student can
+    change (Hinton, arXiv 1503.02531).
     """
     return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
 
@@ -34,7 +35,10 @@ def forward_kl(
 def reverse_kl(
     student: LogProbabilities, teacher: LogProbabilities, beta: float = 0.5
 ) -> Float[Array, "*rows"]:
-    """KL(student || teacher): what the teacher holds impossible must not be (arXiv 2306.08543)."""
+    """KL(student || teacher): unlikely for the teacher must be unlikely for the student.
+
+    See arXiv 2306.08543.
+    """
     return forward_kl(teacher, student)
 
 
@@ -43,9 +47,9 @@ def jensen_shannon(
 ) -> Float[Array, "*rows"]:
     """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
 
-    The generalised Jensen-Shannon divergence (arXiv 2306.13649), which is bounded; 0.5 gives the
-    usual one. Divided by beta it tends to the forward KL as beta goes to 0, and divided by 1 - beta
-    to the reverse one as beta goes to 1.
+    This is the generalised Jensen-Shannon divergence (arXiv 2306.13649), which is bounded; beta 0.5
+    gives the usual one. Divided by beta, it tends to the forward KL as beta goes to 0. Divided by
+    1 - beta, it tends to the reverse KL as beta goes to 1.
     """
     mixture = jnp.logaddexp(jnp.log(beta) + teacher, jnp.log1p(-beta) + student)
     return beta * forward_kl(mixture, teacher) + (1 - beta) * forward_kl(mixture, student)
@@ -61,25 +65,25 @@ DIVERGENCES: dict[str, Divergence] = {
 def soften(
     logits: Float[Array, "*rows outcomes"], temperature: float
 ) -> Float[Array, "*rows outcomes"]:
-    """The log-probabilities of logits divided by a temperature, float32.
+    """Return the log-probabilities of logits divided by a temperature, float32.
 
-    Gradients of divergences at a temperature shrink with its square, and so does what they are
-    multiplied by in a loss: the square keeps their size against another term (arXiv 1503.02531).
+    The gradients of a divergence shrink with the square of the temperature. So a loss multiplies
+    the divergence by the square, to keep its size relative to other terms (arXiv 1503.02531).
     """
     return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
 
 
 def at_once(rows: int, vocab_size: int, platform: str) -> int:
-    """Steps of time that may be taken together for so many rows of logits; 1 at least."""
+    """Return how many time steps of `rows` rows of logits fit into memory together; at least 1."""
     return max(1, MOST_LOGITS.get(platform, MOST_ELSEWHERE) // (rows * vocab_size))
 
 
 def over_time(function: Callable[[Any], Any], arrays: Any, chunk: int) -> Any:
-    """`function` of arrays (batch, time, ...), asked for `chunk` steps of time after another.
+    """Apply `function` to arrays (batch, time, ...), `chunk` time steps after another.
 
-    Its result has those two axes as well. What a chunk computes is computed again in the backward
-    pass rather than kept, so that logits over a large vocabulary are never there for all tokens.
-    Chunks are of the time, not of the batch, for that may be sharded over devices.
+    Its result has these two axes too. The backward pass computes each chunk again instead of
+    keeping it. So the logits over a large vocabulary never exist for all tokens at once. Chunks
+    divide the time and not the batch, because the batch may be sharded over devices.
     """
     rows, time = jax.tree.leaves(arrays)[0].shape[:2]
     if chunk >= time:

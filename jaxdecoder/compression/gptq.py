@@ -1,8 +1,8 @@
-"""GPTQ: rounding that makes up for itself (arXiv 2210.17323).
+"""GPTQ: rounding that corrects its own errors (arXiv 2210.17323).
 
-Rounding weight after weight, each error is made up for by those that are not rounded yet, as well
-as the inputs that they see allow: what is kept small is |X (W - Q)|^2 over a calibration set of
-inputs X, rather than |W - Q|^2.
+It rounds one weight after another. The weights that are not rounded yet correct each error, as well
+as their inputs allow. This keeps |X (W - Q)|^2 small over a calibration set of inputs X, instead of
+|W - Q|^2.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from jaxdecoder.kernels.packing import (
 )
 
 DAMPING = 0.01
-"""Of the mean of the Gram matrix's diagonal, added to it (the paper's)."""
+"""Share of the mean diagonal of the Gram matrix that is added to its diagonal (from the paper)."""
 
 BLOCK = 128
-"""Inputs whose errors reach the weights of later ones together (the paper's lazy batches)."""
+"""Inputs whose errors are applied together to later weights (lazy batches in the paper)."""
 
 
 @partial(jax.jit, static_argnums=0)
 def gptq(
     scheme: Scheme, kernel: Float[Array, "d_in d_out"], gram: Float[Array, "d_in d_in"]
 ) -> Packed:
-    """A kernel quantized for inputs whose Gram matrix X^T X is given.
+    """Quantize a kernel for inputs with the Gram matrix X^T X.
 
-    Inputs that were never there say nothing of their weights, which are rounded to the nearest.
+    The weights of inputs that are always 0 are rounded to the nearest level.
     """
     d_in, d_out = kernel.shape
     factor = _inverse_factor(gram)
     grouped = scheme.granularity == "group"
-    # A group's scale is that of its weights as they are when their turn comes.
+    # The scale of a group comes from its weights after the corrections so far.
     block = scheme.group_size if grouped else _divisor(d_in)
     fixed = steps_of(scheme, kernel)
     place = jnp.arange(d_in)
@@ -58,7 +58,7 @@ def gptq(
         def one_row(own: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
             levels = levels_of(scheme, own[i][None], *steps)[0]
             error = (own[i] - weights_of(levels[None], *steps)[0]) / square[i, i]
-            # Above the diagonal the factor is zero, so rows that had their turn stay.
+            # Only later rows change; rows that are already rounded stay.
             own = own - jnp.outer(jnp.where(jnp.arange(block) > i, square[i], 0.0), error)
             return own, (levels, error)
 
@@ -78,7 +78,7 @@ def output_error(
     rounded: Float[Array, "d_in d_out"],
     gram: Float[Array, "d_in d_in"],
 ) -> Float[Array, ""]:
-    """|X (W - Q)|^2 / |X W|^2, by the Gram matrix."""
+    """Return |X (W - Q)|^2 / |X W|^2, by the Gram matrix."""
 
     def squared(difference: jax.Array) -> jax.Array:
         return jnp.sum(difference * (gram @ difference))
@@ -87,7 +87,7 @@ def output_error(
 
 
 def _inverse_factor(gram: Float[Array, "d_in d_in"]) -> Float[Array, "d_in d_in"]:
-    """U, upper triangular, with U^T U the inverse of the damped Gram matrix."""
+    """Return the upper triangular U for which U^T U is the inverse of the damped Gram matrix."""
     diagonal = jnp.diagonal(gram)
     there = diagonal > 0
     mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(there), 1)

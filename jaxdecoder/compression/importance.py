@@ -1,4 +1,4 @@
-"""How much a model's parts matter to its loss, estimated on calibration text."""
+"""Estimate on calibration text how important the parts of a model are for its loss."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ MEASURES: dict[str, Measure] = {
     "taylor": lambda slopes: jnp.sum(jnp.square(slopes), axis=0),
     "gates": lambda slopes: jnp.sum(jnp.abs(slopes), axis=0),
 }
-"""Of the loss's slope along a gate, for each row of text: its mean square (Taylor expansion to the
-first order, arXiv 1906.10771), or its mean size (Michel et al., arXiv 1905.10650)."""
+"""Measures of a gate, from the slope of each row's loss along it: the mean square (first-order
+Taylor expansion, arXiv 1906.10771), or the mean absolute value (Michel et al., arXiv 1905.10650).
+"""
 
 
 def by_gates(model: Model, part: Part, batches: Sequence[Batch], measure: str) -> Gates:
-    """The importance of each unit, by `MEASURES`, in nats a token or their square.
+    """Return the importance of each unit, by `MEASURES`, in nats per token or their square.
 
-    The slope along a gate at 1 is the sum of weight times gradient over the weights behind it: what
-    the loss would lose without them, to the first order.
+    The slope along a gate at 1 is the sum of weight times gradient over the weights behind it. To
+    first order, that is how the loss changes without these weights.
     """
     config, decoder = model.config.model, model.decoder
 
@@ -58,10 +59,10 @@ def by_gates(model: Model, part: Part, batches: Sequence[Batch], measure: str) -
 
 
 def influence(model: Model, batches: Sequence[Batch]) -> Gates:
-    """How much each turn of the layers' pattern changes the residual stream (block influence).
+    """Return how much each turn of the layers' pattern changes the residual stream.
 
-    1 - the cosine between the stream before and after it, averaged over the tokens (ShortGPT,
-    arXiv 2403.03853).
+    This is the block influence: 1 - the cosine between the stream before and after the turn,
+    averaged over the tokens (ShortGPT, arXiv 2403.03853).
     """
     last = len(turn(model.config.model)) - 1
 
@@ -94,7 +95,7 @@ def influence(model: Model, batches: Sequence[Batch]) -> Gates:
 
 
 def cosine(x: Float[Array, "*rows width"], y: Float[Array, "*rows width"]) -> Float[Array, "*rows"]:
-    """Of the angle between vectors; 0 where one of them is 0."""
+    """Return the cosine of the angle between vectors; 0 if one of them is 0."""
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     lengths = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
     return jnp.sum(x * y, axis=-1) / jnp.maximum(lengths, 1e-30)
@@ -103,6 +104,6 @@ def cosine(x: Float[Array, "*rows width"], y: Float[Array, "*rows width"]) -> Fl
 def _mean(
     added: Callable[[Any, Batch], Any], params: Any, batches: Sequence[Batch], description: str
 ) -> Gates:
-    """The sums of all batches over their counts."""
+    """Divide the sums over all batches by their counts."""
     sums, count = added_up(partial(added, params), track(batches, description=description))
     return jax.tree.map(lambda x: x / count, sums)

@@ -1,8 +1,8 @@
-"""What of the layers a student matches, by measures that need no projection between widths.
+"""Match a student's layers to a teacher's, by measures that need no projection between widths.
 
-Each compares tokens with tokens inside one model, and the two models in how they do: no width, no
-number of heads and no depth has to agree. Losses are per token; masks are causal, so that what is
-matched at a token is what a decoder knows there.
+Each measure compares tokens with tokens inside one model, then compares the results of the two
+models. So widths, numbers of heads and depths may differ. Losses are per token. Masks are causal,
+so that a match at a token uses only what a decoder knows there.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from jaxdecoder.decoder import Decoder
 from jaxdecoder.layers import tree
 
 MASKED = -1e30
-"""A score that no softmax sees, and from which no difference is infinite."""
+"""A finite score that softmax turns into 0, so that no difference of scores is infinite."""
 
 
 class Layer(NamedTuple):
-    """What one layer (of parallel stacks: one stack) has to show; queries and keys unturned."""
+    """The outputs of one layer (of parallel stacks: of one stack); queries and keys not rotated."""
 
     stream: Float[Array, "batch time width"]
     """The residual stream after it."""
@@ -38,14 +38,14 @@ class Layer(NamedTuple):
 
 PerToken = Float[Array, "batch time"]
 Matching = Callable[[Sequence[Layer], Sequence[Layer], PerToken, Teaching], PerToken]
-"""(student's layers, teacher's, weights of tokens, settings) -> a loss for each token."""
+"""(student's layers, teacher's layers, weights of tokens, settings) -> a loss for each token."""
 
 
 # --- Looking into a decoder -----------------------------------------------------------------------
 
 
 def sow_heads(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    """For `nn.intercept_methods`: notes the heads that every attention mechanism is given."""
+    """Sow the heads that every attention mechanism gets; for `nn.intercept_methods`."""
     if context.module.name == "mixing" and context.method_name == "__call__":
         heads = args[0]
         context.module.sow("intermediates", "heads", (heads.q, heads.k, heads.v))
@@ -53,7 +53,7 @@ def sow_heads(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
 
 
 def looking(decoder: Decoder, params: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[Layer]]:
-    """What `decoder.apply` gives, and the layers as they were."""
+    """Return the result of `decoder.apply`, and the outputs of the layers."""
     with nn.intercept_methods(sow_heads):
         out, seen = decoder.apply({"params": params}, *args, mutable=["intermediates"], **kwargs)
     config = decoder.config.resolve()
@@ -61,7 +61,7 @@ def looking(decoder: Decoder, params: Any, *args: Any, **kwargs: Any) -> tuple[A
 
 
 def serial_layers(config: ModelConfig, body: Any) -> list[Layer]:
-    """The blocks, from the first to the last."""
+    """Return the outputs of the blocks, from the first to the last."""
     found = []
     for block, stream in zip(tree.blocks(body), tree.streams(body), strict=True):
         (heads,) = block.get("block", block)["attention"]["mixing"]["heads"]
@@ -70,7 +70,7 @@ def serial_layers(config: ModelConfig, body: Any) -> list[Layer]:
 
 
 def stack_layers(config: ModelConfig, body: Any) -> list[Layer]:
-    """The stacks, from the first to the last; the heads of one stand side by side."""
+    """Return the outputs of the stacks, from the first to the last; heads of a stack in one row."""
 
     def beside(x: Float[Array, "turns batch time heads width"]) -> jax.Array:
         _, batch, time, _, width = x.shape
@@ -102,11 +102,12 @@ LAYERS: dict[str, Callable[[ModelConfig, Any], list[Layer]]] = {
 def relations(
     student: Sequence[Layer], teacher: Sequence[Layer], weights: PerToken, settings: Teaching
 ) -> PerToken:
-    """Self-attention relations of the last layer (MiniLMv2, arXiv 2012.15828; 2002.10957).
+    """Match self-attention relations of the last layer (MiniLMv2, arXiv 2012.15828; 2002.10957).
 
-    Queries with queries, keys with keys, values with values: softmax of their scaled products, and
-    the KL divergence of the student's from the teacher's. All heads' widths in a row are divided
-    anew into relation heads. Here a token is related to itself and those before it only.
+    A relation is the softmax of the scaled products of queries with queries, keys with keys, or
+    values with values. The loss is the KL divergence of the student's relations from the teacher's.
+    The heads are joined and divided again into relation heads. Here a token is related only to
+    itself and earlier tokens.
     """
     theirs = teacher[settings.teacher_layer - 1]
     mine = student[-1]
@@ -123,7 +124,7 @@ def relations(
 def relation(
     x: Float[Array, "batch time heads width"], relation_heads: int
 ) -> Float[Array, "batch relation_heads time time"]:
-    """How much of each token is in the others, as log-probabilities over those not after it."""
+    """Relate each token to itself and all earlier tokens, as log-probabilities over these."""
     batch, time = x.shape[:2]
     x = x.astype(jnp.float32).reshape(batch, time, relation_heads, -1)
     scores = jnp.einsum("bqhw,bkhw->bhqk", x, x) * x.shape[-1] ** -0.5
@@ -133,10 +134,11 @@ def relation(
 def similarity(
     student: Sequence[Layer], teacher: Sequence[Layer], weights: PerToken, settings: Teaching
 ) -> PerToken:
-    """Squared differences of cosines between tokens in the residual streams (arXiv 1907.09682).
+    """Compare cosines between tokens in the residual streams (arXiv 1907.09682).
 
-    Layers are paired evenly, last with last. The paper compares the samples of a batch; here it is
-    each token with itself and those before it.
+    The loss is the squared difference of the cosines. Layers are paired evenly, last with last. The
+    paper compares the samples of a batch; here each token is compared with itself and earlier
+    tokens.
     """
 
     def cosines(x: jax.Array) -> Float[Array, "batch time time"]:
@@ -155,16 +157,17 @@ def similarity(
 def cka(
     student: Sequence[Layer], teacher: Sequence[Layer], weights: PerToken, settings: Teaching
 ) -> PerToken:
-    """1 - linear centred kernel alignment of the residual streams (arXiv 1905.00414).
+    """Return 1 - linear centred kernel alignment of the residual streams (arXiv 1905.00414).
 
-    Over the real tokens of a row, each of which gets the row's loss; layers are paired evenly.
+    It is computed over the real tokens of a row; each of them gets the row's loss. Layers are
+    paired evenly.
     """
     shares = (weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0))[..., None]
 
     def centred(x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         x = (x - jnp.sum(shares * x, axis=1, keepdims=True)) * jnp.sqrt(shares)
-        # Of one size, so that no product of the small ones underflows.
+        # Normalised, so that no product of small numbers underflows.
         return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=(1, 2), keepdims=True) + 1e-12)
 
     def common(x: jax.Array, y: jax.Array) -> Float[Array, " batch"]:
@@ -186,16 +189,17 @@ MATCHINGS: dict[str, Matching] = {
 
 
 def paired(n_student: int, n_teacher: int) -> list[int]:
-    """The teacher's layer for each of the student's, counted from 0: evenly, last with last."""
+    """Return the teacher's layer for each layer of the student, from 0: evenly, last with last."""
     return [-(-(i + 1) * n_teacher // n_student) - 1 for i in range(n_student)]
 
 
 def check(config: Config, teacher: ModelConfig) -> None:
-    """Refuses a matching that these two models cannot have.
+    """Refuse a matching that is impossible with these two models.
 
     Raises:
-        ConfigError: for heads that do not divide, layers that are not there, and for relations of
-            a student whose routers give its blocks some of the tokens only.
+        ConfigError: for heads that do not divide the widths, layers that do not exist, and
+        relations
+            of a student whose routers give its blocks only some of the tokens.
     """
     settings, student = config.distillation, config.model
     if settings.matching != "relations":
@@ -225,7 +229,7 @@ def check(config: Config, teacher: ModelConfig) -> None:
 
 
 def _widths(model: ModelConfig) -> tuple[int, int]:
-    """Of all queries of a layer, and of all keys."""
+    """Return the widths of all queries of a layer together, and of all keys."""
     c = model.resolve()
     assert c.d_head is not None
     assert c.n_kv_heads is not None

@@ -1,7 +1,7 @@
-"""Texts that a student itself goes on with, for its teacher to judge (GKD, arXiv 2306.13649).
+"""Let a student write texts for its teacher to judge (GKD, arXiv 2306.13649).
 
-A student that learns on others' texts alone never meets the situations that its own mistakes lead
-to. So in a share of the steps it samples the rest of every row itself.
+A student that learns only from texts of others never meets the situations that its own mistakes
+lead to. So in a share of the steps it samples the rest of every row itself.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def continued(
     key: jax.Array,
     entries: int,
 ) -> Int[Array, "batch time"]:
-    """The prompts and what the decoder goes on with, `time` tokens in all.
+    """Return the prompts with the decoder's continuations, `time` tokens in all.
 
-    Drawn at temperature 1 from the first `entries` of the vocabulary, through the decoder's cache.
+    Sampled at temperature 1 from the first `entries` of the vocabulary, with the decoder's cache.
     """
     config = decoder.config
     decoder, params = decoder.clone(unrolled=True), unroll_params(params, config)
@@ -53,11 +53,11 @@ def judged(
     prompt: int,
     end_token: int | None,
 ) -> Float[Array, "batch time"]:
-    """The weights of sampled texts: what is predicted of the sampled part counts, and all alike.
+    """Return the weights of sampled texts: equal for all predictions of sampled tokens, else 0.
 
-    A row whose prompt is not all text does not count. With an `end_token`, nothing counts after it;
-    the one that a row may start on ends the document before. The sum is that of the batch's own
-    `weights`, by which the step divides.
+    A row whose prompt contains padding does not count. With an `end_token`, nothing after it
+    counts; an end token at the start of a row belongs to the document before. The weights sum to
+    the same as the batch's own `weights`, by which the step divides.
     """
     time = tokens.shape[1]
     counted = jnp.broadcast_to(jnp.arange(time) >= prompt - 1, tokens.shape)
@@ -80,11 +80,11 @@ def sampled_or_not(
     entries: int,
     end_token: int | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens, their weights, and whether they were sampled: with probability `share`, else the
-    batch's own.
+    """Return tokens, their weights, and whether they were sampled.
 
-    `end_token`: given where rows are single documents. No gradient passes through the sampling, and
-    the key alone decides what is drawn.
+    They are sampled with probability `share`; else they are those of the batch. Give an `end_token`
+    if rows are single documents. No gradient passes through the sampling, and the key alone decides
+    what is drawn.
     """
     params = jax.lax.stop_gradient(params)
     coin, draw = jax.random.split(key)

@@ -1,4 +1,4 @@
-"""What compress.py can be told. Read without JAX, so that --help is quick."""
+"""The options of compress.py. They load no JAX, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ else:
     PruningMethod = Annotated[
         Literal[(*CRITERIA, "n-m", "heads", "neurons", "width", "layers")],
         tyro.conf.arg(
-            help=f"Single weights become zero by {', '.join(CRITERIA)}, or all but n of every m "
-            "(n-m); or parts are removed, and the model is smaller: heads, neurons (of the "
-            "feed-forward), width (features of the residual stream), layers. Each has options of "
-            "its own: see prune --method NAME --help."
+            help=f"Set single weights to zero by {', '.join(CRITERIA)}, or all but n of every m "
+            "weights (n-m). Or remove parts, which makes the model smaller: heads, neurons (of the "
+            "feed-forward), width (features of the residual stream), layers. Each method has its "
+            "own options: see prune --method NAME --help."
         ),
     ]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Draws what runs cost against what they lose."""
+    """Plot the losses of runs against their costs."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run folders."""
     out: str = "chart.html"
-    """Where to; the table goes beside it, as .md and .csv, and the picture as .png."""
+    """File of the chart. The table goes beside it as .md and .csv, the picture as .png."""
     exit_thresholds: tuple[float, ...] = ()
-    """For models with early exits, a point each. Left out: never early, and the run's own."""
+    """For models with early exits: draw a point for each of these. Left out: 1 (never early) and
+    the run's own."""
     tokens: int = 200
-    """Tokens sampled in each turn of measuring the speed."""
+    """Tokens to sample in each round of measuring the speed."""
 
 
 @dataclass(frozen=True)
 class Prune:
-    """Makes a run of a run without the weights, or the parts, that matter least."""
+    """Make a new run without the weights, or the parts, that matter least."""
 
     run: tyro.conf.Positional[str]
     """Run folder."""
@@ -51,120 +52,120 @@ class Prune:
     """Folder of the new run."""
     method: PruningMethod = "wanda"
     recover_steps: int | None = None
-    """Steps to train on from there. Left out: 0."""
+    """Steps to train after pruning. Left out: 0."""
     learning_rate: float | None = None
     """Peak learning rate of these steps. Left out: the run's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated(Prune):
-    """Of methods that read text."""
+    """Options of methods that read text."""
 
     calibration_tokens: int = 32768
-    """Tokens of the training text from which inputs and importance are measured."""
+    """Tokens of the training text on which to measure inputs and importance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn(Prune):
-    """Of methods that draw lots."""
+    """Options of methods that choose at random."""
 
     seed: int = 0
-    """Another seed gives another lot."""
+    """Seed of the random choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SingleWeights(Prune):
-    """Of methods by which single weights become zero."""
+    """Options of methods that set single weights to zero."""
 
     recover_steps: int | None = None
-    """Steps to train on from there. Left out: 0; with --rewind what the run's own steps leave."""
+    """Steps to train after pruning. Left out: 0; with --rewind, the rest of the run's steps."""
     head: bool = False
-    """Prune the matrix of an untied output head as well."""
+    """Prune the matrix of an untied output head too."""
     rewind: int | None = None
-    """The weights that stay go back to what they were at this step, as of lottery tickets; 0: as
-    they were drawn."""
+    """Set the remaining weights back to their values at this step, as for lottery tickets; 0: their
+    initial values."""
     rewind_run: str = ""
-    """For --rewind: the run whose step that is. Left out: RUN."""
+    """For --rewind: the run that has this step. Left out: RUN."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByCriterion(SingleWeights):
-    """Of methods that a criterion gives its name to."""
+    """Options of methods that are named after a criterion."""
 
     sparsity: float
-    """Share that goes of the weights that are not zero yet."""
+    """Share to set to zero, of the weights that are not zero yet."""
     scope: Scope = "matrix"
-    """Which weights compare with one another: each matrix's, each output unit's, or all."""
+    """Compare weights within each matrix, within each output unit, or all with all (global)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gradual(ByCriterion):
-    """Of criteria that training can go by."""
+    """Options of criteria that can be applied during training."""
 
     gradual: bool = False
-    """Starts dense, and training makes the zeros by a cubic schedule."""
+    """Start dense and set weights to zero during training, by a cubic schedule."""
     gradual_share: float = 0.6
     """For --gradual: share of the steps after which the sparsity is reached."""
     gradual_every: int = 10
-    """For --gradual: steps between two rounds of making zeros."""
+    """For --gradual: steps between two rounds of pruning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Groups(Drawn, Calibrated, SingleWeights):
-    """Makes a run of a run in which n of every m weights stay, and the others are zero."""
+    """Make a new run that keeps n of every m weights; the others are zero."""
 
     method: PruningMethod = "n-m"
     n: int = 2
-    """Weights that stay of every m."""
+    """Weights to keep of every m."""
     m: int = 4
     """Weights in a group."""
     criterion: CriterionName = "wanda"
-    """By what the weights of a group compare."""
+    """Criterion by which to compare the weights of a group."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part(Calibrated):
-    """Of methods that remove parts."""
+    """Options of methods that remove parts."""
 
     sparsity: float
-    """Share that goes of each layer's parts."""
+    """Share of the parts to remove from each layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layers(Part):
-    """Makes a run of a run without the layers that change the residual stream least."""
+    """Make a new run without the layers that change the residual stream least."""
 
     method: PruningMethod = "layers"
     sparsity: float
-    """Share of the layers, or of the turns of their pattern, that goes."""
+    """Share of the layers to remove; with a repeating pattern of layers, share of its turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByGates(Part):
-    """Of parts that a gate can close."""
+    """Options of methods that remove parts which a gate can close."""
 
     importance: Literal["taylor", "gates"] = "taylor"
-    """What the loss would change by without the part, to the first order: its mean square over
-    texts (taylor), or its mean size (gates)."""
+    """Measure of importance: the first-order change of the loss without the part, as mean square
+    over texts (taylor), or as mean absolute value (gates)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heads(ByGates):
-    """Makes a run of a run without the attention heads that matter least."""
+    """Make a new run without the attention heads that matter least."""
 
     method: PruningMethod = "heads"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neurons(ByGates):
-    """Makes a run of a run without the neurons of the feed-forward that matter least."""
+    """Make a new run without the neurons of the feed-forward that matter least."""
 
     method: PruningMethod = "neurons"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Width(ByGates):
-    """Makes a run of a run without the features of the residual stream that matter least."""
+    """Make a new run without the features of the residual stream that matter least."""
 
     method: PruningMethod = "width"
 
@@ -174,17 +175,17 @@ OPTIONS_FOR: dict[Need, tuple[type[Prune], ...]] = {
     "input_norms": (Calibrated,),
     "lot": (Drawn,),
 }
-"""The options with which what a criterion needs is measured."""
+"""The options for measuring what a criterion needs."""
 
 
 def by_criterion(name: str, criterion: Criterion) -> type[Prune]:
-    """The options of the method that is called as its criterion."""
+    """Return the options of the method that is named after a criterion."""
     base = Gradual if criterion.gradual else ByCriterion
     own: list[tuple[str, object, object]] = [
         ("method", PruningMethod, field(default=name)),
         ("scope", Scope, field(default=criterion.scope)),
     ]
-    said = "Makes a run of a run with zeros for the weights that score lowest. The score: "
+    said = "Make a new run in which the weights with the lowest score are zero. The score: "
     return make_dataclass(
         name.title(),
         own,
@@ -204,64 +205,64 @@ PRUNING: dict[str, Callable[..., Prune]] = {
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Draws how much the loss minds each layer's pruning, alone."""
+    """Plot how much the loss grows when one layer at a time is pruned."""
 
     run: tyro.conf.Positional[str]
     """Run folder."""
     out: str = "sensitivity.png"
-    """The picture; the table goes beside it, as .csv and .md."""
+    """File of the picture. The table goes beside it as .csv and .md."""
     criterion: CriterionName = "wanda"
-    """By what single weights go."""
+    """Criterion for single weights."""
     scope: Literal["matrix", "output"] = "output"
-    """Which weights compare with one another: each matrix's, or each output unit's."""
+    """Compare weights within each matrix, or within each output unit."""
     importance: Literal["taylor", "gates"] = "taylor"
-    """By what heads and neurons go."""
+    """Measure of importance for heads and neurons."""
     sparsities: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """Shares that go, one picture each."""
+    """Shares to prune, one panel each."""
     calibration_tokens: int = 32768
-    """Tokens of the training text from which inputs and importance are measured."""
+    """Tokens of the training text on which to measure inputs and importance."""
     batches: int = 8
     """Batches of validation text for each loss."""
     seed: int = 0
-    """For random: another seed gives another lot."""
+    """For random: seed of the random choice."""
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Stores the weights of a run's linear layers in few bits, as a new run."""
+    """Make a new run that stores the weights of the linear layers in few bits."""
 
     run: tyro.conf.Positional[str]
     """Run folder."""
     new_run: tyro.conf.Positional[str]
     """Folder of the new run."""
     bits: Literal[8, 4] = 8
-    """Bits a weight."""
+    """Bits per weight."""
     format: Literal["int", "float8_e4m3fn", "float8_e5m2"] = "int"
-    """Whole numbers, or floats of 8 bits."""
+    """Integers, or 8-bit floats."""
     granularity: Literal["tensor", "channel", "group"] = "channel"
-    """Weights that share a scale: all of a kernel's, a column's, or group_size of a column's."""
+    """Weights that share a scale: a whole kernel, a column of it, or group_size of a column."""
     group_size: int = 64
-    """For group: inputs that share a scale; it must divide those of every layer."""
+    """For group: inputs that share a scale. It must divide the number of inputs of every layer."""
     symmetric: bool = True
-    """Without a zero point: levels on both sides of zero alike."""
+    """Use no zero point: the levels are symmetric around zero."""
     activations: Literal[16, 8] = 16
-    """Bits of what the weights are multiplied with: 16 leaves it as it is, 8 rounds each token's
-    to int8 on the way."""
+    """Bits of the inputs of linear layers: 16 leaves them as they are, 8 rounds those of each token
+    to int8."""
     method: Literal["nearest", "gptq"] = "nearest"
-    """Round each weight to the nearest level, or correct its error by those that follow (GPTQ)."""
+    """Round each weight to the nearest level, or correct its error with later weights (GPTQ)."""
     calibration_tokens: int = 32768
-    """For gptq: tokens of the training text that show what the weights are multiplied with."""
+    """For gptq: tokens of the training text on which to measure the inputs."""
     include_head: bool = False
-    """The head and the token embedding too, which are left alone otherwise."""
+    """Quantize the head and the token embedding too."""
     fine_tune_steps: int = 0
-    """Train so many steps through the rounding first, in a run beside the new one."""
+    """First train this many steps through the rounding, in another run beside the new one."""
     learning_rate: float | None = None
-    """Of those steps, its peak. Left out: a tenth of the run's."""
+    """Peak learning rate of those steps. Left out: a tenth of the run's."""
 
 
 @dataclass(frozen=True)
 class Dequantize:
-    """Makes floats of a quantized run's weights again, as a new run, which can train."""
+    """Make a new run that has the weights of a quantized run as floats, so that it can train."""
 
     run: tyro.conf.Positional[str]
     """Run folder."""
@@ -271,24 +272,24 @@ class Dequantize:
 
 @dataclass(frozen=True)
 class Distill:
-    """Trains a student on what a teacher says of every next token."""
+    """Train a student on a teacher's predictions of every next token."""
 
     teacher: tyro.conf.Positional[str]
     """Run folder of the teacher."""
     student: tyro.conf.Positional[str]
-    """A config, whose data section may be left out (the teacher's is taken), or a run folder,
-    whose weights the student starts from: a pruned run stays as sparse as it is."""
+    """A config file; its data section may be left out, then it is the teacher's. Or a run folder:
+    the student starts from its weights, and a pruned run stays as sparse as it is."""
     new_run: tyro.conf.Positional[str]
-    """Folder of the run to make; the same command goes on with it."""
+    """Folder of the new run. The same command again continues it."""
     how: tyro.conf.OmitArgPrefixes[Teaching] = field(default_factory=Teaching)
     """How the student learns."""
     start_from_teacher: bool = False
-    """Start from evenly spaced layers of the teacher; the student's config may differ from the
-    teacher's in its depth alone."""
+    """Start from evenly spaced layers of the teacher. The student's config may differ from the
+    teacher's only in its depth."""
     steps: int | None = None
     """Optimiser steps. Left out: train.steps of the student."""
     learning_rate: float | None = None
     """Peak learning rate; that of AdamW beside Muon keeps its ratio to it. Left out:
     optimizer.learning_rate of the student."""
     seed: int | None = None
-    """Of fresh weights, the batches and the dropout. Left out: train.seed of the student."""
+    """Seed of new weights, the batches and the dropout. Left out: train.seed of the student."""

@@ -1,9 +1,10 @@
-"""Structured pruning: heads, neurons, features and layers, and models without some of them.
+"""Structured pruning: remove heads, neurons, features or layers from a model.
 
-What is removed is gone: the arrays are smaller, and the config says so. Layers are stacked, so each
-loses as many heads or neurons as the others, its own ones.
+The arrays become smaller, and the config says so. Layers are stacked, so every layer loses the same
+number of heads or neurons, but each layer loses its own.
 
-A gate multiplies what a part gives: 1 leaves the model as it is, 0 is the model without the part.
+A gate multiplies the output of a part: 1 leaves the model as it is, 0 is the model without the
+part.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ from jaxdecoder.training.sparsity import count_of
 from jaxdecoder.typing import Params
 
 Gates = dict[Path, Float[Array, "... units"]]
-"""By the path of the module whose parts they are: an attention, a feed-forward, or all, ()."""
+"""Gates by the path of their module: an attention, a feed-forward, or the whole model, ()."""
 Keep = dict[Path, Int[np.ndarray, "... kept"]]
-"""Which units stay, in order, by the same paths."""
+"""The units that stay, in order, by the same paths."""
 
 
 class Part(NamedTuple):
-    """What a model has several of.
+    """A kind of unit that a model has several of, and can lose.
 
     refusal: (config) -> why this model cannot lose any, or "".
-    units: (config) -> how many a layer has.
-    groups: (config) -> how many groups they form, each of which loses as many as the others.
-    ones: (params, config) -> a gate of 1 for each.
+    units: (config) -> how many units a layer has.
+    groups: (config) -> how many groups the units form; every group loses the same number.
+    ones: (params, config) -> a gate of 1 for each unit.
     gated: (params, config, gates) -> the parameters of the model with these gates.
-    remove: (params, config, keep) -> parameters and config of the model of those that stay.
+    remove: (params, config, keep) -> parameters and config of the model with only these units.
     """
 
     refusal: Callable[[ModelConfig], str]
@@ -61,10 +62,10 @@ class Part(NamedTuple):
 
 
 def going(config: ModelConfig, part: Part, sparsity: float) -> tuple[int, int]:
-    """How many of a group of units go, to the nearest number, and how many it has.
+    """Return how many units of a group go, rounded to the nearest number, and the group's size.
 
     Raises:
-        UserError: if that is none of them, or all.
+        UserError: if none of them would go, or all.
     """
     size = part.units(config) // part.groups(config)
     count = count_of(sparsity, size)
@@ -82,11 +83,11 @@ def going(config: ModelConfig, part: Part, sparsity: float) -> tuple[int, int]:
 
 
 def kept(scores: Gates, config: ModelConfig, part: Part, sparsity: float) -> Keep:
-    """The highest of each group of units, once `going` are gone."""
+    """Choose the units with the highest scores in each group; `going` says how many go."""
     count, size = going(config, part, sparsity)
 
     def choose(x: Float[np.ndarray, "*layers units"]) -> Int[np.ndarray, "*layers kept"]:
-        # The feed-forwards of a stack may be some times as wide as the config's.
+        # Feed-forwards of a stack may be a multiple of the config's width.
         factor = x.shape[-1] // part.units(config)
         groups = x.reshape(*x.shape[:-1], part.groups(config), -1)
         best = np.argsort(-groups, axis=-1, kind="stable")[..., : factor * (size - count)]
@@ -104,7 +105,7 @@ NO_DOWN = "without model.feed_forward_projection the neurons are the residual st
 
 
 def heads_refusal(c: ModelConfig) -> str:
-    """Why no heads can go."""
+    """Say why no heads can be removed, or return ""."""
     if not c.attention_projection:
         return NO_OUT
     if c.position == "alibi":
@@ -113,7 +114,7 @@ def heads_refusal(c: ModelConfig) -> str:
 
 
 def neurons_refusal(c: ModelConfig) -> str:
-    """Why no neurons can go."""
+    """Say why no neurons can be removed, or return ""."""
     if not c.feed_forward:
         return "model.feed_forward is false"
     if not c.feed_forward_projection:
@@ -122,13 +123,13 @@ def neurons_refusal(c: ModelConfig) -> str:
 
 
 def head_groups(c: ModelConfig) -> int:
-    """Heads that share keys and values are a group; where none do, a head goes with its own."""
+    """Return the number of groups of heads that share keys and values; 1 if no heads share them."""
     c = c.resolve()
     return c.n_kv_heads or 1 if c.n_kv_heads != c.n_heads else 1
 
 
 def remove_heads(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, ModelConfig]:
-    """The model of these heads."""
+    """Return the model with only these heads."""
     c = config.resolve()
     assert c.d_head is not None
     wide = {path: _columns(index, c.d_head) for path, index in keep.items()}
@@ -140,7 +141,7 @@ def remove_heads(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, Mod
 
 
 def remove_neurons(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, ModelConfig]:
-    """The model of these neurons."""
+    """Return the model with only these neurons."""
     c = config.resolve()
     assert c.d_ff is not None
     leaf, index = next((at(params, path), index) for path, index in keep.items())
@@ -150,12 +151,15 @@ def remove_neurons(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, M
 
 
 def _columns(index: Int[np.ndarray, "*layers units"], width: int) -> Any:
-    """The entries of units that are so many entries wide."""
+    """Return the entries of these units, each of which is `width` entries wide."""
     return (index[..., None] * width + np.arange(width)).reshape(*index.shape[:-1], -1)
 
 
 def _reads(name: str, unit: Callable[[ModelConfig], int]) -> tuple[Any, Any]:
-    """Gates on what one kind of linear layer reads, `unit` entries each: `ones` and `gated`."""
+    """Return `ones` and `gated` for gates on the inputs of a kind of linear layer.
+
+    Each gate covers `unit` inputs.
+    """
 
     def kernels(params: Params) -> Leaves:
         found = leaves(params).items()
@@ -181,7 +185,7 @@ def _reads(name: str, unit: Callable[[ModelConfig], int]) -> tuple[Any, Any]:
 
 
 def width_refusal(c: ModelConfig) -> str:
-    """Why no features of the residual stream can go."""
+    """Say why no features of the residual stream can be removed, or return ""."""
     if c.layout != "serial":
         return f'in model.layout = "{c.layout}" features are slices of layers'
     if c.position == "sinusoidal":
@@ -196,7 +200,7 @@ def width_refusal(c: ModelConfig) -> str:
 
 
 def gate_features(params: Any, config: ModelConfig, gates: Gates) -> Any:
-    """Gates on every array that gives features: embeddings, outputs of branches, norms."""
+    """Apply gates to every array whose output is features: embeddings, ends of branches, norms."""
     return tree_of(
         {
             path: leaf * gates[()] if axes_of(path)[-1:] == ("features",) else leaf
@@ -206,12 +210,12 @@ def gate_features(params: Any, config: ModelConfig, gates: Gates) -> Any:
 
 
 def remove_features(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, ModelConfig]:
-    """The model of these features of the residual stream; heads and neurons stay as they are.
+    """Return the model with only these features of the residual stream; heads and neurons stay.
 
-    Without norms this is the model in which the other features are zero. So it is with rmsnorm,
-    whose mean is now over fewer features: with its scale times sqrt(d / d') and its epsilon times
-    d / d' it gives what it gave (norms of queries and keys share the epsilon, and come out nearly
-    the same). layernorm is that of the features that stay.
+    Without norms it equals the model in which the other features are zero. With rmsnorm it does so
+    too, although the mean is over fewer features: the scale is multiplied by sqrt(d / d') and the
+    epsilon by d / d'. (Norms of queries and keys share the epsilon, and change slightly.) layernorm
+    normalises only the features that stay.
     """
     c, index = config.resolve(), keep[()]
     ratio = c.d_model / len(index)
@@ -232,17 +236,17 @@ def remove_features(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, 
 
 
 def layers_refusal(c: ModelConfig) -> str:
-    """Why no layers can go."""
+    """Say why no layers can be removed, or return ""."""
     if c.layout != "serial":
         return f'in model.layout = "{c.layout}" layers stand side by side, each with its slice'
     return ""
 
 
 def remove_layers(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, ModelConfig]:
-    """The model of these turns of the layers' pattern: single layers where all are alike."""
+    """Return the model with only these turns of the layers' pattern, or layers if all are alike."""
     c, index = config.resolve(), keep[SERIAL]
     n_layers = len(index) * len(turn(c))
-    # The first exit stays where it is, if there is still a block above it.
+    # The first exit stays at its depth, if there is still a block above it.
     first = min(c.exit_minimum, max(1, n_layers - 1))
     smaller = replace(c, n_layers=n_layers, exit_minimum=first)
     return take_turns(params, index), smaller

@@ -1,8 +1,8 @@
-"""What surrounds every pass of compression: before and after, and a run folder like any other.
+"""Run a pass of compression: measure before and after, and write a run folder like any other.
 
-A pass writes its weights as step 0 of the new run, and training takes it on from there, for no
-steps at all if none were asked for. So a pass that was cut short goes on when it is given again,
-and what it leaves trains, samples and compresses like any run.
+A pass writes its weights as step 0 of the new run. Training continues from there, for 0 steps if
+none are asked for. So an interrupted pass continues when the command is given again, and the new
+run trains, samples and compresses like any other.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from jaxdecoder.training.step import make_decoder, next_token, state_of
 
 
 class Made(NamedTuple):
-    """What a pass makes of a model.
+    """The result of a pass.
 
-    config: the new run's; its model section is that of `params`, its train section what training
-        takes on from here (0 steps: none), its recipe that of what `params` were made from.
-    notes: what summary.json is to say of the pass, under `compression`.
+    config: that of the new run. Its model section fits `params`, its train section says how to
+        train them (0 steps: not at all), its recipe is that of the source run.
+    notes: what summary.json says about the pass, under `compression`.
     """
 
     config: Config
@@ -48,15 +48,14 @@ def run_pass(
     objective: ToObjective = next_token,
     takes_packed: bool = False,
 ) -> dict[str, Any]:
-    """Makes the run `out` of the run `source`; returns its summary.
+    """Make the run `out` from the run `source`; return its summary.
 
-    `make` is given the source's model, which learns from no teacher any more. Its `before` is held
-    against what is made on the new run's corpus. `command` is put at the end of the recipe of what
-    was made. A pass that was begun by the same command goes on where it stopped. Packed weights
-    are for one that `takes_packed`.
+    `make` gets the source's model, without its teacher. The losses before and after are over the
+    corpus of the new run. `command` is added to the recipe of the result. A pass that was begun by
+    the same command continues where it stopped. `takes_packed`: the pass accepts packed weights.
 
     Raises:
-        UserError: if `out` is another run, or the source's weights are packed.
+        UserError: if `out` is another run, or the source's weights are packed and not accepted.
     """
     run = Path(out)
     if not checkpoints.steps_in(run / "checkpoints"):
@@ -76,7 +75,7 @@ def run_pass(
 
 
 def corpus_of(model: runs.Model, source: Path) -> tuple[Config, Corpus]:
-    """The config of a run with its tokenizer held fast and no zeros to come, and its corpus."""
+    """Return the corpus of a run, and its config with this tokenizer and no gradual pruning."""
     path = model.config.data.tokenizer_path or str(source / "tokenizer.json")
     config = replace(
         model.config,
@@ -87,13 +86,13 @@ def corpus_of(model: runs.Model, source: Path) -> tuple[Config, Corpus]:
 
 
 def loss_of(config: Config, corpus: Corpus, params: Any) -> float:
-    """The validation loss over the whole split, in nats a token."""
+    """Return the loss over the whole validation split, in nats per token."""
     evaluate = make_evaluator(make_decoder(config))
     return evaluate(params, Feed.of(config, corpus, "validation").fixed(None))
 
 
 def sizes(params: Any) -> dict[str, int]:
-    """How many weights there are, how many are not zero, and the bytes that hold them."""
+    """Return the number of weights, of those that are not zero, and the bytes that they take."""
     return packing.size(params)._asdict()
 
 
@@ -105,7 +104,7 @@ def _begin(
     sampler: Sampler,
     takes_packed: bool,
 ) -> None:
-    """Writes the new run as it is at step 0."""
+    """Write the new run at step 0."""
     model = runs.load_model(source)
     if model.config.model.packed and not takes_packed:
         raise UserError(
@@ -145,7 +144,7 @@ def _begin(
 
 
 def _comparison(summary: dict[str, Any]) -> str:
-    """Before and after in a few lines."""
+    """Describe before and after in a few lines."""
     told = summary["compression"]
     before, at_once = told["before"], told["at_once"]
     after = summary["validation_loss"]

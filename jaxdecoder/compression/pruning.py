@@ -1,4 +1,4 @@
-"""The pass that prunes: weights become zero, or parts go, and training recovers from it."""
+"""Prune a run: set weights to zero or remove parts, then train to recover."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from jaxdecoder.training.step import init_state
 
 
 class Pruned(NamedTuple):
-    """What a method leaves of a model."""
+    """The result of a pruning method."""
 
     params: Any
     model: ModelConfig
@@ -47,10 +47,10 @@ class Pruned(NamedTuple):
 
 
 def prune(options: Prune, command: str) -> dict[str, Any]:
-    """Makes the run `options.out` of `options.run`; returns its summary.
+    """Make the run `options.out` from `options.run`; return its summary.
 
     Raises:
-        UserError: for options that cannot be, alone or with each other or with this model.
+        UserError: for options that are impossible, alone, together, or for this model.
     """
     check(options)
     config = runs.read_config(Path(options.run))
@@ -79,11 +79,11 @@ BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gradual_every": (lambda steps: steps >= 1, "1 or more"),
     "rewind": (lambda step: step >= 0, "0 or more"),
 }
-"""What options that are given must be, whatever the method."""
+"""Conditions on the values of options, for all methods."""
 
 
 def check(options: Prune) -> None:
-    """Refuses options that cannot be, whatever the model."""
+    """Refuse options that are impossible for every model."""
     for name, value in vars(options).items():
         fine, what = BOUNDS.get(name, (None, ""))
         if fine and value is not None and not fine(value):
@@ -104,7 +104,7 @@ def check(options: Prune) -> None:
 
 
 def check_model(options: Prune, config: Config) -> None:
-    """Refuses what this model cannot lose, before anything is computed."""
+    """Refuse what this model cannot lose, before anything is computed."""
     match options:
         case SingleWeights():
             check_matrices(options, config)
@@ -113,7 +113,7 @@ def check_model(options: Prune, config: Config) -> None:
 
 
 def pruned(options: Prune, model: Model, corpus: Corpus) -> Pruned:
-    """What the method of these options leaves of a model."""
+    """Prune a model by the method of these options."""
     match options:
         case Gradual(gradual=True):
             return gradually(options, model)
@@ -128,7 +128,7 @@ def pruned(options: Prune, model: Model, corpus: Corpus) -> Pruned:
 
 
 def made(options: Prune, model: Model, corpus: Corpus) -> Made:
-    """What the pass makes of a model: pruned, and to be trained on from there."""
+    """Prune a model, and return it with the config of its recovery."""
     left = pruned(options, model, corpus)
     config, notes = model.config, {"method": options.method, **left.notes}
     steps = options.recover_steps
@@ -148,10 +148,10 @@ def made(options: Prune, model: Model, corpus: Corpus) -> Made:
 
 
 def recovery(options: Prune, config: Config, steps: int) -> Any:
-    """How to train on: from the peak rate straight down to 0, after a twentieth of warming up.
+    """Return the optimizer config of the recovery: linear from the peak rate to 0.
 
-    The whole of the peak, as of learning-rate rewinding (arXiv 2003.02389). What is rewound trains
-    as its run did.
+    A twentieth of the steps is warm-up. The peak is the full learning rate, as in learning-rate
+    rewinding (arXiv 2003.02389). After --rewind, training goes as in the original run.
     """
     o = config.optimizer
     if options.learning_rate is not None:
@@ -166,7 +166,7 @@ def recovery(options: Prune, config: Config, steps: int) -> Any:
 
 
 def check_matrices(options: SingleWeights, config: Config) -> None:
-    """Refuses a head that is none, and a step that there is no going back to."""
+    """Refuse to prune a tied head, and to rewind to a step that is not available."""
     if options.head and config.model.tie_embeddings:
         raise UserError("--head: with model.tie_embeddings the head is the embedding")
     if options.rewind is not None:
@@ -174,7 +174,7 @@ def check_matrices(options: SingleWeights, config: Config) -> None:
 
 
 def by_criterion(options: ByCriterion, model: Model, corpus: Corpus) -> Pruned:
-    """Those go that the criterion scores lowest within a scope."""
+    """Set the weights to zero that the criterion scores lowest within a scope."""
     matrices = _matrices(options, model)
     scores = scores_by(options.method, options, matrices, model, corpus)
     masks = mask(matrices, scores, options.sparsity, options.scope)
@@ -183,7 +183,7 @@ def by_criterion(options: ByCriterion, model: Model, corpus: Corpus) -> Pruned:
 
 
 def by_groups(options: Groups, model: Model, corpus: Corpus) -> Pruned:
-    """n of every m stay."""
+    """Keep n of every m weights."""
     matrices = _matrices(options, model)
     scores = scores_by(options.criterion, options, matrices, model, corpus)
     masks = n_of_m(matrices, scores, options.n, options.m)
@@ -192,7 +192,10 @@ def by_groups(options: Groups, model: Model, corpus: Corpus) -> Pruned:
 
 
 def gradually(options: Gradual, model: Model) -> Pruned:
-    """None go yet: training makes the zeros, among them those that are there."""
+    """Leave the weights as they are, and configure training to prune them gradually.
+
+    Weights that are zero already count as part of the final sparsity.
+    """
     assert options.recover_steps is not None
     count = zeros(_matrices(options, model))
     begin = count["zeros"] / count["weights"]
@@ -210,7 +213,7 @@ def gradually(options: Gradual, model: Model) -> Pruned:
 
 
 def check_rewind(options: SingleWeights, config: Config) -> None:
-    """Refuses a step whose weights are not there and cannot be drawn again."""
+    """Refuse a step whose weights are not on disk and cannot be drawn again."""
     source, step = Path(options.rewind_run or options.run), options.rewind
     theirs = runs.read_config(source)
     different = differences(replace(config, model=theirs.model), config)
@@ -231,7 +234,7 @@ def check_rewind(options: SingleWeights, config: Config) -> None:
 
 
 def weights_at(source: Path, step: int) -> Any:
-    """The weights of a run at a step: from its checkpoint, or drawn again as they were."""
+    """Return the weights of a run at a step: from its checkpoint, or drawn again from the seed."""
     if step in steps_in(source / "checkpoints"):
         return runs.load_model(source, step).params
     config = runs.read_config(source)
@@ -256,7 +259,7 @@ def _cut(
     masks: Matrices,
     notes: dict[str, Any],
 ) -> Pruned:
-    """The model under these masks, its weights rewound if that was asked for."""
+    """Return the model with these masks, its weights rewound if the options ask for it."""
     params, masks = model.params, {path: masks[path] & (w != 0) for path, w in matrices.items()}
     if options.rewind is not None:
         params = weights_at(Path(options.rewind_run or options.run), options.rewind)
@@ -272,7 +275,7 @@ def _cut(
 
 
 def check_part(options: Part, config: Config) -> None:
-    """Refuses a share that this model cannot lose, and a part that it does not have."""
+    """Refuse a share that this model cannot lose, and a part that it does not have."""
     part = PARTS[options.method]
     if why := part.refusal(config.model):
         raise UserError(f"--method {options.method}: this model has none to spare: {why}")
@@ -280,7 +283,7 @@ def check_part(options: Part, config: Config) -> None:
 
 
 def by_part(options: Part, model: Model, corpus: Corpus) -> Pruned:
-    """Heads, neurons, features or layers go, the least important of each layer."""
+    """Remove the least important heads, neurons, features or layers."""
     part, config = PARTS[options.method], model.config.model
     batches = calibration_batches(model.config, corpus, options.calibration_tokens)
     measure = options.importance if isinstance(options, ByGates) else "influence"
@@ -305,7 +308,7 @@ def by_part(options: Part, model: Model, corpus: Corpus) -> Pruned:
 
 
 def _missing(index: Any, count: int) -> np.ndarray:
-    """Of each layer the numbers below `count` that are not among those of `index`."""
+    """Return, for each layer, the numbers below `count` that are not in `index`."""
     rows = index.reshape(-1, index.shape[-1])
     missing = [np.setdiff1d(np.arange(count), row) for row in rows]
     return np.stack(missing).reshape(*index.shape[:-1], -1)

@@ -1,7 +1,7 @@
-"""Weights in few bits: rounding a run's linear layers to codes that stay packed.
+"""Quantize a run: round the weights of its linear layers to codes of few bits that stay packed.
 
-Linear quantization (arXiv 1712.05877) to the nearest level, by GPTQ (arXiv 2210.17323), or after
-training through the rounding with a straight-through gradient (arXiv 1308.3432).
+Linear quantization (arXiv 1712.05877) rounds to the nearest level, by GPTQ (arXiv 2210.17323), or
+after training through the rounding with a straight-through gradient (arXiv 1308.3432).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from jaxdecoder.training.runs import Model
 from jaxdecoder.training.step import init_state
 
 FINE_TUNED = "_fine_tuned"
-"""Ends the name of the run that trains through the rounding, beside the new one."""
+"""Suffix of the run that trains through the rounding, beside the new run."""
 
 
 def quantize(options: Quantize, command: str) -> dict[str, Any]:
-    """Makes the new run, and before it the one that fine-tunes; returns its summary.
+    """Make the new run, and first the fine-tuned run if asked for; return the new run's summary.
 
     Raises:
-        UserError: for options that do not go together, or not with the run.
+        UserError: for options that are impossible together, or for this run.
     """
     _check(options)
     source = options.run
@@ -48,7 +48,7 @@ def quantize(options: Quantize, command: str) -> dict[str, Any]:
 
 
 def dequantize(options: Dequantize, command: str) -> dict[str, Any]:
-    """Makes the new run of floats; returns its summary."""
+    """Make the new run with floats; return its summary."""
 
     def make(model: Model, corpus: Corpus) -> Made:
         old = model.config
@@ -67,51 +67,51 @@ def dequantize(options: Dequantize, command: str) -> dict[str, Any]:
 
 
 def nearest(scheme: packing.Scheme) -> Change:
-    """Rounds to the nearest level."""
+    """Return a change that rounds to the nearest level."""
     return lambda path, kernel: packing.over_layers(partial(packing.quantize, scheme), kernel)
 
 
 def pack(params: Any, config: Config, change: Change) -> Any:
-    """The parameters of a float model as those of the packed one that the config describes."""
+    """Turn the parameters of a float model into those of the packed model of the config."""
 
-    def walk(held: Any, like: Any, path: Path) -> Any:
+    def walk(part: Any, like: Any, path: Path) -> Any:
         if not isinstance(like, dict):
-            return held
+            return part
         if "codes" not in like:
-            return {name: walk(held[name], like[name], (*path, name)) for name in like}
-        if not isinstance(held, dict):  # an embedding, whose rows are columns of a kernel
-            return packing.parameters_of(nearest(scheme_of(config.model))(path, held.T))
-        rest = {name: leaf for name, leaf in held.items() if name != KERNEL}
-        return {**rest, **packing.parameters_of(change((*path, KERNEL), held[KERNEL]))}
+            return {name: walk(part[name], like[name], (*path, name)) for name in like}
+        if not isinstance(part, dict):  # an embedding, whose rows are columns of a kernel
+            return packing.parameters_of(nearest(scheme_of(config.model))(path, part.T))
+        rest = {name: leaf for name, leaf in part.items() if name != KERNEL}
+        return {**rest, **packing.parameters_of(change((*path, KERNEL), part[KERNEL]))}
 
     return walk(params, _shapes(config), ())
 
 
 def unpack(params: Any, config: Config) -> Any:
-    """The parameters of a packed model as those of the float one that the config describes."""
+    """Turn the parameters of a packed model into those of the float model of the config."""
 
-    def walk(held: Any, like: Any) -> Any:
-        if not isinstance(held, dict):
-            return held
-        if "codes" not in held:
-            return {name: walk(held[name], like[name]) for name in held}
-        kernel = floats(held)
+    def walk(part: Any, like: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        if "codes" not in part:
+            return {name: walk(part[name], like[name]) for name in part}
+        kernel = floats(part)
         if not isinstance(like, dict):
             return kernel.T
-        rest = {name: leaf for name, leaf in held.items() if name not in packing.PARTS}
+        rest = {name: leaf for name, leaf in part.items() if name not in packing.PARTS}
         return {**rest, KERNEL: kernel}
 
     return walk(params, _shapes(config))
 
 
 def floats(parts: Any) -> jax.Array:
-    """The kernel, of one or several layers, that packed parameters stand for."""
+    """Return the kernel, of one or several layers, that packed parameters stand for."""
     kind = next(
         name
         for name, kind in packing.FORMATS.items()
         if jnp.dtype(kind.storage) == parts["codes"].dtype
     )
-    # What has a scale is told by the shapes; the rest of the scheme is not asked for.
+    # The shapes tell which weights share a scale; the rest of the scheme is not needed.
     scheme = packing.Scheme(kind, symmetric="zeros" not in parts)
     names = [name for name in packing.PARTS if name in parts]
 
@@ -126,7 +126,7 @@ def _shapes(config: Config) -> Any:
 
 
 def _says(name: str) -> bool:
-    """Whether a field of the model says how its weights are quantized."""
+    """Return whether a field of the model says how its weights are quantized."""
     return name.startswith("weight_") or name == "activation_format"
 
 
@@ -148,7 +148,7 @@ def _check(options: Quantize) -> None:
 
 
 def quantized(config: ModelConfig, options: Quantize) -> ModelConfig:
-    """The model's config with weights as the options ask for, packed."""
+    """Return the model's config with packed weights in the format of the options."""
     named: Any = f"int{options.bits}" if options.format == "int" else options.format
     return replace(
         config,
@@ -163,7 +163,7 @@ def quantized(config: ModelConfig, options: Quantize) -> ModelConfig:
 
 
 def _rounded(options: Quantize, model: Model, corpus: Corpus) -> Made:
-    """The same weights, about to train through the rounding."""
+    """Return the same weights, with a config that trains through the rounding."""
     old = model.config
     if old.model.quantized:
         raise UserError(f"{options.run}: was trained through a rounding already")
@@ -181,7 +181,7 @@ def _rounded(options: Quantize, model: Model, corpus: Corpus) -> Made:
 
 
 def _packed(options: Quantize, model: Model, corpus: Corpus) -> Made:
-    """The weights as codes."""
+    """Return the weights as codes."""
     old = model.config
     wanted = quantized(old.model, options)
     if old.model.quantized:
@@ -208,7 +208,7 @@ def _packed(options: Quantize, model: Model, corpus: Corpus) -> Made:
 
 
 def _kernels(params: Any, like: Any, path: Path = ()) -> Matrices:
-    """The kernels that `pack` packs to the shapes `like`."""
+    """Return the kernels that `pack` packs to the shapes `like`."""
     if not isinstance(like, dict) or not isinstance(params, dict):
         return {}
     if "codes" in like:

@@ -1,4 +1,4 @@
-"""How much the loss minds each layer's pruning, alone: a scan, its picture and its table."""
+"""Prune one layer at a time and measure how much the loss grows: a scan, its picture, its table."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from jaxdecoder.training.runs import Model, load_model, read_config
 from jaxdecoder.training.sparsity import count_of
 
 WHOLE = "whole"
-"""The part that is all of a layer."""
+"""The name of the part that is a whole layer."""
 
 
-class Row(NamedTuple):
-    """What pruning one thing alone does."""
+class Effect(NamedTuple):
+    """The effect of pruning one thing alone: a row of the table."""
 
     layer: str
     part: str
-    """A kind of matrix, heads, neurons, or whole: the layer is passed by."""
+    """A kind of matrix, heads, neurons, or whole: the layer is skipped."""
     sparsity: float
     loss: float
-    """Nats a token, over the same batches of validation text for every row."""
+    """Nats per token, over the same batches of validation text for every row."""
     increase: float
-    """Over that of the model as it is."""
+    """Difference from the loss of the unpruned model."""
 
 
 class Variant(NamedTuple):
@@ -55,11 +55,11 @@ class Variant(NamedTuple):
     params: Callable[[], Any]
 
 
-def sensitivity(options: Sensitivity, command: str) -> list[Row]:
-    """Scans a run, and writes the picture, .csv and .md; returns the table's rows.
+def sensitivity(options: Sensitivity, command: str) -> list[Effect]:
+    """Scan a run, and write the picture, .csv and .md; return the rows of the table.
 
     Raises:
-        UserError: for options that cannot be.
+        UserError: for impossible options.
     """
     out = Path(options.out)
     if out.suffix != ".png":
@@ -77,7 +77,7 @@ def sensitivity(options: Sensitivity, command: str) -> list[Row]:
     rows = scan(options, model._replace(config=config), corpus)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, draw(rows, options))
-    write_csv(out.with_suffix(".csv"), [Row._fields, *rows])
+    write_csv(out.with_suffix(".csv"), [Effect._fields, *rows])
     write_atomically(out.with_suffix(".md"), markdown(rows, command))
     worst = max(rows, key=lambda row: row.increase)
     print(
@@ -87,8 +87,8 @@ def sensitivity(options: Sensitivity, command: str) -> list[Row]:
     return rows
 
 
-def scan(options: Sensitivity, model: Model, corpus: Corpus) -> list[Row]:
-    """A row for every layer, part and sparsity."""
+def scan(options: Sensitivity, model: Model, corpus: Corpus) -> list[Effect]:
+    """Measure every layer, part and sparsity."""
     text = list(Feed.of(model.config, corpus, "validation").fixed(options.batches))
     evaluate = make_evaluator(model.decoder)
     base = evaluate(model.params, text)
@@ -97,12 +97,12 @@ def scan(options: Sensitivity, model: Model, corpus: Corpus) -> list[Row]:
     rows = []
     for variant in track(variants, description="sensitivity"):
         loss = evaluate(variant.params(), text)
-        rows.append(Row(*variant[:3], loss, loss - base))
+        rows.append(Effect(*variant[:3], loss, loss - base))
     return rows + without_a_layer(model, text, base)
 
 
 def of_matrices(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[Variant]:
-    """Each matrix of each layer with some of its weights zero."""
+    """Yield models in which one matrix of one layer has some of its weights set to zero."""
     matrices = body_matrices(model.params)
     scores = scores_by(options.criterion, options, matrices, model, corpus)
     for share in options.sparsities:
@@ -121,7 +121,7 @@ def of_matrices(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[
 
 
 def of_parts(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[Variant]:
-    """The heads and the neurons of each layer, the least important of them closed by gates."""
+    """Yield models in which gates close the least important heads, or neurons, of one layer."""
     config = model.config.model
     for name in ("heads", "neurons"):
         part = PARTS[name]
@@ -147,8 +147,8 @@ def of_parts(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[Var
                     yield Variant(layer, name, count / gate.shape[-1], params)
 
 
-def without_a_layer(model: Model, text: Sequence[Batch], base: float) -> list[Row]:
-    """The model without each of its layers, or turns of its layers' pattern."""
+def without_a_layer(model: Model, text: Sequence[Batch], base: float) -> list[Effect]:
+    """Measure the model without each of its layers, or turns of its layers' pattern."""
     config, part = model.config.model, PARTS["layers"]
     if part.refusal(config) or periods(config) < 2:
         return []
@@ -160,7 +160,7 @@ def without_a_layer(model: Model, text: Sequence[Batch], base: float) -> list[Ro
         loss = evaluate(params, text)
         first, length = gone * len(turn(config)), len(turn(config))
         name = str(first) if length == 1 else f"{first} to {first + length - 1}"
-        rows.append(Row(name, WHOLE, 1.0, loss, loss - base))
+        rows.append(Effect(name, WHOLE, 1.0, loss, loss - base))
     return rows
 
 
@@ -172,8 +172,8 @@ def _layer_name(path: tree.Path, place: tuple[int, ...], config: ModelConfig) ->
 # --- Writing --------------------------------------------------------------------------------------
 
 
-def markdown(rows: Sequence[Row], command: str) -> str:
-    """The table as Markdown, the rows that the loss minds most first."""
+def markdown(rows: Sequence[Effect], command: str) -> str:
+    """Return the table as Markdown, the greatest increase of the loss first."""
     lines = ["| layer | part | sparsity | loss | increase |", "| --- | --- | --- | --- | --- |"]
     for row in sorted(rows, key=lambda row: -row.increase):
         lines.append(
@@ -183,8 +183,8 @@ def markdown(rows: Sequence[Row], command: str) -> str:
     return f"`{command}`\n\n" + "\n".join(lines) + "\n"
 
 
-def draw(rows: Sequence[Row], options: Sensitivity) -> bytes:
-    """A panel a sparsity, layers by parts, and one for whole layers; darker is worse."""
+def draw(rows: Sequence[Effect], options: Sensitivity) -> bytes:
+    """Draw a panel per sparsity, layers by parts, and one for whole layers; darker is worse."""
     from matplotlib.figure import Figure
 
     panels = [
@@ -199,11 +199,13 @@ def draw(rows: Sequence[Row], options: Sensitivity) -> bytes:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)
     for axis, (title, of) in zip(axes[0], panels, strict=True):
-        layers, parts = ([*dict.fromkeys(getattr(r, name) for r in of)] for name in Row._fields[:2])
+        layers, parts = (
+            [*dict.fromkeys(getattr(r, name) for r in of)] for name in Effect._fields[:2]
+        )
         table = np.full((len(layers), len(parts)), np.nan)
         for row in of:
             table[layers.index(row.layer), parts.index(row.part)] = row.increase
-        # Each panel has its own scale: a layer that is gone would make all else pale.
+        # Each panel has its own colours: a removed layer would make everything else pale.
         axis.imshow(table, cmap="OrRd", vmin=0.0, vmax=max(1e-9, np.nanmax(table)), aspect="auto")
         for (y, x), value in np.ndenumerate(table):
             if not np.isnan(value):
@@ -218,6 +220,6 @@ def draw(rows: Sequence[Row], options: Sensitivity) -> bytes:
     return as_png(figure, dpi=130)
 
 
-def _nearest(row: Row, options: Sensitivity) -> int:
-    """The number of the sparsity asked for that a row's is nearest to."""
+def _nearest(row: Effect, options: Sensitivity) -> int:
+    """Return the number of the requested sparsity that is nearest to that of a row."""
     return int(np.argmin([abs(row.sparsity - share) for share in options.sparsities]))

@@ -1,8 +1,8 @@
-"""Unstructured sparsity: how much each weight matters, and which of them become zero.
+"""Unstructured sparsity: score each weight, and choose which weights become zero.
 
-A criterion scores weights; a scope says which of them compare with one another; a mask keeps the
-highest. A weight that is zero already scores below all others, so that a share is always one of the
-weights that are left: half, and then half again, leaves a quarter.
+A criterion scores weights. A scope says which weights are compared with each other. A mask keeps
+those with the highest scores. A weight that is zero already scores below all others, so that a
+share is always of the remaining weights: half, and then half again, leaves a quarter.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from jaxdecoder.training.runs import Model
 from jaxdecoder.training.sparsity import SCOPES, highest
 
 Needed = dict[Path, Any]
-"""What a criterion needs, by the paths of the matrices."""
+"""The data that a criterion needs, by the paths of the matrices."""
 
 
 def input_norms(model: Model, corpus: Corpus, tokens: int) -> Needed:
-    """The norm of each input feature over so many calibration tokens, (*layers, d_in)."""
+    """Return the norm of each input feature over this many calibration tokens, (*layers, d_in)."""
     squares = input_squares(model, corpus, tokens)
     return {path: jnp.sqrt(of_inputs) for path, of_inputs in squares.items()}
 
 
 def lots(matrices: Matrices, seed: int) -> Needed:
-    """A generator for each matrix, which depends on the seed and its path alone."""
+    """Return a random generator for each matrix, which depends only on the seed and its path."""
     names = {path: zlib.crc32("/".join(path).encode()) for path in matrices}
     return {path: np.random.default_rng([seed, name]) for path, name in names.items()}
 
@@ -46,23 +46,23 @@ NEEDS: dict[Need, Callable[[Any, Matrices, Model, Corpus], Needed]] = {
     ),
     "lot": lambda o, matrices, model, corpus: lots(matrices, o.seed),
 }
-"""(options, those of `OPTIONS_FOR` among them; matrices; model; corpus) -> what is needed."""
+"""(options, including those of `OPTIONS_FOR`; matrices; model; corpus) -> what is needed."""
 
 
 def scores_by(
     name: str, options: Any, matrices: Matrices, model: Model, corpus: Corpus
 ) -> Matrices:
-    """A score for each weight by the criterion of that name."""
+    """Score each weight by the criterion of this name."""
     criterion = CRITERIA[name]
     needed = NEEDS[criterion.needs](options, matrices, model, corpus)
     return {path: criterion.score(weights, needed[path]) for path, weights in matrices.items()}
 
 
 def mask(matrices: Matrices, scores: Matrices, sparsity: float, scope: str) -> Matrices:
-    """True where weights stay.
+    """Return masks that are True for the weights that stay.
 
-    Of each group of the scope, `sparsity` of the weights that are not zero yet go, to the nearest
-    whole number, halves upwards.
+    In each group of the scope, a share `sparsity` of the weights that are not zero yet goes,
+    rounded to the nearest integer, halves upwards.
     """
     groups = SCOPES[scope].split(below_all_where_zero(matrices, scores))
     shapes = {path: weights.shape for path, weights in matrices.items()}
@@ -71,9 +71,9 @@ def mask(matrices: Matrices, scores: Matrices, sparsity: float, scope: str) -> M
 
 
 def n_of_m(matrices: Matrices, scores: Matrices, n: int, m: int) -> Matrices:
-    """True for the n highest of every m weights that follow one another in an output's inputs.
+    """Return masks that are True for the n highest of every m consecutive inputs of an output.
 
-    2 of 4 is what sparse tensor cores read (arXiv 2104.08378).
+    Sparse tensor cores read 2 of 4 (arXiv 2104.08378).
 
     Raises:
         UserError: if a matrix's inputs do not divide into groups of m.
@@ -92,17 +92,17 @@ def n_of_m(matrices: Matrices, scores: Matrices, n: int, m: int) -> Matrices:
 
 
 def below_all_where_zero(matrices: Matrices, scores: Matrices) -> Matrices:
-    """The scores, with that of a weight that is zero lower than any."""
+    """Return the scores, but give weights that are zero a score below all others."""
     return {path: jnp.where(w == 0, -1.0, scores[path]) for path, w in matrices.items()}
 
 
 def apply(matrices: Matrices, masks: Matrices) -> Matrices:
-    """The matrices with zeros where the masks are False."""
+    """Set the weights to zero where the masks are False."""
     return {path: jnp.where(masks[path], w, 0.0) for path, w in matrices.items()}
 
 
 def zeros(matrices: Matrices) -> dict[str, Any]:
-    """How many weights there are and how many are zero, in all and by matrix."""
+    """Count the weights and the zeros among them, in all and by matrix."""
     counts = {
         "/".join(path): {"weights": w.size, "zeros": int(np.sum(np.asarray(w) == 0))}
         for path, w in matrices.items()
@@ -112,7 +112,7 @@ def zeros(matrices: Matrices) -> dict[str, Any]:
 
 
 def _dropped(scores: Float[np.ndarray, "groups members"], sparsity: float) -> Int[Array, " groups"]:
-    """How many of each group are zero or go."""
+    """Return how many weights of each group are zero or go."""
     already = np.sum(scores < 0, axis=1)
     going = np.floor(sparsity * (scores.shape[1] - already) + 0.5)
     return jnp.asarray(already + going, jnp.int32)

@@ -1,4 +1,4 @@
-"""Who learns: a config's fresh student, one that starts from its teacher's layers, or a run."""
+"""Make the student: a new model from a config, one from its teacher's layers, or a run."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Student(NamedTuple):
     config: Config
     params: Any
     start: str
-    """Where its weights come from, in words."""
+    """Where its weights come from, as text."""
 
 
 def student_of(options: Distill, teacher: Model) -> Student:
-    """The student that the options name. The teacher's data section names its tokenizer.json.
+    """Return the student of the options. The teacher's data section must name its tokenizer.json.
 
     Raises:
         UserError: for a student that this teacher cannot teach.
@@ -51,10 +51,10 @@ def student_of(options: Distill, teacher: Model) -> Student:
 
 
 def check_pair(config: Config, teacher: Model, where: str) -> None:
-    """Refuses models whose next tokens cannot be held against one another.
+    """Refuse models whose predictions cannot be compared.
 
     Raises:
-        ConfigError: if the vocabularies differ in size, or the teacher sees fewer tokens.
+        ConfigError: if the vocabularies differ in size, or the teacher's context is shorter.
     """
     model, theirs = config.model, teacher.config.model
     if model.vocab_size != theirs.vocab_size:
@@ -72,10 +72,10 @@ def check_pair(config: Config, teacher: Model, where: str) -> None:
 
 
 def check_tokenizers(mine: Tokenizer, theirs: Tokenizer, student: str, teacher: str) -> None:
-    """Refuses a student whose tokens mean something else.
+    """Refuse a student with another tokenizer than the teacher's.
 
     Raises:
-        UserError: with both tokenizers, and what would do.
+        UserError: with both tokenizers, and a remedy.
     """
     if (mine.vocabulary, mine.end_token) == (theirs.vocabulary, theirs.end_token):
         return
@@ -92,7 +92,7 @@ def check_tokenizers(mine: Tokenizer, theirs: Tokenizer, student: str, teacher: 
 
 
 def _of_run(path: Path, options: Distill, teacher: Model) -> Student:
-    """A run goes on from its weights, on its own corpus."""
+    """Make a student from a run: it starts from the run's weights, on the run's corpus."""
     if options.start_from_teacher:
         raise UserError(
             f"--start-from-teacher: {path} is a run, which starts from its own weights; leave it "
@@ -112,7 +112,7 @@ def _of_run(path: Path, options: Distill, teacher: Model) -> Student:
 
 
 def _of_toml(path: Path, options: Distill, teacher: Model) -> Student:
-    """A config's weights are fresh, but for what is taken from the teacher."""
+    """Make a student from a config: its weights are new, or come from the teacher's layers."""
     config = load(path)
     if config.train.init_from:
         raise UserError(
@@ -130,7 +130,7 @@ def _of_toml(path: Path, options: Distill, teacher: Model) -> Student:
         model = replace(model, vocab_size=teacher.config.model.vocab_size)
     config = complete(_taught(replace(config, model=model, data=data), options), corpus)
     check_pair(config, teacher, str(path))
-    # Compiled as in train.py, so that the bits are those of the student that learns alone.
+    # Compiled as in train.py, so that the weights equal those of a student without a teacher.
     params = jax.jit(partial(init_state, config))().params
     if not options.start_from_teacher:
         return Student(config, params, "fresh weights")
@@ -138,7 +138,7 @@ def _of_toml(path: Path, options: Distill, teacher: Model) -> Student:
 
 
 def _taught(config: Config, options: Distill) -> Config:
-    """The config with what the options say of its training and its teacher."""
+    """Return the config with the options' training settings and teacher."""
     train, optimizer = config.train, config.optimizer
     if options.steps is not None:
         train = replace(train, steps=options.steps)
@@ -179,11 +179,12 @@ FREE = (
 
 
 def start_from(teacher: Model, student: ModelConfig, params: Any) -> tuple[Any, str]:
-    """Weights for `student`, shaped as `params`, from some of the teacher's layers; and in words.
+    """Return weights for `student` from some of the teacher's layers, and a description of them.
 
-    Everything outside the blocks is taken as it is; of learned positions, the first. The blocks are
-    evenly spaced, first and last among them (DistilBERT takes every other one, arXiv 1910.01108),
-    each of the same kind as the student's in its place.
+    They have the shapes of `params`. Everything outside the blocks is copied (of learned positions,
+    the first ones). The blocks are evenly spaced and include the first and the last (DistilBERT
+    takes every other one, arXiv 1910.01108). Each block is of the same kind as the student's at its
+    place.
 
     Raises:
         UserError: with every reason why the teacher's layers do not fit.
@@ -215,10 +216,10 @@ def start_from(teacher: Model, student: ModelConfig, params: Any) -> tuple[Any, 
 
 
 def chosen_layers(teacher: ModelConfig, student: ModelConfig) -> list[int] | str:
-    """Of the teacher's blocks those to take, counted from 0; or why there are none.
+    """Return which of the teacher's blocks to take, counted from 0; or a reason why none fit.
 
-    For each of the student's, the one nearest to an even spacing that is of the same kind (the
-    attention, the router) and leaves enough above it for the others.
+    For each block of the student, it is the block nearest to an even spacing that is of the same
+    kind (attention, router) and leaves enough blocks above it for the rest.
     """
     kinds, wanted = (serial.turn(c) * serial.periods(c) for c in (teacher, student))
     if len(wanted) > len(kinds):
@@ -238,13 +239,13 @@ def chosen_layers(teacher: ModelConfig, student: ModelConfig) -> list[int] | str
 
 
 def _reasons(teacher: ModelConfig, student: ModelConfig) -> list[str]:
-    """Why no layer of the teacher fits, whichever it is."""
+    """Return the reasons why no layer of the teacher fits."""
     if teacher.layout != "serial" or student.layout != "serial":
         return ['model.layout: layers can be left out of "serial" only']
     adopted = {name: getattr(student, name) for name in FREE}
     if {teacher.depth, student.depth} <= {"fixed", "early_exit"}:
         adopted["depth"] = student.depth  # their weights are the same
-    # The pattern is held to block by block.
+    # The pattern of blocks is compared block by block, in `chosen_layers`.
     adopted["attention"] = student.attention
     adopted["mod_every"] = student.mod_every
     same_depth = replace(teacher.resolve(), **adopted)
@@ -252,7 +253,7 @@ def _reasons(teacher: ModelConfig, student: ModelConfig) -> list[str]:
 
 
 def _taken(params: Any, teacher: ModelConfig, student: ModelConfig, chosen: list[int]) -> Any:
-    """The teacher's weights with the chosen blocks alone."""
+    """Return the teacher's weights with only the chosen blocks."""
     theirs = tree.blocks(params[tree.BODY])
     places = len(serial.turn(student))
     taken = tree.with_blocks(params, [theirs[number] for number in chosen], places)
