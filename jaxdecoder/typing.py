@@ -10,6 +10,12 @@ from jaxtyping import Array, Float, Int
 Params = Mapping[str, Any]
 """Parameters by name, as Flax has them: arrays, and more such mappings."""
 
+Value = Any
+"""What a key of a TOML or JSON table holds."""
+
+Table = dict[str, Value]
+"""Keys and values, as TOML and JSON have them."""
+
 Index = int | Int[Array, ""]
 """A whole number; it may be traced."""
 

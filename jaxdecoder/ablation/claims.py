@@ -27,6 +27,7 @@ from jaxdecoder.ablation.forms import (
 from jaxdecoder.ablation.grid import LEARNING_RATE, METRICS, Ablation, Arm
 from jaxdecoder.ablation.statistics import Estimate, best_on_curve, holm
 from jaxdecoder.errors import UserError
+from jaxdecoder.typing import Table
 
 SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "undecided"
 
@@ -263,7 +264,7 @@ def _judge(evidence: Evidence, claim: str | Form) -> Judgement:
         raise UserError(f'{evidence.ablation.path}: claim "{claim}": {error}') from None
 
 
-def _conditions(ablation: Ablation, given: dict[str, Any]) -> dict[str, Any]:
+def _conditions(ablation: Ablation, given: Table) -> Table:
     """Return conditions by the dotted names of fields, with the values that arms have."""
     conditions = {}
     for name, value in given.items():
@@ -275,7 +276,7 @@ def _conditions(ablation: Ablation, given: dict[str, Any]) -> dict[str, Any]:
     return conditions
 
 
-def _shown(conditions: dict[str, Any]) -> str:
+def _shown(conditions: Table) -> str:
     return ",".join(f"{name}={show(value)}" for name, value in conditions.items())
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxdecoder.ablation.grid import Ablation, Arm
 from jaxdecoder.ablation.statistics import Estimate, estimate
+from jaxdecoder.typing import Table, Value
 
 LEVEL = 0.05
 """The greatest probability that any claim of a report is judged although there is no effect."""
@@ -90,7 +91,7 @@ class Evidence:
             return math.nan
         return self.value(b, seed, self.metric) - self.value(a, seed, self.metric)
 
-    def matching(self, conditions: dict[str, Any]) -> list[Arm]:
+    def matching(self, conditions: Table) -> list[Arm]:
         """Return the arms that have these values."""
         return [
             arm
@@ -98,14 +99,14 @@ class Evidence:
             if all(arm.value(key) == value for key, value in conditions.items())
         ]
 
-    def pairs(self, a: dict[str, Any], b: dict[str, Any]) -> list[tuple[Arm, Arm]]:
+    def pairs(self, a: Table, b: Table) -> list[tuple[Arm, Arm]]:
         """Pair arms with the values `a` with arms with the values `b`, if all other values agree.
 
         If only one arm has the values `a` and only one has `b`, they are a pair in any case.
         """
         named = {*a, *b}
 
-        def rest(arm: Arm) -> tuple[Any, ...]:
+        def rest(arm: Arm) -> tuple[Value, ...]:
             return tuple(pair for pair in arm.values if pair[0] not in named)
 
         every = list(itertools.product(self.matching(a), self.matching(b)))
@@ -113,7 +114,7 @@ class Evidence:
             return every
         return [(x, y) for x, y in every if rest(x) == rest(y)]
 
-    def levels(self, factor: str) -> list[tuple[Any, list[Arm]]]:
+    def levels(self, factor: str) -> list[tuple[Value, list[Arm]]]:
         """Return the values of a factor, each with its arms, in the same order for all values."""
         return [(value, self.matching({factor: value})) for value in self.ablation.factors[factor]]
 

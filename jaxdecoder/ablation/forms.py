@@ -13,17 +13,18 @@ class here and a judge in `claims.py`.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from jaxdecoder.errors import UserError
+from jaxdecoder.typing import Table, Value
 
-Conditions = Annotated[dict[str, Any], Field(min_length=1)]
+Conditions = Annotated[Table, Field(min_length=1)]
 """Values of factors, by their short or full names."""
 
 
-def show(value: Any) -> str:
+def show(value: Value) -> str:
     """Return a value as it is written in a claim: no quotes, true and false as in TOML."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -136,7 +137,7 @@ class SameBestRate(Form):
 FORMS = (Beats, Trend, SameEffect, SameBestRate)
 
 
-def _form_of(given: Any) -> str:
+def _form_of(given: Value) -> str:
     if isinstance(given, Form):
         return str(getattr(given, "form", ""))
     return str(given.get("form", "")) if isinstance(given, dict) else "sentence"
@@ -176,5 +177,5 @@ def _conditions(text: str) -> dict[str, str]:
     return {name: shown for name, _, shown in parts}
 
 
-def _shown(conditions: dict[str, Any]) -> str:
+def _shown(conditions: Table) -> str:
     return ",".join(f"{name}={show(value)}" for name, value in conditions.items())

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import pydantic
 from pydantic import Field
@@ -30,6 +30,7 @@ from jaxdecoder import analysis
 from jaxdecoder.ablation.forms import Claim, show
 from jaxdecoder.config import Config, explain, from_dict, load, read_toml, to_dict
 from jaxdecoder.errors import UserError
+from jaxdecoder.typing import Table, Value
 
 METRICS = ("validation_loss", "train_loss", "overfitting")
 Metric = Literal["validation_loss", "train_loss", "overfitting"]
@@ -50,23 +51,23 @@ class Spec(pydantic.BaseModel):
     metric: Metric = "validation_loss"
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     claims: tuple[Claim, ...] = ()
-    overrides: dict[str, Any] = {}
-    factors: dict[str, Any] = {}
-    arms: tuple[dict[str, Any], ...] = ()
-    full: dict[str, Any] = {}
+    overrides: Table = {}
+    factors: Table = {}
+    arms: tuple[Table, ...] = ()
+    full: Table = {}
 
 
 class Arm(NamedTuple):
     """One of the compared configs: the values in which it differs, by dotted names of fields."""
 
-    values: tuple[tuple[str, Any], ...]
+    values: tuple[tuple[str, Value], ...]
 
     @property
     def name(self) -> str:
         """Return its values as text: norm_placement=post,n_heads=4."""
         return ",".join(f"{key.split('.')[-1]}={show(value)}" for key, value in self.values)
 
-    def value(self, key: str) -> Any:
+    def value(self, key: str) -> Value:
         """Return its value of a dotted field."""
         return dict(self.values)[key]
 
@@ -98,9 +99,9 @@ class Ablation(NamedTuple):
     members: tuple[Member, ...]
 
     @property
-    def factors(self) -> dict[str, tuple[Any, ...]]:
+    def factors(self) -> dict[str, tuple[Value, ...]]:
         """Return every field in which arms differ, with its values in order of appearance."""
-        found: dict[str, dict[Any, None]] = {}
+        found: dict[str, dict[Value, None]] = {}
         for arm in self.arms:
             for key, value in arm.values:
                 found.setdefault(key, {})[value] = None
@@ -217,13 +218,13 @@ def _flops(config: Config, where: str) -> float:
     return analysis.flops_per_token(analysis.with_vocab_size(config, where)).train["total"]
 
 
-def value_of(config: Config, key: str) -> Any:
+def value_of(config: Config, key: str) -> Value:
     """Return the value of a dotted field."""
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
 
 
-def _with_values(config: Config, values: dict[str, Any], where: str) -> Config:
+def _with_values(config: Config, values: Table, where: str) -> Config:
     """Return the config with these dotted fields changed and checked."""
     tables = to_dict(config)
     for key, value in values.items():
@@ -234,9 +235,9 @@ def _with_values(config: Config, values: dict[str, Any], where: str) -> Config:
     return from_dict(tables, where)
 
 
-def _flat(tables: dict[str, Any]) -> dict[str, Any]:
+def _flat(tables: Table) -> Table:
     """Return nested tables as dotted keys; TOML may write model.x = 1 as either."""
-    flat: dict[str, Any] = {}
+    flat: Table = {}
     for key, value in tables.items():
         if isinstance(value, dict):
             flat |= {f"{key}.{inner}": v for inner, v in _flat(value).items()}
@@ -245,7 +246,7 @@ def _flat(tables: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _merged(tables: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _merged(tables: Table, changes: Table) -> Table:
     merged = dict(tables)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

@@ -35,10 +35,12 @@ from jaxdecoder.compression.divergences import at_once, over_time, soften
 from jaxdecoder.config import Config, ConfigError
 from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import Corpus, cache_key
+from jaxdecoder.decoder import Decoder
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels.device import current_device
 from jaxdecoder.training.runs import Model
 from jaxdecoder.training.step import compute_dtype
+from jaxdecoder.typing import Params
 
 FORMAT = 1
 """Part of every key. Raise it when the files change, or the meaning of their content."""
@@ -50,10 +52,10 @@ FILES = ("tokens.npy", "log_probabilities.npy")
 class Answers(NamedTuple):
     """The teacher's answers to some tokens."""
 
-    tokens: Any
-    """The likeliest next tokens, (..., top_k)."""
-    log_probabilities: Any
-    """Their log-probabilities, and last that of all others together, (..., top_k + 1)."""
+    tokens: Int[Array | np.ndarray, "*rows top_k"]
+    """The likeliest next tokens."""
+    log_probabilities: Float[Array | np.ndarray, "*rows top_k+1"]
+    """Their log-probabilities, and last that of all others together."""
 
 
 def outcomes(
@@ -129,7 +131,7 @@ def folder_of(config: Config) -> Path:
     return Path(config.data.cache) / "answers" / key
 
 
-def shapes(config: Config) -> tuple[tuple[tuple[int, ...], np.dtype[Any]], ...]:
+def shapes(config: Config) -> tuple[tuple[tuple[int, ...], np.dtype], ...]:
     """Return the shape and dtype of each of `FILES`."""
     t, k, vocab = config.train, config.distillation.cached_top_k, config.model.vocab_size
     assert vocab is not None
@@ -174,19 +176,21 @@ def _write(config: Config, corpus: Corpus, teacher: Model, folder: Path) -> None
     os.replace(unfinished, folder)
 
 
-def _ask(decoder: Any, top_k: int, temperature: float, params: Any, tokens: jax.Array) -> Answers:
+def _ask(
+    decoder: Decoder, top_k: int, temperature: float, params: Params, tokens: jax.Array
+) -> Answers:
     features = decoder.apply({"params": params}, tokens, method="features")
 
     def some(features: jax.Array) -> Answers:
-        logits = decoder.apply({"params": params}, features, method="logits")
+        logits: Any = decoder.apply({"params": params}, features, method="logits")
         return answer(logits, top_k, temperature)
 
-    chunk = at_once(tokens.shape[0], decoder.config.vocab_size, current_device().platform)
+    chunk = at_once(tokens.shape[0], decoder.config.vocab_size or 0, current_device().platform)
     answers = over_time(some, features, chunk)
     return answers._replace(log_probabilities=jnp.maximum(answers.log_probabilities, LEAST))
 
 
-def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     """Return the header of an .npy file of this shape."""
     buffer = io.BytesIO()
     described = np.lib.format.dtype_to_descr(dtype)

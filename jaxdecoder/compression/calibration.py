@@ -28,6 +28,7 @@ from jaxdecoder.layers.depth import Routed
 from jaxdecoder.layers.tree import Matrices, body_matrices
 from jaxdecoder.training.evaluation import predicted
 from jaxdecoder.training.runs import Model
+from jaxdecoder.typing import Params
 
 SOWN = "of_inputs"
 
@@ -80,7 +81,7 @@ def input_squares(model: Model, corpus: Corpus, tokens: int) -> Matrices:
 
 
 def calibrate(
-    decoder: nn.Module, params: Any, chosen: Iterable[Batch], *, grams: bool = False
+    decoder: nn.Module, params: Params, chosen: Iterable[Batch], *, grams: bool = False
 ) -> Matrices:
     """Sum over the tokens of these batches, for the inputs x of each kernel, by the kernel's path.
 
@@ -97,7 +98,7 @@ def added_up(of: Callable[[Batch], Any], chosen: Iterable[Batch]) -> Any:
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def sums(decoder: nn.Module, params: Any, batch: Batch, grams: bool) -> Matrices:
+def sums(decoder: nn.Module, params: Params, batch: Batch, grams: bool) -> Matrices:
     """Return the sums of `calibrate` for one batch."""
 
     def of(x: jax.Array, weights: jax.Array) -> jax.Array:

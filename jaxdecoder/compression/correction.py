@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jaxdecoder.errors import UserError
 from jaxdecoder.kernels.packing import Packed, Scheme, quantize
 from jaxdecoder.layers.tree import Matrices, Path, layers_of, order_of, with_layer
 from jaxdecoder.training.runs import Model
+from jaxdecoder.typing import Table
 
 Change = Callable[[Path, jax.Array], Packed]
 """(path, kernel of one or several layers) -> the kernel, packed."""
@@ -24,7 +24,7 @@ Change = Callable[[Path, jax.Array], Packed]
 
 def corrected(
     model: Model, shown: Sequence[Batch], scheme: Scheme, kernels: Matrices
-) -> tuple[Change, dict[str, Any]]:
+) -> tuple[Change, Table]:
     """Round kernels by GPTQ; also return the mean error of the layers' outputs, by both roundings.
 
     It goes stage by stage: the inputs of a layer come from the rounded layers before it. The errors

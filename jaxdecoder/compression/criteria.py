@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 Scope = Literal["matrix", "output", "global"]
+Weights = Any
+"""An array, of JAX or NumPy."""
 Need = Literal["nothing", "input_norms", "lot"]
 
 
@@ -24,23 +26,23 @@ class Criterion(NamedTuple):
     gradual: whether training can use it to prune gradually.
     """
 
-    score: Callable[[Any, Any], Any]
+    score: Callable[[Weights, Any], Weights]
     needs: Need = "nothing"
     scope: Scope = "matrix"
     gradual: bool = False
 
 
-def magnitude(weights: Any, nothing: Any) -> Any:
+def magnitude(weights: Weights, nothing: None) -> Weights:
     """|w| (arXiv 1506.02626)."""
     return abs(weights)
 
 
-def wanda(weights: Any, input_norms: Any) -> Any:
+def wanda(weights: Weights, input_norms: Weights) -> Weights:
     """|w_ij| times the norm of input feature i over the calibration set (arXiv 2306.11695)."""
     return abs(weights) * input_norms[..., None]
 
 
-def random(weights: Any, lot: Any) -> Any:
+def random(weights: Weights, lot: Any) -> Weights:
     """A random number, as a control."""
     return lot.random(weights.shape, "float32")
 

@@ -34,9 +34,10 @@ from jaxdecoder.kernels.device import current_device
 from jaxdecoder.sampling.generate import show_sample
 from jaxdecoder.training.runs import Model, load_model
 from jaxdecoder.training.step import Objective, compute_dtype, make_decoder, next_token
+from jaxdecoder.typing import Params, Table
 
 
-def distill(options: Distill, command: str) -> dict[str, Any]:
+def distill(options: Distill, command: str) -> Table:
     """Make the run `options.new_run`, or continue it; return its summary."""
     return run_pass(
         options.teacher,
@@ -113,7 +114,7 @@ def lesson(
     padded = config.data.mode == "padded" and config.data.end_of_text
     end_token = tokenizer.end_token if padded else None
 
-    def loss(params: Any, batch: Any, key: jax.Array, held: Any) -> Float[Array, ""]:
+    def loss(params: Params, batch: Any, key: jax.Array, held: Any) -> Float[Array, ""]:
         tokens, weights = batch.inputs, batch.weights
         soft: Any = d.alpha
         hard: Any = 1.0 - d.alpha
@@ -129,7 +130,7 @@ def lesson(
                 end_token=end_token,
             )
             soft, hard = jnp.where(sampled, 1.0, soft), jnp.where(sampled, 0.0, hard)
-        training: dict[str, Any] = {"dropout": config.model.dropout, "rngs": {"dropout": key}}
+        training: Table = {"dropout": config.model.dropout, "rngs": {"dropout": key}}
         passed, mine = look(student, params, tokens, method="passed", **training)
         said, theirs = (
             (batch.answers, [])
@@ -227,7 +228,7 @@ def check(config: Config, teacher: Model) -> None:
         )
 
 
-def digest(params: Any) -> str:
+def digest(params: Params) -> str:
     """Hash weights: all their names, shapes and bytes."""
     whole = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

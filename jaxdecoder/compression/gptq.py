@@ -8,7 +8,6 @@ as their inputs allow. This keeps |X (W - Q)|^2 small over a calibration set of 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +46,9 @@ def gptq(
     fixed = steps_of(scheme, kernel)
     place = jnp.arange(d_in)
 
-    def one_block(weights: jax.Array, number: jax.Array) -> tuple[jax.Array, Any]:
+    def one_block(
+        weights: jax.Array, number: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, Steps]]:
         start = number * block
         own = jax.lax.dynamic_slice_in_dim(weights, start, block)
         rows = jax.lax.dynamic_slice_in_dim(factor, start, block)
@@ -55,7 +56,7 @@ def gptq(
         single = scheme._replace(group_size=block)
         steps = steps_of(single, own) if grouped else fixed
 
-        def one_row(own: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
+        def one_row(own: jax.Array, i: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             levels = levels_of(scheme, own[i][None], *steps)[0]
             error = (own[i] - weights_of(levels[None], *steps)[0]) / square[i, i]
             # Only later rows change; rows that are already rounded stay.

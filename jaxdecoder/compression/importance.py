@@ -19,6 +19,7 @@ from jaxdecoder.layers import tree
 from jaxdecoder.layers.serial import turn
 from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.training.runs import Model
+from jaxdecoder.typing import Params
 
 Measure = Callable[[Float[Array, "rows ..."]], Float[Array, "..."]]
 
@@ -40,14 +41,14 @@ def by_gates(model: Model, part: Part, batches: Sequence[Batch], measure: str) -
     config, decoder = model.config.model, model.decoder
 
     @jax.jit
-    def added(params: Any, batch: Batch) -> tuple[Gates, jax.Array]:
+    def added(params: Params, batch: Batch) -> tuple[Gates, jax.Array]:
         ones = part.ones(params, config)
 
-        def slopes(row: Batch) -> Any:
+        def slopes(row: Batch) -> Gates:
             row = jax.tree.map(lambda x: x[None], row)
             weight = jnp.maximum(jnp.sum(row.weights), 1.0)
 
-            def loss(gates: Any) -> jax.Array:
+            def loss(gates: Gates) -> jax.Array:
                 return summed_cross_entropy(decoder, part.gated(params, config, gates), row)
 
             return jax.tree.map(lambda g: g / weight, jax.grad(loss)(ones))
@@ -67,7 +68,7 @@ def influence(model: Model, batches: Sequence[Batch]) -> Gates:
     last = len(turn(model.config.model)) - 1
 
     @jax.jit
-    def added(params: Any, batch: Batch) -> tuple[Gates, jax.Array]:
+    def added(params: Params, batch: Batch) -> tuple[Gates, jax.Array]:
         weights = jnp.asarray(batch.weights)
         before: list[jax.Array] = []
 
@@ -102,7 +103,10 @@ def cosine(x: Float[Array, "*rows width"], y: Float[Array, "*rows width"]) -> Fl
 
 
 def _mean(
-    added: Callable[[Any, Batch], Any], params: Any, batches: Sequence[Batch], description: str
+    added: Callable[[Params, Batch], tuple[Gates, jax.Array]],
+    params: Params,
+    batches: Sequence[Batch],
+    description: str,
 ) -> Gates:
     """Divide the sums over all batches by their counts."""
     sums, count = added_up(partial(added, params), track(batches, description=description))

@@ -21,6 +21,7 @@ from jaxdecoder.config import Config, ConfigError, ModelConfig
 from jaxdecoder.config.sections import Teaching
 from jaxdecoder.decoder import Decoder
 from jaxdecoder.layers import tree
+from jaxdecoder.typing import Params
 
 MASKED = -1e30
 """A finite score that softmax turns into 0, so that no difference of scores is infinite."""
@@ -52,7 +53,7 @@ def sow_heads(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     return call(*args, **kwargs)
 
 
-def looking(decoder: Decoder, params: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[Layer]]:
+def looking(decoder: Decoder, params: Params, *args: Any, **kwargs: Any) -> tuple[Any, list[Layer]]:
     """Return the result of `decoder.apply`, and the outputs of the layers."""
     with nn.intercept_methods(sow_heads):
         out, seen = decoder.apply({"params": params}, *args, mutable=["intermediates"], **kwargs)
@@ -60,7 +61,7 @@ def looking(decoder: Decoder, params: Any, *args: Any, **kwargs: Any) -> tuple[A
     return out, LAYERS[config.layout](config, seen["intermediates"][tree.BODY])
 
 
-def serial_layers(config: ModelConfig, body: Any) -> list[Layer]:
+def serial_layers(config: ModelConfig, body: Params) -> list[Layer]:
     """Return the outputs of the blocks, from the first to the last."""
     found = []
     for block, stream in zip(tree.blocks(body), tree.streams(body), strict=True):
@@ -69,7 +70,7 @@ def serial_layers(config: ModelConfig, body: Any) -> list[Layer]:
     return found
 
 
-def stack_layers(config: ModelConfig, body: Any) -> list[Layer]:
+def stack_layers(config: ModelConfig, body: Params) -> list[Layer]:
     """Return the outputs of the stacks, from the first to the last; heads of a stack in one row."""
 
     def beside(x: Float[Array, "turns batch time heads width"]) -> jax.Array:
@@ -90,7 +91,7 @@ def stack_layers(config: ModelConfig, body: Any) -> list[Layer]:
     return found
 
 
-LAYERS: dict[str, Callable[[ModelConfig, Any], list[Layer]]] = {
+LAYERS: dict[str, Callable[[ModelConfig, Params], list[Layer]]] = {
     "serial": serial_layers,
     "parallel_stacks": stack_layers,
 }

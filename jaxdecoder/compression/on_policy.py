@@ -14,11 +14,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.decoder import Decoder, empty_cache, unroll_params
+from jaxdecoder.typing import Params
 
 
 def continued(
     decoder: Decoder,
-    params: Any,
+    params: Params,
     prompts: Int[Array, "batch prompt"],
     time: int,
     key: jax.Array,
@@ -71,7 +72,7 @@ def judged(
 
 def sampled_or_not(
     decoder: Decoder,
-    params: Any,
+    params: Params,
     batch: Batch,
     key: jax.Array,
     *,

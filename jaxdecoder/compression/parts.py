@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +41,9 @@ Gates = dict[Path, Float[Array, "... units"]]
 Keep = dict[Path, Int[np.ndarray, "... kept"]]
 """The units that stay, in order, by the same paths."""
 
+Ones = Callable[[Params, ModelConfig], Gates]
+Gated = Callable[[Params, ModelConfig, Gates], Params]
+
 
 class Part(NamedTuple):
     """A kind of unit that a model has several of, and can lose.
@@ -56,9 +59,9 @@ class Part(NamedTuple):
     refusal: Callable[[ModelConfig], str]
     units: Callable[[ModelConfig], int]
     groups: Callable[[ModelConfig], int]
-    ones: Callable[[Any, ModelConfig], Gates]
-    gated: Callable[[Any, ModelConfig, Gates], Any]
-    remove: Callable[[Any, ModelConfig, Keep], tuple[Any, ModelConfig]]
+    ones: Ones
+    gated: Gated
+    remove: Callable[[Params, ModelConfig, Keep], tuple[Params, ModelConfig]]
 
 
 def going(config: ModelConfig, part: Part, sparsity: float) -> tuple[int, int]:
@@ -128,7 +131,7 @@ def head_groups(c: ModelConfig) -> int:
     return c.n_kv_heads or 1 if c.n_kv_heads != c.n_heads else 1
 
 
-def remove_heads(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, ModelConfig]:
+def remove_heads(params: Params, config: ModelConfig, keep: Keep) -> tuple[Params, ModelConfig]:
     """Return the model with only these heads."""
     c = config.resolve()
     assert c.d_head is not None
@@ -140,7 +143,7 @@ def remove_heads(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, Mod
     return take(params, lambda path, axis: axes.get(axis, {}).get(path)), smaller
 
 
-def remove_neurons(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, ModelConfig]:
+def remove_neurons(params: Params, config: ModelConfig, keep: Keep) -> tuple[Params, ModelConfig]:
     """Return the model with only these neurons."""
     c = config.resolve()
     assert c.d_ff is not None
@@ -150,12 +153,14 @@ def remove_neurons(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, M
     return take(params, lambda path, axis: axes.get(axis, {}).get(path)), replace(c, d_ff=d_ff)
 
 
-def _columns(index: Int[np.ndarray, "*layers units"], width: int) -> Any:
+def _columns(
+    index: Int[np.ndarray, "*layers units"], width: int
+) -> Int[np.ndarray, "*layers entries"]:
     """Return the entries of these units, each of which is `width` entries wide."""
     return (index[..., None] * width + np.arange(width)).reshape(*index.shape[:-1], -1)
 
 
-def _reads(name: str, unit: Callable[[ModelConfig], int]) -> tuple[Any, Any]:
+def _reads(name: str, unit: Callable[[ModelConfig], int]) -> tuple[Ones, Gated]:
     """Return `ones` and `gated` for gates on the inputs of a kind of linear layer.
 
     Each gate covers `unit` inputs.
@@ -165,13 +170,13 @@ def _reads(name: str, unit: Callable[[ModelConfig], int]) -> tuple[Any, Any]:
         found = leaves(params).items()
         return {path: leaf for path, leaf in found if path[-2:] == (name, KERNEL)}
 
-    def ones(params: Any, c: ModelConfig) -> Gates:
+    def ones(params: Params, c: ModelConfig) -> Gates:
         return {
             path[:-2]: jnp.ones((*leaf.shape[:-2], leaf.shape[-2] // unit(c)))
             for path, leaf in kernels(params).items()
         }
 
-    def gated(params: Any, c: ModelConfig, gates: Gates) -> Any:
+    def gated(params: Params, c: ModelConfig, gates: Gates) -> Params:
         scaled = {
             path: leaf * jnp.repeat(gates[path[:-2]], unit(c), axis=-1)[..., None]
             for path, leaf in kernels(params).items()
@@ -199,7 +204,7 @@ def width_refusal(c: ModelConfig) -> str:
     return ""
 
 
-def gate_features(params: Any, config: ModelConfig, gates: Gates) -> Any:
+def gate_features(params: Params, config: ModelConfig, gates: Gates) -> Params:
     """Apply gates to every array whose output is features: embeddings, ends of branches, norms."""
     return tree_of(
         {
@@ -209,7 +214,7 @@ def gate_features(params: Any, config: ModelConfig, gates: Gates) -> Any:
     )
 
 
-def remove_features(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, ModelConfig]:
+def remove_features(params: Params, config: ModelConfig, keep: Keep) -> tuple[Params, ModelConfig]:
     """Return the model with only these features of the residual stream; heads and neurons stay.
 
     Without norms it equals the model in which the other features are zero. With rmsnorm it does so
@@ -242,7 +247,7 @@ def layers_refusal(c: ModelConfig) -> str:
     return ""
 
 
-def remove_layers(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, ModelConfig]:
+def remove_layers(params: Params, config: ModelConfig, keep: Keep) -> tuple[Params, ModelConfig]:
     """Return the model with only these turns of the layers' pattern, or layers if all are alike."""
     c, index = config.resolve(), keep[SERIAL]
     n_layers = len(index) * len(turn(c))
@@ -252,7 +257,7 @@ def remove_layers(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, Mo
     return take_turns(params, index), smaller
 
 
-def _ungated(params: Any, config: ModelConfig, gates: Gates) -> Any:
+def _ungated(params: Params, config: ModelConfig, gates: Gates) -> Params:
     raise AssertionError("layers are measured by their influence, not by gates")
 
 

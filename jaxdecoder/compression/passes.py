@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxdecoder.config import Config, DistillationConfig
 from jaxdecoder.data.batches import Feed
@@ -23,6 +23,7 @@ from jaxdecoder.training import checkpoints, runs
 from jaxdecoder.training.evaluation import make_evaluator
 from jaxdecoder.training.single import Sampler, ToObjective, train
 from jaxdecoder.training.step import make_decoder, next_token, state_of
+from jaxdecoder.typing import Params, Table
 
 
 class Made(NamedTuple):
@@ -34,8 +35,8 @@ class Made(NamedTuple):
     """
 
     config: Config
-    params: Any
-    notes: dict[str, Any]
+    params: Params
+    notes: Table
 
 
 def run_pass(
@@ -47,7 +48,7 @@ def run_pass(
     sampler: Sampler,
     objective: ToObjective = next_token,
     takes_packed: bool = False,
-) -> dict[str, Any]:
+) -> Table:
     """Make the run `out` from the run `source`; return its summary.
 
     `make` gets the source's model, without its teacher. The losses before and after are over the
@@ -85,13 +86,13 @@ def corpus_of(model: runs.Model, source: Path) -> tuple[Config, Corpus]:
     return config, prepare(config.data)
 
 
-def loss_of(config: Config, corpus: Corpus, params: Any) -> float:
+def loss_of(config: Config, corpus: Corpus, params: Params) -> float:
     """Return the loss over the whole validation split, in nats per token."""
     evaluate = make_evaluator(make_decoder(config))
     return evaluate(params, Feed.of(config, corpus, "validation").fixed(None))
 
 
-def sizes(params: Any) -> dict[str, int]:
+def sizes(params: Params) -> dict[str, int]:
     """Return the number of weights, of those that are not zero, and the bytes that they take."""
     return packing.size(params)._asdict()
 
@@ -143,7 +144,7 @@ def _begin(
         manager.close()
 
 
-def _comparison(summary: dict[str, Any]) -> str:
+def _comparison(summary: Table) -> str:
     """Describe before and after in a few lines."""
     told = summary["compression"]
     before, at_once = told["before"], told["at_once"]

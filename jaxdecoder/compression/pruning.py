@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from jaxdecoder.compression.calibration import calibration_batches
 from jaxdecoder.compression.importance import by_gates, influence
@@ -25,7 +26,7 @@ from jaxdecoder.compression.options import (
 from jaxdecoder.compression.parts import PARTS, going, kept
 from jaxdecoder.compression.passes import Made, run_pass
 from jaxdecoder.compression.sparsity import apply, mask, n_of_m, scores_by, zeros
-from jaxdecoder.config import CompressionConfig, Config, ModelConfig, differences
+from jaxdecoder.config import CompressionConfig, Config, ModelConfig, OptimizerConfig, differences
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
 from jaxdecoder.layers.tree import Matrices, body_matrices, replaced
@@ -35,18 +36,19 @@ from jaxdecoder.training.checkpoints import steps_in
 from jaxdecoder.training.devices import set_up
 from jaxdecoder.training.runs import Model
 from jaxdecoder.training.step import init_state
+from jaxdecoder.typing import Params, Table
 
 
 class Pruned(NamedTuple):
     """The result of a pruning method."""
 
-    params: Any
+    params: Params
     model: ModelConfig
     compression: CompressionConfig
-    notes: dict[str, Any]
+    notes: Table
 
 
-def prune(options: Prune, command: str) -> dict[str, Any]:
+def prune(options: Prune, command: str) -> Table:
     """Make the run `options.out` from `options.run`; return its summary.
 
     Raises:
@@ -147,7 +149,7 @@ def made(options: Prune, model: Model, corpus: Corpus) -> Made:
     return Made(config, left.params, {"pruning": notes})
 
 
-def recovery(options: Prune, config: Config, steps: int) -> Any:
+def recovery(options: Prune, config: Config, steps: int) -> OptimizerConfig:
     """Return the optimizer config of the recovery: linear from the peak rate to 0.
 
     A twentieth of the steps is warm-up. The peak is the full learning rate, as in learning-rate
@@ -233,7 +235,7 @@ def check_rewind(options: SingleWeights, config: Config) -> None:
     raise UserError(f"--rewind {step}: {source} has checkpoints of these steps: {listed}{why}")
 
 
-def weights_at(source: Path, step: int) -> Any:
+def weights_at(source: Path, step: int) -> Params:
     """Return the weights of a run at a step: from its checkpoint, or drawn again from the seed."""
     if step in steps_in(source / "checkpoints"):
         return runs.load_model(source, step).params
@@ -257,7 +259,7 @@ def _cut(
     model: Model,
     matrices: Matrices,
     masks: Matrices,
-    notes: dict[str, Any],
+    notes: Table,
 ) -> Pruned:
     """Return the model with these masks, its weights rewound if the options ask for it."""
     params, masks = model.params, {path: masks[path] & (w != 0) for path, w in matrices.items()}
@@ -307,7 +309,7 @@ def by_part(options: Part, model: Model, corpus: Corpus) -> Pruned:
     return Pruned(params, smaller, model.config.compression, notes)
 
 
-def _missing(index: Any, count: int) -> np.ndarray:
+def _missing(index: Int[np.ndarray, "*layers kept"], count: int) -> np.ndarray:
     """Return, for each layer, the numbers below `count` that are not in `index`."""
     rows = index.reshape(-1, index.shape[-1])
     missing = [np.setdiff1d(np.arange(count), row) for row in rows]

@@ -22,16 +22,17 @@ from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import packing
 from jaxdecoder.layers.linear import scheme_of
-from jaxdecoder.layers.tree import KERNEL, Matrices, Path
+from jaxdecoder.layers.tree import KERNEL, Matrices, Path, leaves
 from jaxdecoder.sampling.generate import show_sample
 from jaxdecoder.training.runs import Model
 from jaxdecoder.training.step import init_state
+from jaxdecoder.typing import Params, Table
 
 FINE_TUNED = "_fine_tuned"
 """Suffix of the run that trains through the rounding, beside the new run."""
 
 
-def quantize(options: Quantize, command: str) -> dict[str, Any]:
+def quantize(options: Quantize, command: str) -> Table:
     """Make the new run, and first the fine-tuned run if asked for; return the new run's summary.
 
     Raises:
@@ -47,7 +48,7 @@ def quantize(options: Quantize, command: str) -> dict[str, Any]:
     return run_pass(source, options.new_run, command, make, sampler=show_sample)
 
 
-def dequantize(options: Dequantize, command: str) -> dict[str, Any]:
+def dequantize(options: Dequantize, command: str) -> Table:
     """Make the new run with floats; return its summary."""
 
     def make(model: Model, corpus: Corpus) -> Made:
@@ -71,7 +72,7 @@ def nearest(scheme: packing.Scheme) -> Change:
     return lambda path, kernel: packing.over_layers(partial(packing.quantize, scheme), kernel)
 
 
-def pack(params: Any, config: Config, change: Change) -> Any:
+def pack(params: Params, config: Config, change: Change) -> Params:
     """Turn the parameters of a float model into those of the packed model of the config."""
 
     def walk(part: Any, like: Any, path: Path) -> Any:
@@ -87,7 +88,7 @@ def pack(params: Any, config: Config, change: Change) -> Any:
     return walk(params, _shapes(config), ())
 
 
-def unpack(params: Any, config: Config) -> Any:
+def unpack(params: Params, config: Config) -> Params:
     """Turn the parameters of a packed model into those of the float model of the config."""
 
     def walk(part: Any, like: Any) -> Any:
@@ -104,7 +105,7 @@ def unpack(params: Any, config: Config) -> Any:
     return walk(params, _shapes(config))
 
 
-def floats(parts: Any) -> jax.Array:
+def floats(parts: Params) -> jax.Array:
     """Return the kernel, of one or several layers, that packed parameters stand for."""
     kind = next(
         name
@@ -121,7 +122,7 @@ def floats(parts: Any) -> jax.Array:
     return packing.over_layers(one, *(parts[name] for name in names))
 
 
-def _shapes(config: Config) -> Any:
+def _shapes(config: Config) -> Params:
     return jax.eval_shape(partial(init_state, config)).params
 
 
@@ -207,13 +208,8 @@ def _packed(options: Quantize, model: Model, corpus: Corpus) -> Made:
     return Made(config, pack(model.params, config, change), notes)
 
 
-def _kernels(params: Any, like: Any, path: Path = ()) -> Matrices:
+def _kernels(params: Params, like: Params) -> Matrices:
     """Return the kernels that `pack` packs to the shapes `like`."""
-    if not isinstance(like, dict) or not isinstance(params, dict):
-        return {}
-    if "codes" in like:
-        return {(*path, KERNEL): params[KERNEL]}
-    found: Matrices = {}
-    for name, part in like.items():
-        found |= _kernels(params[name], part, (*path, name))
-    return found
+    own = leaves(params)
+    packed = ((*path[:-1], KERNEL) for path in leaves(like) if path[-1] == "codes")
+    return {path: own[path] for path in packed if path in own}

@@ -28,6 +28,7 @@ from jaxdecoder.training.devices import set_up
 from jaxdecoder.training.evaluation import make_evaluator
 from jaxdecoder.training.runs import Model, load_model, read_config
 from jaxdecoder.training.sparsity import count_of
+from jaxdecoder.typing import Params
 
 WHOLE = "whole"
 """The name of the part that is a whole layer."""
@@ -52,7 +53,7 @@ class Variant(NamedTuple):
     layer: str
     part: str
     sparsity: float
-    params: Callable[[], Any]
+    params: Callable[[], Params]
 
 
 def sensitivity(options: Sensitivity, command: str) -> list[Effect]:

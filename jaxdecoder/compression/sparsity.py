@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -22,6 +23,7 @@ from jaxdecoder.errors import UserError
 from jaxdecoder.layers.tree import Matrices, Path
 from jaxdecoder.training.runs import Model
 from jaxdecoder.training.sparsity import SCOPES, highest
+from jaxdecoder.typing import Table
 
 Needed = dict[Path, Any]
 """The data that a criterion needs, by the paths of the matrices."""
@@ -80,7 +82,7 @@ def n_of_m(matrices: Matrices, scores: Matrices, n: int, m: int) -> Matrices:
     """
     ranked = below_all_where_zero(matrices, scores)
 
-    def keep(path: Path, x: Any) -> Any:
+    def keep(path: Path, x: jax.Array) -> jax.Array:
         *layers, d_in, d_out = x.shape
         if d_in % m:
             raise UserError(f"--m {m}: {'/'.join(path)} has {d_in} inputs, which it must divide")
@@ -101,7 +103,7 @@ def apply(matrices: Matrices, masks: Matrices) -> Matrices:
     return {path: jnp.where(masks[path], w, 0.0) for path, w in matrices.items()}
 
 
-def zeros(matrices: Matrices) -> dict[str, Any]:
+def zeros(matrices: Matrices) -> Table:
     """Count the weights and the zeros among them, in all and by matrix."""
     counts = {
         "/".join(path): {"weights": w.size, "zeros": int(np.sum(np.asarray(w) == 0))}

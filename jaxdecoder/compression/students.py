@@ -29,13 +29,14 @@ from jaxdecoder.errors import UserError
 from jaxdecoder.layers import serial, tree
 from jaxdecoder.training.runs import Model, complete, load_model
 from jaxdecoder.training.step import init_state
+from jaxdecoder.typing import Params
 
 
 class Student(NamedTuple):
     """A student before its first lesson."""
 
     config: Config
-    params: Any
+    params: Params
     start: str
     """Where its weights come from, as text."""
 
@@ -178,7 +179,7 @@ FREE = (
 """Fields in which a student may differ from the teacher whose layers it starts from."""
 
 
-def start_from(teacher: Model, student: ModelConfig, params: Any) -> tuple[Any, str]:
+def start_from(teacher: Model, student: ModelConfig, params: Params) -> tuple[Params, str]:
     """Return weights for `student` from some of the teacher's layers, and a description of them.
 
     They have the shapes of `params`. Everything outside the blocks is copied (of learned positions,
@@ -252,7 +253,7 @@ def _reasons(teacher: ModelConfig, student: ModelConfig) -> list[str]:
     return differences(Config(model=same_depth), Config(model=student.resolve()))
 
 
-def _taken(params: Any, teacher: ModelConfig, student: ModelConfig, chosen: list[int]) -> Any:
+def _taken(params: Params, teacher: ModelConfig, student: ModelConfig, chosen: list[int]) -> Params:
     """Return the teacher's weights with only the chosen blocks."""
     theirs = tree.blocks(params[tree.BODY])
     places = len(serial.turn(student))

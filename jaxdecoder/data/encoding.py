@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt16, UInt32
@@ -114,6 +114,6 @@ def _load_once(saved: str) -> Tokenizer:
     return tokenizers.load(saved)
 
 
-def dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
     """Return the smallest integer type for the tokenizer's ids: uint16 or uint32."""
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)

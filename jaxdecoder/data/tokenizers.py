@@ -20,6 +20,7 @@ from jaxtyping import Int32, Shaped
 from jaxdecoder.data.corpora import PIECE, cut
 from jaxdecoder.errors import UserError
 from jaxdecoder.files import write_atomically
+from jaxdecoder.typing import Table
 
 UNKNOWN = "\ufffd"
 """The symbol for characters outside a char tokenizer's limited vocabulary."""
@@ -66,7 +67,7 @@ class Tokenizer:
         numbers = np.asarray(ids, np.int64).ravel().tolist()
         return b"".join(known[i] if i < len(known) else spare for i in numbers)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Table:
         """Return the whole tokenizer as plain JSON values, for `from_json`."""
         return {
             "kind": self.kind,
@@ -95,7 +96,7 @@ class Tokenizer:
 _CODEC: dict[Kind, str] = {"char": "utf-8", "byte": "latin-1", "bpe": "latin-1"}
 
 
-def from_json(values: dict[str, Any]) -> Tokenizer:
+def from_json(values: Table) -> Tokenizer:
     """Return the tokenizer that `to_json` described."""
     kind: Kind = values["kind"]
     return Tokenizer(

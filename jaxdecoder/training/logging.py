@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxdecoder.files import write_atomically
 from jaxdecoder.training.devices import is_first_host
+from jaxdecoder.typing import Table
 
 
 class Screen:
@@ -80,14 +81,14 @@ class Screen:
                 file.write(f"--- step {step} ---\n{text}\n")
 
 
-def keep_metrics(run: Path, start: int) -> list[dict[str, Any]]:
+def keep_metrics(run: Path, start: int) -> list[Table]:
     """Drop the lines of metrics.jsonl past a checkpoint: their steps will be taken again."""
     kept = [line for line in read_metrics(run) if line["step"] <= start]
     write_atomically(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: Path) -> list[Table]:
     """Return the lines of a run's metrics.jsonl; one cut short by a kill is dropped."""
     path = run / "metrics.jsonl"
     lines = []

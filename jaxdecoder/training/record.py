@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,8 +17,9 @@ from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.evaluation import bits_per_byte, predicted
 from jaxdecoder.training.logging import keep_metrics
 from jaxdecoder.training.step import Metrics
+from jaxdecoder.typing import Table
 
-Summary = dict[str, Any]
+Summary = Table
 """The content of summary.json."""
 
 

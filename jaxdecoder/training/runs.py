@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import filelock
 import jax
@@ -23,7 +23,7 @@ from jaxdecoder.files import write_atomically
 from jaxdecoder.training.checkpoints import restore_params, steps_in
 from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.step import init_state, make_decoder
-from jaxdecoder.typing import Params
+from jaxdecoder.typing import Params, Table
 
 # What may differ when a run goes on: none of it changes a single bit of the result.
 FREE = (
@@ -198,6 +198,6 @@ def write_config(run: Path, config: Config, corpus_key: str) -> None:
     write_atomically(run / "corpus_key", corpus_key)
 
 
-def write_summary(run: Path, summary: dict[str, Any]) -> None:
+def write_summary(run: Path, summary: Table) -> None:
     """Write summary.json."""
     write_atomically(run / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,34 +29,34 @@ class Scope(NamedTuple):
     join: such arrays, and the shapes they came from -> the matrices.
     """
 
-    split: Callable[[Matrices], list[Any]]
-    join: Callable[[list[Any], dict[Path, tuple[int, ...]]], Matrices]
+    split: Callable[[Matrices], list[jax.Array]]
+    join: Callable[[list[jax.Array], dict[Path, tuple[int, ...]]], Matrices]
 
 
-def _split_matrices(matrices: Matrices) -> list[Any]:
+def _split_matrices(matrices: Matrices) -> list[jax.Array]:
     return [x.reshape(-1, x.shape[-2] * x.shape[-1]) for x in matrices.values()]
 
 
-def _join_matrices(groups: list[Any], shapes: dict[Path, tuple[int, ...]]) -> Matrices:
+def _join_matrices(groups: list[jax.Array], shapes: dict[Path, tuple[int, ...]]) -> Matrices:
     return {p: x.reshape(shape) for x, (p, shape) in zip(groups, shapes.items(), strict=True)}
 
 
-def _split_outputs(matrices: Matrices) -> list[Any]:
+def _split_outputs(matrices: Matrices) -> list[jax.Array]:
     return [x.swapaxes(-1, -2).reshape(-1, x.shape[-2]) for x in matrices.values()]
 
 
-def _join_outputs(groups: list[Any], shapes: dict[Path, tuple[int, ...]]) -> Matrices:
+def _join_outputs(groups: list[jax.Array], shapes: dict[Path, tuple[int, ...]]) -> Matrices:
     return {
         path: x.reshape(*shape[:-2], shape[-1], shape[-2]).swapaxes(-1, -2)
         for x, (path, shape) in zip(groups, shapes.items(), strict=True)
     }
 
 
-def _split_nothing(matrices: Matrices) -> list[Any]:
+def _split_nothing(matrices: Matrices) -> list[jax.Array]:
     return [jnp.concatenate([x.ravel() for x in matrices.values()])[None]]
 
 
-def _join_all(groups: list[Any], shapes: dict[Path, tuple[int, ...]]) -> Matrices:
+def _join_all(groups: list[jax.Array], shapes: dict[Path, tuple[int, ...]]) -> Matrices:
     ends = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
     parts = jnp.split(groups[0][0], ends[:-1])
     return {p: x.reshape(shape) for x, (p, shape) in zip(parts, shapes.items(), strict=True)}
