@@ -148,6 +148,30 @@ def test_the_config_names_what_the_dict_holds(named, held):
     assert list(named) == list(held)
 
 
+def test_steps_are_taken_in_one_place():
+    """A run, a population, a recovery and a distillation go through one loop."""
+    takes = {
+        (path.relative_to(PACKAGE).as_posix(), function.name)
+        for path in modules()
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "advance"
+    }
+    assert takes == {("training/loop.py", "train_together")}
+
+
+def test_files_are_read_in_one_sitting():
+    long = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if len(path.read_text(encoding="utf-8").splitlines()) > 400
+    }
+    assert long == {"data/stories/words.py", "kernels/masks.py"}
+
+
 def test_gated_activations_are_those_the_config_calls_so():
     assert set(model.GATED) == {name for name, entry in ACTIVATIONS.items() if entry.gated}
 
