@@ -1,4 +1,4 @@
-"""A laboratory for small decoder-only language models: what a notebook wants of it.
+"""A laboratory for small decoder-only language models; the names here are its public API.
 
     from jaxdecoder import generate, load_run
 

@@ -1,4 +1,4 @@
-"""Types that many rooms speak of and that no library names."""
+"""Types that many rooms use and that no library names."""
 
 from __future__ import annotations
 

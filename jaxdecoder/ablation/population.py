@@ -67,7 +67,7 @@ first weights and the place of the run folder depend on."""
 
 
 def arrays_of(config: Config) -> Hyperparameters:
-    """A config's own hyperparameters as the program takes them."""
+    """Return a config's own hyperparameters as the arrays that the program takes."""
     types = (jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.float32)
     return Hyperparameters(
         *(kind(x) for kind, x in zip(types, hyperparameters_of(config), strict=True))
@@ -75,7 +75,7 @@ def arrays_of(config: Config) -> Hyperparameters:
 
 
 def program_key(config: Config) -> str:
-    """Equal for configs that share a program."""
+    """Return a key that is equal for configs that share a program."""
     tables = to_dict(config)
     for field in MEMBERS_OWN:
         section, name = field.split(".")
@@ -87,7 +87,7 @@ def program_key(config: Config) -> str:
 
 
 def one_after_another(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Members in turn: each has a core's caches to itself."""
+    """Apply a function to one member after another, so that each has a core's caches to itself."""
     return lambda *arguments: jax.lax.map(lambda x: function(*x), arguments)
 
 
@@ -102,7 +102,9 @@ MAPPINGS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 def member_steps(
     config: Config, *, ends_differ: bool, dropout_differs: bool
 ) -> Callable[..., tuple[State, Metrics]]:
-    """(state, hyperparameters, batches with a leading step axis) -> a member's state and metrics.
+    """Return the function that takes several steps of one member.
+
+    It maps (state, hyperparameters, batches with a leading step axis) to the new state and metrics.
 
     `ends_differ`: members that have taken all their steps stand still while others go on.
     `dropout_differs`: if not, the rate is a constant, and none costs nothing.
@@ -176,7 +178,7 @@ class Program:
 
     @property
     def batches_a_call(self) -> int:
-        """How many batches are evaluated at once."""
+        """The number of batches that one call evaluates."""
         t = self.config.train
         return max(1, TOKENS_A_CALL // (t.batch_size * self.config.model.context_length))
 
@@ -296,7 +298,7 @@ def with_seed(config: Config, seed: int) -> Config:
 
 
 def memory_needed(compiled: jax.stages.Compiled) -> int:
-    """Bytes on each device that a compiled program needs, by the compiler's own count."""
+    """Return the bytes on each device that a compiled program needs, as the compiler counts."""
     m = compiled.memory_analysis()
     assert m is not None  # every backend of this project counts
     return int(
@@ -308,7 +310,7 @@ def memory_needed(compiled: jax.stages.Compiled) -> int:
 
 
 def memory_available(devices: Sequence[jax.Device]) -> int:
-    """Bytes that a program may use on each of these devices."""
+    """Return the bytes that a program may use on each of these devices."""
     stats = devices[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(0.95 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
@@ -318,7 +320,7 @@ def memory_available(devices: Sequence[jax.Device]) -> int:
 def most_at_once(
     need: Callable[[int], int], wanted: int, available: int, per: int, what: str
 ) -> int:
-    """How many members fit, a multiple of `per` (the devices) where it is not all of them.
+    """Return how many members fit: all `wanted`, or a multiple of `per`, the number of devices.
 
     `need` says what a number of members needs. It is asked for all, and if those do not fit, for
     one a device, between which it grows linearly.

@@ -22,7 +22,7 @@ from jaxdecoder.training.devices import cores
 
 
 def run(ablation: Ablation, out: Path, *, command: str) -> list[Verdict]:
-    """Trains what is not trained yet, judges the claims, and writes the report into `out`.
+    """Train the members that are not trained yet, judge the claims, and write the report.
 
     Raises:
         UserError: before any training, if a claim cannot be answered by the arms.
@@ -55,7 +55,7 @@ def run(ablation: Ablation, out: Path, *, command: str) -> list[Verdict]:
 
 
 def outcomes_of(ablation: Ablation, results: Sequence[Result]) -> list[Outcome]:
-    """The members' results as evidence."""
+    """Return the members' results as evidence."""
     outcomes = []
     for member, result in zip(ablation.members, results, strict=True):
         summary = result.summary
@@ -87,7 +87,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _table(ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outcome]) -> Table:
-    """The first columns of the report's table: a terminal is narrow."""
+    """Return the first columns of the report's table, because a terminal is narrow."""
     table = Table(*report.HEADINGS[:3])
     for row in report.table(ablation, results, outcomes):
         table.add_row(*report.cells(ablation, row)[:3])

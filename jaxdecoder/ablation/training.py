@@ -1,4 +1,4 @@
-"""Trains the members of an ablation, program by program, each into a run folder of its own.
+"""Train the members of an ablation, program by program, each into a run folder of its own.
 
 The folder of an ablation holds `members/`, their run folders, and `programs/`, the checkpoints of
 programs on their way, from which an interrupted ablation goes on.
@@ -37,7 +37,7 @@ Report = Callable[[int, int], None]
 
 
 class Result(NamedTuple):
-    """What a member came to."""
+    """The result of one member."""
 
     config: Config
     summary: Summary
@@ -53,7 +53,7 @@ def train_members(
     beside: int = 1,
     report: Report = lambda done, of: None,
 ) -> list[Result]:
-    """Trains all members, each in the run folder that its config names; results in their order.
+    """Train all members, each in the run folder that its config names; return results in order.
 
     What is finished is not trained again, and what was cut short goes on from its last checkpoint.
     `available` bounds the memory of each device, in bytes. A member's seconds are its share of the
@@ -80,7 +80,7 @@ def train_members(
 
 
 def by_program(configs: Sequence[Config]) -> dict[str, list[Config]]:
-    """The members that share each program, by its key."""
+    """Group the members that share a program, by its key."""
     groups: dict[str, list[Config]] = {}
     for config in configs:
         groups.setdefault(program_key(config), []).append(config)
@@ -95,7 +95,7 @@ def _train_group(
     beside: int,
     tell: Callable[[int], None],
 ) -> Iterator[Result]:
-    """Trains the members of one program, as many at once as fit; tells their steps so far."""
+    """Train the members of one program, as many at once as fit; tell their steps so far."""
     known = finished(group)
     yield from known.values()
     if len(known) == len(group):
@@ -151,7 +151,7 @@ def _known_by(members: list[Config]) -> str:
 
 
 def finished(configs: Sequence[Config]) -> dict[str, Result]:
-    """What members came to, by their run folders; of those that are at their end.
+    """Return the results of the members that are finished, by their run folders.
 
     Raises:
         UserError: if one is the result of another config, or of another text.

@@ -1,4 +1,4 @@
-"""Members on a CPU: a process for each core, which trains whole programs with the core to itself.
+"""Train members on a CPU: a process for each core trains whole programs, one after another.
 
 Small models gain little from a second core, and two of them in one process share its threads, which
 wander between the cores; processes that are bound to a core each keep their caches, and compile
@@ -31,7 +31,7 @@ def train_on_cores(
     *,
     report: Report = lambda done, of: None,
 ) -> list[Result]:
-    """`train_members` in a process for each of these cores.
+    """Do what `train_members` does in a process for each of these cores.
 
     Raises:
         UserError: as `train_members`, and if a process was killed, as for want of memory.
@@ -47,7 +47,7 @@ def train_on_cores(
 
 
 def _share_out(configs: Sequence[Config], out: Path, cores: Sequence[int], report: Report) -> None:
-    """Trains the members in processes; returns when the last of them has."""
+    """Train the members in processes; return when the last of them has ended."""
     parts = shares(configs, len(cores))
     cores = cores[: len(parts)]
     work, messages = SPAWN.Queue(), SPAWN.Queue()
@@ -68,7 +68,7 @@ def _share_out(configs: Sequence[Config], out: Path, cores: Sequence[int], repor
 
 
 def shares(configs: Sequence[Config], count: int) -> list[list[Config]]:
-    """Members for `count` workers: whole programs, the last of them divided if some were idle."""
+    """Divide members among `count` workers: whole programs, the last ones divided if some are idle."""
     groups = list(by_program(configs).values())
     odd = len(groups) % count
     whole, rest = groups[: len(groups) - odd], groups[len(groups) - odd :]
@@ -77,7 +77,7 @@ def shares(configs: Sequence[Config], count: int) -> list[list[Config]]:
 
 
 def _train(core: int, work: Any, messages: Any, out: Path, available: int, beside: int) -> None:
-    """A worker's life: it says (part, steps taken so far, or None at its end, or what is wrong)."""
+    """Be a worker: say (part, steps taken so far, or None at its end, or what is wrong)."""
     start_helper()
     stay_on(core)
     while part := work.get():
@@ -97,7 +97,7 @@ def _train(core: int, work: Any, messages: Any, out: Path, available: int, besid
 
 
 def _follow(workers: Sequence[Any], messages: Any, parts: int, total: int, report: Report) -> None:
-    """Hears the workers out, until all parts are done."""
+    """Read the workers' messages until all parts are done."""
     steps, ended = [0] * parts, 0
     while ended < parts:
         for worker in workers:

@@ -32,7 +32,7 @@ METRIC = "validation_loss"
 
 
 def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> ocp.CheckpointManager:
-    """The checkpoints of a run folder. Opened for writing, broken notes are set aside."""
+    """Open the checkpoints of a run folder; for writing, set aside those with broken notes."""
     folder = (run / "checkpoints").absolute()
     for step in [] if read_only else steps_in(folder):
         # The policy below reads every note, so one that cannot be read would stop every save.
@@ -54,13 +54,13 @@ def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> oc
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, newest first."""
+    """Return the steps of the complete checkpoints in a folder, newest first."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
 def recorded_loss(folder: Path, step: int) -> float | None:
-    """The validation loss noted with a checkpoint, or None if that cannot be read."""
+    """Return the validation loss noted with a checkpoint, or None if it cannot be read."""
     try:
         noted = json.loads((folder / str(step) / "metrics" / "metrics").read_text())
         loss = float(noted[METRIC])
@@ -70,7 +70,7 @@ def recorded_loss(folder: Path, step: int) -> float | None:
 
 
 def best_loss(folder: Path, since: int = 0) -> float:
-    """The lowest validation loss among checkpoints from step `since` on; infinite if none."""
+    """Return the lowest validation loss of checkpoints from step `since` on; infinite if none."""
     losses = [recorded_loss(folder, step) for step in steps_in(folder) if step >= since]
     return min((loss for loss in losses if loss is not None), default=math.inf)
 
@@ -121,7 +121,7 @@ def restore_latest(
 def restore_params(
     run: Path, like: PyTree, which: str | int = "best", since: int = 0
 ) -> tuple[int, Params]:
-    """Step and weights of a run's `best` or `last` checkpoint, or of the one of a step.
+    """Return step and weights of a run's `best` or `last` checkpoint, or of the one of a step.
 
     They are the moving average where the run has one, and come as NumPy arrays, whatever devices
     they were saved from. `like` has their shapes. The best is sought from step `since` on.
@@ -157,7 +157,7 @@ def restore_params(
 
 @contextlib.contextmanager
 def full_disk_explained(run: Path) -> Iterator[None]:
-    """Turns a full disk into a `UserError` that says what is safe."""
+    """Turn a full disk into a `UserError` that says what is safe."""
     try:
         yield
     except UserError:
@@ -174,7 +174,7 @@ def full_disk_explained(run: Path) -> Iterator[None]:
 
 
 def _items(state: State) -> dict[str, PyTree]:
-    """The items of a checkpoint of this state."""
+    """Return the items of a checkpoint of this state."""
     items = {"params": state.params, "optimizer": state.optimizer}
     return items if state.ema == () else {**items, "ema": state.ema}
 

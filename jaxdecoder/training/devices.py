@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # whoever asks for the processor's name needs no packages tha
 
 
 def set_up(config: Config) -> None:
-    """Keeps compiled programs, divides the CPU's cores if asked, and joins other hosts if any.
+    """Keep compiled programs, divide the CPU's cores if asked, and join other hosts if any.
 
     A run on several hosts is the same command on each, on a shared run folder, with
     JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID set.
@@ -37,7 +37,7 @@ def set_up(config: Config) -> None:
 
 
 def divide_cpu(devices: int) -> None:
-    """Makes so many devices of the CPU's cores."""
+    """Make this number of devices of the CPU's cores."""
     jax.config.update("jax_num_cpu_devices", devices)
     if devices > 1:
         # A device is then a core: its products must not spread over the others.
@@ -46,20 +46,20 @@ def divide_cpu(devices: int) -> None:
 
 
 def one_device_a_core(most: int = 0) -> None:
-    """Where JAX runs on the CPU, makes a device of every core, or of the first `most`."""
+    """Make a device of every core of the CPU, or of the first `most`."""
     count = len(cores())
     divide_cpu(min(count, most) if most else count)
 
 
 def cores() -> list[int]:
-    """The CPU's cores that this process may use."""
+    """Return the CPU's cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))  # macOS binds no process to a core
 
 
 def stay_on(core: int) -> None:
-    """Binds this process to a core, where the system can; to be called before JAX has threads."""
+    """Bind this process to a core, if the system can. Call it before JAX has threads."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
 
@@ -76,7 +76,7 @@ def keep_programs(cache: str | Path) -> None:
 
 
 def compiled_soon(platform: str) -> dict[str, Any] | None:
-    """The compiler's options for what runs once, or is one of many programs.
+    """Return the compiler's options for a program that runs once, or is one of many.
 
     On a CPU LLVM's higher levels compile for up to twice as long and hardly make a step faster: the
     work is in products that XLA has at hand.
@@ -87,7 +87,7 @@ def compiled_soon(platform: str) -> dict[str, Any] | None:
 
 
 def processor() -> str:
-    """What the CPU calls itself."""
+    """Return the CPU's name for itself."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -96,5 +96,5 @@ def processor() -> str:
 
 
 def is_first_host() -> bool:
-    """Whether this process is the one that writes what all of them know."""
+    """Return whether this process is the one that writes what all of them know."""
     return jax.process_index() == 0

@@ -28,7 +28,7 @@ Evaluator = Callable[[Params, Iterable[Batch]], float]
 
 
 def make_evaluator(decoder: Decoder) -> Evaluator:
-    """A function from weights and batches to the mean loss in nats a token."""
+    """Return a function from weights and batches to the mean loss in nats a token."""
 
     @jax.jit
     def totals(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -57,7 +57,7 @@ def make_evaluator(decoder: Decoder) -> Evaluator:
 def decoded_losses(
     decoder: Decoder, params: Params, batch: Batch
 ) -> tuple[Float[Array, "batch time"], Int[Array, "batch time"]]:
-    """The loss at each token, in nats, and the blocks it passed, when texts are decoded.
+    """Return the loss at each token, in nats, and the blocks it passed, when texts are decoded.
 
     The tokens go one by one through the cache, as in sampling, so that each stops at its own exit.
     """
@@ -82,19 +82,19 @@ def decoded_losses(
 
 
 def predicted(config: Config, split: Split) -> int:
-    """Tokens of a split that are predicted when all of it is evaluated."""
+    """Return how many tokens of a split are predicted when all of it is evaluated."""
     return len(split.tokens) - (config.data.mode == "packed")
 
 
 def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
-    """A loss in nats a token as bits for each byte of text, which any tokenizer shares."""
+    """Convert a loss in nats a token to bits a byte of text, which no tokenizer changes."""
     return loss / math.log(2) * tokens / max(1, n_bytes)
 
 
 def bigram_loss(
     train: np.ndarray, validation: np.ndarray, vocab_size: int, *, most: int = 20_000_000
 ) -> float:
-    """Loss on `validation` of the model that knows one token of the past, in nats a token.
+    """Return the loss on `validation` of a bigram model, which sees one token, in nats a token.
 
     Counts of pairs in (the first `most` tokens of) `train`, mixed with single-token counts in the
     proportion of Witten and Bell (1991); a floor that any trained decoder should fall through.

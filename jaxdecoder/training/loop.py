@@ -180,7 +180,7 @@ def boundary(step: int, config: Config, per_call: int) -> int:
 def _first_state(
     config: Config, placement: Placement, manager: CheckpointManager
 ) -> tuple[int, State]:
-    """Return the newest checkpoint; without one, the weights of `train.init_from`, or fresh ones"""
+    """Return the newest checkpoint; without one, the weights of `train.init_from`, or fresh."""
     found = checkpoints.restore_latest(manager, placement.like)
     if found is not None:
         return found
@@ -215,7 +215,7 @@ def _leave(
 
 
 class _Clock:
-    """Times the calls, and reads their metrics one call late, so that no device is waited for."""
+    """Time the calls, and read their metrics one call late, so that no device is waited for."""
 
     def __init__(self, records: Sequence[Record]):
         self.records = records
@@ -247,7 +247,7 @@ class _Clock:
             record.add(step, jax.tree.map(lambda x, i=i: x[i], metrics), **known)
 
     def restart(self) -> None:
-        """Leave what was done since the last call out of the speed."""
+        """Leave the time since the last call out of the speed."""
         self.last = time.perf_counter()
 
     def seconds(self) -> float:

@@ -20,7 +20,7 @@ def summed_cross_entropy(
     dropout: Rate | None = None,
     dropout_key: jax.Array | None = None,
 ) -> Float[Array, ""]:
-    """The weighted sum of next-token losses over a batch.
+    """Return the weighted sum of next-token losses over a batch.
 
     `dropout`: the share to drop in training, by the key; None outside training.
     """

@@ -18,7 +18,7 @@ from jaxdecoder.typing import Index, Params, Scalar
 
 
 class Hyperparameters(NamedTuple):
-    """Those of a run that its compiled step takes as arguments as well as it takes constants.
+    """The numbers of a run that its compiled step takes as arguments or as constants.
 
     Members of a population share a program and have each their own; see `ablation.population`.
     """
@@ -32,7 +32,7 @@ class Hyperparameters(NamedTuple):
 
 
 def hyperparameters_of(config: Config) -> Hyperparameters:
-    """Those of a config."""
+    """Return the hyperparameters of a config."""
     o = config.optimizer
     adam = o.learning_rate if o.adam_learning_rate is None else o.adam_learning_rate
     t, dropout = config.train, config.model.dropout
@@ -40,22 +40,22 @@ def hyperparameters_of(config: Config) -> Hyperparameters:
 
 
 def constant(c: OptimizerConfig, progress: jax.Array) -> jax.Array:
-    """The peak, throughout."""
+    """Stay at the peak."""
     return jnp.ones_like(progress)
 
 
 def cosine(c: OptimizerConfig, progress: jax.Array) -> jax.Array:
-    """Half a cosine from the peak to its final fraction (arXiv 1608.03983)."""
+    """Follow half a cosine from the peak to its final fraction (arXiv 1608.03983)."""
     return c.final_fraction + (1 - c.final_fraction) * (1 + jnp.cos(jnp.pi * progress)) / 2
 
 
 def linear(c: OptimizerConfig, progress: jax.Array) -> jax.Array:
-    """A straight line from the peak to its final fraction (arXiv 2310.07831)."""
+    """Follow a straight line from the peak to its final fraction (arXiv 2310.07831)."""
     return 1 - (1 - c.final_fraction) * progress
 
 
 def warmup_stable_decay(c: OptimizerConfig, progress: jax.Array) -> jax.Array:
-    """The peak, then a straight line down over the last decay_fraction (arXiv 2404.06395)."""
+    """Stay at the peak, then fall in a straight line over the last decay_fraction (arXiv 2404.06395)."""
     return linear(c, jnp.maximum(0, 1 - (1 - progress) / c.decay_fraction))
 
 
@@ -69,7 +69,7 @@ SCHEDULES: dict[str, Callable[[OptimizerConfig, jax.Array], jax.Array]] = {
 
 
 def make_schedule(c: OptimizerConfig, steps: Index, peak: Scalar) -> optax.Schedule:
-    """Learning rate as a function of the step: a linear warm-up, then the named shape."""
+    """Return the learning rate as a function of the step: linear warm-up, then the named shape."""
 
     def rate(step: Index) -> jax.Array:
         after = jnp.clip((step - c.warmup_steps) / jnp.maximum(1, steps - c.warmup_steps), 0, 1)
@@ -92,7 +92,7 @@ Optimizer = Callable[
 
 
 def descend(scale_by: Callable[[OptimizerConfig], optax.GradientTransformation]) -> Optimizer:
-    """Gives a rule its tail: its direction d becomes -rate x (d + weight_decay x p).
+    """Give a rule its tail: its direction d becomes -rate x (d + weight_decay x p).
 
     p are the parameters. Weight decay is decoupled from the gradients (arXiv 1711.05101), and of
     matrices alone.
@@ -113,7 +113,7 @@ def descend(scale_by: Callable[[OptimizerConfig], optax.GradientTransformation])
 def then_decay(
     rule: Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation],
 ) -> Optimizer:
-    """Gives a tail to a rule that takes the rate itself: its step s becomes s - rate x decay x p.
+    """Give a tail to a rule that takes the rate itself: its step s becomes s - rate x decay x p.
 
     Equal to `descend` but for rounding and for the counts in its state, both of which earlier
     runs and checkpoints of `sgd` and `adafactor` have.
@@ -128,19 +128,19 @@ def then_decay(
 
 
 def scale_by_adam(c: OptimizerConfig) -> optax.GradientTransformation:
-    """The mean of gradients over the root of that of their squares (arXiv 1412.6980)."""
+    """Divide the mean of gradients by the root of the mean of their squares (arXiv 1412.6980)."""
     return optax.scale_by_adam(c.beta1, c.beta2, c.epsilon)
 
 
 def scale_by_lion(c: OptimizerConfig) -> optax.GradientTransformation:
-    """Sign of an interpolated momentum (arXiv 2302.06675)."""
+    """Take the sign of an interpolated momentum (arXiv 2302.06675)."""
     return optax.scale_by_lion(c.beta1, c.beta2)
 
 
 def muon_and_adamw(
     c: OptimizerConfig, hyperparameters: Hyperparameters, rate: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Muon, orthogonalised momentum, on the blocks' matrices; AdamW on the rest.
+    """Apply Muon, orthogonalised momentum, to the blocks' matrices, and AdamW to the rest.
 
     Keller Jordan et al., 2024; the update is scaled by sqrt(max(1, fan_out / fan_in)).
     """
@@ -162,7 +162,7 @@ def muon_and_adamw(
 
 
 def adafactor(c: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Adam with factored second moments (arXiv 1804.04235); the lean one in memory.
+    """Apply Adam with factored second moments (arXiv 1804.04235), which needs little memory.
 
     Its own clipping by update size and relative step sizes are left at their defaults.
     """
@@ -170,7 +170,7 @@ def adafactor(c: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransfo
 
 
 def sgd(c: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Gradient descent with Nesterov momentum beta1."""
+    """Apply gradient descent with Nesterov momentum beta1."""
     return optax.sgd(rate, momentum=c.beta1 or None, nesterov=c.beta1 > 0)
 
 
@@ -187,7 +187,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 def make_optimizer(
     c: OptimizerConfig, hyperparameters: Hyperparameters
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, then the named update rule under its schedule."""
+    """Clip by global norm, then apply the named update rule under its schedule."""
     rate = make_schedule(c, hyperparameters.steps, hyperparameters.learning_rate)
     rule = OPTIMIZERS[c.name](c, hyperparameters, rate)
     if c.state_dtype == "bfloat16":
@@ -197,7 +197,7 @@ def make_optimizer(
 
 
 def keep_zeros() -> optax.GradientTransformation:
-    """Weights of matrices that are zero get no update, so a pruned model stays as sparse as it is.
+    """Give no update to weights of matrices that are zero, so that a pruned model stays pruned.
 
     A mask without a mask: what training has touched is never exactly zero.
     """
@@ -224,7 +224,7 @@ class Halved(NamedTuple):
 
 
 def in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same rule, which remembers its float32 arrays in bfloat16 from step to step.
+    """Return the rule with its float32 arrays kept in bfloat16 from step to step.
 
     Rounded to the nearest, a moving average that changes by less than a part in 256 would stand
     still; so it is rounded at random (arXiv 1502.02551).
@@ -257,7 +257,7 @@ def in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTransformat
 def round_at_random(
     x: Float[Array, "*shape"], seed: UInt32[Array, ""]
 ) -> BFloat16[Array, "*shape"]:
-    """float32 to bfloat16: to one of the two neighbours, the nearer the likelier.
+    """Round float32 to one of the two neighbours in bfloat16, the nearer with more probability.
 
     The expected value is x itself.
     """
@@ -284,7 +284,7 @@ def _other_matrices(params: Params) -> Params:
 
 
 def _dimension_numbers(params: Params) -> Params:
-    """Muon's: the last two axes of every block matrix, and nothing of the rest."""
+    """Return Muon's axes: the last two of every block matrix, and none of the rest."""
     return jax.tree.map(
         lambda leaf, chosen: MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if chosen else None,
         params,
@@ -295,7 +295,7 @@ def _dimension_numbers(params: Params) -> Params:
 def _decay(
     rate: optax.Schedule, weight_decay: Scalar, mask: Callable[[Params], Params]
 ) -> optax.GradientTransformation:
-    """Subtracts rate x weight_decay x the parameters where the mask of them is True."""
+    """Subtract rate x weight_decay x the parameters where their mask is True."""
 
     def init(params: Params) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))

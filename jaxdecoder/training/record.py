@@ -1,4 +1,4 @@
-"""What is written down of one member: metrics.jsonl on the way, a summary at the end."""
+"""The record of one member: metrics.jsonl on the way, a summary at the end."""
 
 from __future__ import annotations
 

@@ -53,14 +53,14 @@ class Model(NamedTuple):
 
 
 def read_config(run: Path) -> Config:
-    """The config a run was made with."""
+    """Return the config that a run was made with."""
     if not (run / "config.toml").is_file():
         raise UserError(f"{run}: not a run folder, it has no config.toml")
     return from_dict(read_toml(run / "config.toml"), str(run / "config.toml"))
 
 
 def load_model(run: str | Path, which: str | int = "best") -> Model:
-    """A run's model at its `best` or `last` checkpoint, or at that of a step.
+    """Load a run's model at its `best` or `last` checkpoint, or at that of a step.
 
     A model that training makes sparse is not best before it is as sparse as it is to be.
     """
@@ -75,7 +75,7 @@ def load_model(run: str | Path, which: str | int = "best") -> Model:
 
 @contextlib.contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Keeps a second process out of a run folder; the system frees it when the process dies."""
+    """Keep a second process out of a run folder; the system frees it when the process dies."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(run / ".lock").acquire(timeout=0)
@@ -90,7 +90,7 @@ def lock(run: Path) -> Iterator[None]:
 
 
 def check_same_config(run: Path, config: Config) -> None:
-    """Refuses to go on with a run that was started with another config.
+    """Refuse to go on with a run that was started with another config.
 
     `config` may still lack what the tokenizer and the shapes decide; those are taken over.
     """
@@ -114,7 +114,7 @@ def check_same_config(run: Path, config: Config) -> None:
 
 
 def check_same_corpus(run: Path, key: str) -> None:
-    """Refuses to go on with other text or another tokenizer; `key` stands for both."""
+    """Refuse to go on with other text or another tokenizer; `key` stands for both."""
     noted = run / "corpus_key"
     if noted.exists() and _has_results(run) and noted.read_text() != key:
         raise UserError(
@@ -124,13 +124,13 @@ def check_same_corpus(run: Path, key: str) -> None:
 
 
 def _has_results(run: Path) -> bool:
-    """Whether there is something to lose: a checkpoint, or the summary of a run without one."""
+    """Return whether there is something to lose: a checkpoint, or the summary of a run without one."""
     checkpoints, summary = run / "checkpoints", run / "summary.json"
     return (run / "config.toml").exists() and (bool(steps_in(checkpoints)) or summary.exists())
 
 
 def check_same_model(config: Config, theirs: Config) -> None:
-    """Refuses to start from the weights of a model that computes something else."""
+    """Refuse to start from the weights of a model that computes something else."""
     free = ["dropout", "attention_implementation", "initializer", "init_std", "remat"]
     if config.model.position != "learned":
         free.append("context_length")

@@ -22,7 +22,7 @@ RULES: dict[str, str] = {"features": "data"}
 
 
 def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
-    """All visible devices along `data`. The batch must divide over them."""
+    """Return a mesh of all visible devices along `data`. The batch must divide over them."""
     devices = jax.devices() if devices is None else devices
     train = config.train
     share = train.batch_size // train.gradient_accumulation
@@ -38,7 +38,7 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def state_sharding(state: PyTree, mesh: Mesh | AbstractMesh, *, fsdp: bool) -> PyTree:
-    """A sharding for every array of a training state (or its shapes).
+    """Return a sharding for every array of a training state (or its shapes).
 
     Optimiser moments have their parameters' names at the end of their paths, so the same table
     places them.
@@ -52,12 +52,12 @@ def state_sharding(state: PyTree, mesh: Mesh | AbstractMesh, *, fsdp: bool) -> P
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh, leading: int = 0) -> NamedSharding:
-    """Splits the batch axis, which follows `leading` others, over the devices."""
+    """Split the batch axis, which follows `leading` others, over the devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, "data"))
 
 
 def everywhere(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Every device has the whole."""
+    """Give every device the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 

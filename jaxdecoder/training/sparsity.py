@@ -1,4 +1,4 @@
-"""Which weights are zero: groups of them that compare with one another, and zeros made in training.
+"""Zeros among the weights: groups of weights that are compared, and zeros made in training.
 
 Matrices go by their paths in the parameters. Layers are stacked, so a leaf (*layers, d_in, d_out)
 is a matrix for each layer.
@@ -23,7 +23,7 @@ from jaxdecoder.typing import Params
 
 
 class Scope(NamedTuple):
-    """Which weights compare with one another.
+    """A choice of the weights that are compared with one another.
 
     split: matrices -> arrays (groups, members), each row a group.
     join: such arrays, and the shapes they came from -> the matrices.
@@ -71,20 +71,20 @@ SCOPES: dict[str, Scope] = {
 
 
 def count_of(share: float, size: int) -> int:
-    """How many of so many this share is, to the nearest whole number, halves upwards."""
+    """Return this share of `size`, to the nearest whole number, halves upwards."""
     return math.floor(share * size + 0.5)
 
 
 def highest(
     scores: Float[Array, "groups members"], dropped: Int[Array, "#groups"]
 ) -> Bool[Array, "groups members"]:
-    """False for the `dropped` lowest scores of each group, exactly so many; ties go by place."""
+    """Return False for exactly `dropped` lowest scores of each group; ties go by place."""
     ranks = jnp.argsort(jnp.argsort(scores, axis=-1), axis=-1)
     return ranks >= dropped[:, None]
 
 
 def zeros_of(params: Params, others: Params) -> Params:
-    """`others`, with zeros where a matrix of the body in `params` has them."""
+    """Return `others` with zeros where a matrix of the body in `params` has them."""
     theirs = leaves(others)
     cut = {p: jnp.where(x == 0, 0, theirs[p]) for p, x in body_matrices(params).items()}
     return replaced(others, cut)
@@ -100,7 +100,7 @@ class Rounds(NamedTuple):
 
 
 def rounds(c: CompressionConfig) -> dict[int, float]:
-    """The steps after which weights become zero, and the share that is zero from there on.
+    """Return the steps after which weights become zero, each with the share that is zero from then on.
 
     s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^3: many while there are many to spare, and few
     towards the end (arXiv 1710.01878).
@@ -114,7 +114,7 @@ def rounds(c: CompressionConfig) -> dict[int, float]:
 
 
 def gradual(c: CompressionConfig) -> optax.GradientTransformation:
-    """Updates that leave zeros in the body's matrices, more at every one of `rounds`.
+    """Make zeros in the body's matrices, more of them at every one of `rounds`.
 
     The smallest weights go, as they would be after the update. Comes after `keep_zeros`, which
     keeps what is zero already; how many there are to be is known beforehand, exactly.

@@ -39,7 +39,7 @@ class State(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What one step reports."""
+    """The numbers that one step reports."""
 
     train_loss: Float[Array, "*steps"]
     gradient_norm: Float[Array, "*steps"]
@@ -55,7 +55,7 @@ Gradients = tuple[Float[Array, ""], Params]
 
 
 class Objective(NamedTuple):
-    """What training minimises.
+    """The loss that training minimises.
 
     loss: (params, batch, key, held) -> the loss summed over the batch's tokens, in nats. The key
         is the step's own.
@@ -70,7 +70,7 @@ class Objective(NamedTuple):
 
 
 def next_token(config: Config, dropout: Rate | None = None) -> Objective:
-    """The decoder's own loss: cross-entropy, and what its variants add to it.
+    """Return the decoder's own loss: cross-entropy, and the terms that its variants add.
 
     `dropout` stands in for the config's rate.
 
@@ -93,7 +93,7 @@ def next_token(config: Config, dropout: Rate | None = None) -> Objective:
 
 
 def compute_dtype(config: Config) -> np.dtype:
-    """The dtype of the model's compute on the device that is traced for."""
+    """Return the dtype of the model's compute on the device that is traced for."""
     named = config.train.compute_dtype
     if named == "auto":
         named = "float32" if current_device().platform == "cpu" else "bfloat16"
@@ -101,23 +101,23 @@ def compute_dtype(config: Config) -> np.dtype:
 
 
 def make_decoder(config: Config) -> Decoder:
-    """The config's decoder, computing in the config's dtype."""
+    """Return the config's decoder, which computes in the config's dtype."""
     return Decoder(config.model, dtype=compute_dtype(config))
 
 
 def init_params(config: Config, key: jax.Array) -> Params:
-    """Fresh weights."""
+    """Draw fresh weights."""
     tokens = jnp.zeros((1, min(2, config.model.context_length)), jnp.int32)
     return make_decoder(config).init(key, tokens)["params"]
 
 
 def init_state(config: Config) -> State:
-    """A fresh state; the weights depend on train.seed alone."""
+    """Return a fresh state; the weights depend on train.seed alone."""
     return state_of(config, init_params(config, jax.random.key(config.train.seed)))
 
 
 def state_of(config: Config, params: Params) -> State:
-    """The state at step 0 of a run that starts from these weights."""
+    """Return the state at step 0 of a run that starts from these weights."""
     optimizer = optimizer_of(config, hyperparameters_of(config)).init(params)
     averaged = config.optimizer.ema_decay and not config.model.packed
     # A copy: the state is donated to every call, and no buffer may be given away twice.
@@ -126,7 +126,7 @@ def state_of(config: Config, params: Params) -> State:
 
 
 def optimizer_of(config: Config, hyperparameters: Hyperparameters) -> optax.GradientTransformation:
-    """The update rule, and what compressed weights keep to."""
+    """Return the update rule, with the constraints of compressed weights."""
     if config.model.packed:
         # Codes do not train, and need no moments: the count of steps is all the state there is.
         return optax.scale_by_schedule(lambda step: 0.0)
@@ -137,7 +137,7 @@ def optimizer_of(config: Config, hyperparameters: Hyperparameters) -> optax.Grad
 
 
 def evaluated_params(state: State) -> Params:
-    """The weights to evaluate and sample with: the moving average where there is one."""
+    """Return the weights to evaluate and sample with: the moving average if there is one."""
     return state.ema if state.ema != () else state.params
 
 
@@ -146,7 +146,7 @@ def make_step(
     hyperparameters: Hyperparameters | None = None,
     objective: Objective | None = None,
 ) -> Step:
-    """The pure train step of a config.
+    """Return the pure train step of a config.
 
     `hyperparameters`, which may be traced, stand in for the config's own.
     """
@@ -196,7 +196,7 @@ def make_step(
 
 
 def fuse(step: Step) -> Step:
-    """Several steps as one: batches and metrics gain a leading axis."""
+    """Fuse several steps into one call: batches and metrics gain a leading axis."""
 
     def several(state: State, batches: PyTree, held: PyTree = ()) -> tuple[State, Metrics]:
         return jax.lax.scan(lambda state, batch: step(state, batch, held), state, batches)
