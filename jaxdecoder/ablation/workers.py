@@ -68,7 +68,7 @@ def _share_out(configs: Sequence[Config], out: Path, cores: Sequence[int], repor
 
 
 def shares(configs: Sequence[Config], count: int) -> list[list[Config]]:
-    """Divide members among `count` workers: whole programs, the last ones divided if some are idle."""
+    """Divide members among `count` workers: whole programs; divide the last if some are idle."""
     groups = list(by_program(configs).values())
     odd = len(groups) % count
     whole, rest = groups[: len(groups) - odd], groups[len(groups) - odd :]
