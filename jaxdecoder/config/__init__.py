@@ -22,7 +22,7 @@ import tomli_w
 import tyro
 
 from jaxdecoder.config.fields import ConfigError, show
-from jaxdecoder.config.model import ModelConfig
+from jaxdecoder.config.model import Architecture, ModelConfig
 from jaxdecoder.config.sections import (
     CompressionConfig,
     DataConfig,
@@ -61,6 +61,11 @@ class Config:
                 "would do, or model.weight_packed = false to train through the rounding, or a run "
                 "of floats made by compress.py dequantize",
             )
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model, resolved."""
+        return self.model.resolve()
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

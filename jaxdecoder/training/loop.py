@@ -101,10 +101,9 @@ def source_params(config: Config) -> Params:
 
 def complete(config: Config, corpus: Corpus) -> Config:
     """The config with what the tokenizer and the shapes decide filled in."""
-    model, entries = config.model.resolve(), corpus.tokenizer.vocab_size
-    if model.vocab_size is None:
-        model = replace(model, vocab_size=entries)
-    elif model.vocab_size < entries:
+    entries = corpus.tokenizer.vocab_size
+    model = replace(config.model, vocab_size=config.model.vocab_size or entries).resolve()
+    if model.vocab_size < entries:
         raise ConfigError(
             "model.vocab_size",
             model.vocab_size,

@@ -95,9 +95,8 @@ def check_same_config(run: Path, config: Config) -> None:
     if not _has_results(run):
         return
     theirs = read_config(run)
-    model = config.model.resolve()
-    if model.vocab_size is None:
-        model = dataclasses.replace(model, vocab_size=theirs.model.vocab_size)
+    known = config.model.vocab_size or theirs.model.vocab_size
+    model = dataclasses.replace(config.model, vocab_size=known).resolve()
     different = [
         line
         for line in differences(theirs, dataclasses.replace(config, model=model))
