@@ -36,7 +36,7 @@ def by_gates(model: Model, part: Part, batches: Sequence[Batch], measure: str) -
     The slope along a gate at 1 is the sum of weight times gradient over the weights behind it: what
     the loss would lose without them, to the first order.
     """
-    config, decoder = model.config.model, model.decoder
+    config, decoder = model.config.architecture, model.decoder
 
     @jax.jit
     def added(params: Any, batch: Batch) -> tuple[Gates, jax.Array]:

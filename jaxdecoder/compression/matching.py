@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdecoder.compression.divergences import forward_kl
-from jaxdecoder.config import Config, ConfigError, ModelConfig
+from jaxdecoder.config import Architecture, Config, ConfigError
 from jaxdecoder.config.sections import Teaching
 from jaxdecoder.decoder import Decoder
 from jaxdecoder.layers import serial
@@ -56,11 +56,11 @@ def looking(decoder: Decoder, params: Any, *args: Any, **kwargs: Any) -> tuple[A
     """What `decoder.apply` gives, and the layers as they were."""
     with nn.intercept_methods(sow_heads):
         out, seen = decoder.apply({"params": params}, *args, mutable=["intermediates"], **kwargs)
-    config = decoder.config.resolve()
+    config = decoder.architecture
     return out, LAYERS[config.layout](config, seen["intermediates"]["body"])
 
 
-def serial_layers(config: ModelConfig, body: Any) -> list[Layer]:
+def serial_layers(config: Architecture, body: Any) -> list[Layer]:
     """The blocks, from the first to the last."""
     found = []
     for number in range(serial.periods(config)):
@@ -73,7 +73,7 @@ def serial_layers(config: ModelConfig, body: Any) -> list[Layer]:
     return found
 
 
-def stack_layers(config: ModelConfig, body: Any) -> list[Layer]:
+def stack_layers(config: Architecture, body: Any) -> list[Layer]:
     """The stacks, from the first to the last; the heads of one stand side by side."""
 
     def beside(x: Float[Array, "turns batch time heads width"]) -> jax.Array:
@@ -94,7 +94,7 @@ def stack_layers(config: ModelConfig, body: Any) -> list[Layer]:
     return found
 
 
-LAYERS: dict[str, Callable[[ModelConfig, Any], list[Layer]]] = {
+LAYERS: dict[str, Callable[[Architecture, Any], list[Layer]]] = {
     "serial": serial_layers,
     "parallel_stacks": stack_layers,
 }
@@ -194,14 +194,14 @@ def paired(n_student: int, n_teacher: int) -> list[int]:
     return [-(-(i + 1) * n_teacher // n_student) - 1 for i in range(n_student)]
 
 
-def check(config: Config, teacher: ModelConfig) -> None:
+def check(config: Config, teacher: Architecture) -> None:
     """Refuses a matching that these two models cannot have.
 
     Raises:
         ConfigError: for heads that do not divide, layers that are not there, and for relations of
             a student whose routers give its blocks some of the tokens only.
     """
-    settings, student = config.distillation, config.model
+    settings, student = config.distillation, config.architecture
     if settings.matching != "relations":
         return
     if student.depth == "mixture_of_depths":
@@ -228,13 +228,9 @@ def check(config: Config, teacher: ModelConfig) -> None:
         )
 
 
-def _widths(model: ModelConfig) -> tuple[int, int]:
+def _widths(c: Architecture) -> tuple[int, int]:
     """Of all queries of a layer, and of all keys."""
-    c = model.resolve()
-    assert c.d_head is not None
-    assert c.n_kv_heads is not None
-    beside = (c.layers_per_stack or 1) if c.layout == "parallel_stacks" else 1
-    return beside * c.n_heads * c.d_head, beside * c.n_kv_heads * c.d_head
+    return c.layers_side_by_side * c.query_width, c.layers_side_by_side * c.kv_width
 
 
 def _causal(time: int) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import Architecture
 from jaxdecoder.errors import UserError
 from jaxdecoder.layers.serial import periods, turn
 from jaxdecoder.training.sparsity import Path, count_of
@@ -39,12 +39,12 @@ class Part(NamedTuple):
     remove: (params, config, keep) -> parameters and config of the model of those that stay.
     """
 
-    refusal: Callable[[ModelConfig], str]
-    units: Callable[[ModelConfig], int]
-    groups: Callable[[ModelConfig], int]
-    ones: Callable[[Any, ModelConfig], Gates]
-    gated: Callable[[Any, ModelConfig, Gates], Any]
-    remove: Callable[[Any, ModelConfig, Keep], tuple[Any, ModelConfig]]
+    refusal: Callable[[Architecture], str]
+    units: Callable[[Architecture], int]
+    groups: Callable[[Architecture], int]
+    ones: Callable[[Any, Architecture], Gates]
+    gated: Callable[[Any, Architecture, Gates], Any]
+    remove: Callable[[Any, Architecture, Keep], tuple[Any, Architecture]]
 
 
 # The last two names of a parameter's path -> what its last axes run over.
@@ -80,7 +80,7 @@ def axes_of(path: Path) -> tuple[str, ...]:
     return AXES.get(path[-2:], ())
 
 
-def going(config: ModelConfig, part: Part, sparsity: float) -> tuple[int, int]:
+def going(config: Architecture, part: Part, sparsity: float) -> tuple[int, int]:
     """How many of a group of units go, to the nearest number, and how many it has.
 
     Raises:
@@ -101,7 +101,7 @@ def going(config: ModelConfig, part: Part, sparsity: float) -> tuple[int, int]:
     )
 
 
-def kept(scores: Gates, config: ModelConfig, part: Part, sparsity: float) -> Keep:
+def kept(scores: Gates, config: Architecture, part: Part, sparsity: float) -> Keep:
     """The highest of each group of units, once `going` are gone."""
     count, size = going(config, part, sparsity)
 
@@ -145,7 +145,7 @@ NO_OUT = "without model.attention_projection the heads are as wide as the residu
 NO_DOWN = "without model.feed_forward_projection the neurons are the residual stream's features"
 
 
-def heads_refusal(c: ModelConfig) -> str:
+def heads_refusal(c: Architecture) -> str:
     """Why no heads can go."""
     if not c.attention_projection:
         return NO_OUT
@@ -154,7 +154,7 @@ def heads_refusal(c: ModelConfig) -> str:
     return ""
 
 
-def neurons_refusal(c: ModelConfig) -> str:
+def neurons_refusal(c: Architecture) -> str:
     """Why no neurons can go."""
     if not c.feed_forward:
         return "model.feed_forward is false"
@@ -163,16 +163,14 @@ def neurons_refusal(c: ModelConfig) -> str:
     return ""
 
 
-def head_groups(c: ModelConfig) -> int:
+def head_groups(c: Architecture) -> int:
     """Heads that share keys and values are a group; where none do, a head goes with its own."""
-    c = c.resolve()
-    return c.n_kv_heads or 1 if c.n_kv_heads != c.n_heads else 1
+    return c.n_kv_heads if c.n_kv_heads != c.n_heads else 1
 
 
-def remove_heads(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, ModelConfig]:
+def remove_heads(params: Any, config: Architecture, keep: Keep) -> tuple[Any, Architecture]:
     """The model of these heads."""
-    c = config.resolve()
-    assert c.d_head is not None
+    c = config
     wide = {path: _columns(index, c.d_head) for path, index in keep.items()}
     own = c.n_kv_heads == c.n_heads
     axes = {"head": keep, "heads": wide, **({"kv_heads": wide} if own else {})}
@@ -181,14 +179,12 @@ def remove_heads(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, Mod
     return take(params, lambda path, axis: axes.get(axis, {}).get(path)), smaller
 
 
-def remove_neurons(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, ModelConfig]:
+def remove_neurons(params: Any, config: Architecture, keep: Keep) -> tuple[Any, Architecture]:
     """The model of these neurons."""
-    c = config.resolve()
-    assert c.d_ff is not None
     leaf, index = next((_at(params, path), index) for path, index in keep.items())
-    d_ff = c.d_ff * index.shape[-1] // leaf["down"]["kernel"].shape[-2]
+    d_ff = config.d_ff * index.shape[-1] // leaf["down"]["kernel"].shape[-2]
     axes = {"neurons": keep}
-    return take(params, lambda path, axis: axes.get(axis, {}).get(path)), replace(c, d_ff=d_ff)
+    return take(params, lambda path, axis: axes.get(axis, {}).get(path)), replace(config, d_ff=d_ff)
 
 
 def _columns(index: Int[np.ndarray, "*layers units"], width: int) -> Any:
@@ -202,20 +198,20 @@ def _at(params: Any, path: Path) -> Any:
     return params
 
 
-def _reads(name: str, unit: Callable[[ModelConfig], int]) -> tuple[Any, Any]:
+def _reads(name: str, unit: Callable[[Architecture], int]) -> tuple[Any, Any]:
     """Gates on what one kind of linear layer reads, `unit` entries each: `ones` and `gated`."""
 
     def kernels(params: Any) -> dict[Path, Any]:
         leaves = flatten_dict(params).items()
         return {path: leaf for path, leaf in leaves if path[-2:] == (name, "kernel")}
 
-    def ones(params: Any, c: ModelConfig) -> Gates:
+    def ones(params: Any, c: Architecture) -> Gates:
         return {
             path[:-2]: jnp.ones((*leaf.shape[:-2], leaf.shape[-2] // unit(c)))
             for path, leaf in kernels(params).items()
         }
 
-    def gated(params: Any, c: ModelConfig, gates: Gates) -> Any:
+    def gated(params: Any, c: Architecture, gates: Gates) -> Any:
         scaled = {
             path: leaf * jnp.repeat(gates[path[:-2]], unit(c), axis=-1)[..., None]
             for path, leaf in kernels(params).items()
@@ -228,7 +224,7 @@ def _reads(name: str, unit: Callable[[ModelConfig], int]) -> tuple[Any, Any]:
 # --- Width ----------------------------------------------------------------------------------------
 
 
-def width_refusal(c: ModelConfig) -> str:
+def width_refusal(c: Architecture) -> str:
     """Why no features of the residual stream can go."""
     if c.layout != "serial":
         return f'in model.layout = "{c.layout}" features are slices of layers'
@@ -243,7 +239,7 @@ def width_refusal(c: ModelConfig) -> str:
     return ""
 
 
-def gate_features(params: Any, config: ModelConfig, gates: Gates) -> Any:
+def gate_features(params: Any, config: Architecture, gates: Gates) -> Any:
     """Gates on every array that gives features: embeddings, outputs of branches, norms."""
     return unflatten_dict(
         {
@@ -253,7 +249,7 @@ def gate_features(params: Any, config: ModelConfig, gates: Gates) -> Any:
     )
 
 
-def remove_features(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, ModelConfig]:
+def remove_features(params: Any, config: Architecture, keep: Keep) -> tuple[Any, Architecture]:
     """The model of these features of the residual stream; heads and neurons stay as they are.
 
     Without norms this is the model in which the other features are zero. So it is with rmsnorm,
@@ -261,7 +257,7 @@ def remove_features(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, 
     d / d' it gives what it gave (norms of queries and keys share the epsilon, and come out nearly
     the same). layernorm is that of the features that stay.
     """
-    c, index = config.resolve(), keep[()]
+    c, index = config, keep[()]
     ratio = c.d_model / len(index)
     smaller = replace(c, d_model=len(index))
     params = take(params, lambda path, axis: index if axis == "features" else None)
@@ -281,16 +277,16 @@ def remove_features(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, 
 BLOCKS = ("body", "blocks")
 
 
-def layers_refusal(c: ModelConfig) -> str:
+def layers_refusal(c: Architecture) -> str:
     """Why no layers can go."""
     if c.layout != "serial":
         return f'in model.layout = "{c.layout}" layers stand side by side, each with its slice'
     return ""
 
 
-def remove_layers(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, ModelConfig]:
+def remove_layers(params: Any, config: Architecture, keep: Keep) -> tuple[Any, Architecture]:
     """The model of these turns of the layers' pattern: single layers where all are alike."""
-    c, index = config.resolve(), keep[BLOCKS]
+    c, index = config, keep[BLOCKS]
     n_layers = len(index) * len(turn(c))
     # The first exit stays where it is, if there is still a block above it.
     first = min(c.exit_minimum, max(1, n_layers - 1))
@@ -302,11 +298,11 @@ def remove_layers(params: Any, config: ModelConfig, keep: Keep) -> tuple[Any, Mo
     return unflatten_dict(taken), smaller
 
 
-def _ungated(params: Any, config: ModelConfig, gates: Gates) -> Any:
+def _ungated(params: Any, config: Architecture, gates: Gates) -> Any:
     raise AssertionError("layers are measured by their influence, not by gates")
 
 
-def _single(config: ModelConfig) -> int:
+def _single(config: Architecture) -> int:
     return 1
 
 
@@ -315,12 +311,12 @@ PARTS: dict[str, Part] = {
         heads_refusal,
         lambda c: c.n_heads,
         head_groups,
-        *_reads("out", lambda c: c.resolve().d_head or 1),
+        *_reads("out", lambda c: c.d_head),
         remove_heads,
     ),
     "neurons": Part(
         neurons_refusal,
-        lambda c: c.resolve().d_ff or 0,
+        lambda c: c.d_ff,
         _single,
         *_reads("down", _single),
         remove_neurons,
