@@ -170,12 +170,11 @@ def head_groups(c: Architecture) -> int:
 
 def remove_heads(params: Any, config: Architecture, keep: Keep) -> tuple[Any, Architecture]:
     """The model of these heads."""
-    c = config
-    wide = {path: _columns(index, c.d_head) for path, index in keep.items()}
-    own = c.n_kv_heads == c.n_heads
+    wide = {path: _columns(index, config.d_head) for path, index in keep.items()}
+    own = config.n_kv_heads == config.n_heads
     axes = {"head": keep, "heads": wide, **({"kv_heads": wide} if own else {})}
     count = next(iter(keep.values())).shape[-1]
-    smaller = replace(c, n_heads=count, n_kv_heads=count if own else c.n_kv_heads)
+    smaller = replace(config, n_heads=count, n_kv_heads=count if own else config.n_kv_heads)
     return take(params, lambda path, axis: axes.get(axis, {}).get(path)), smaller
 
 
@@ -257,12 +256,12 @@ def remove_features(params: Any, config: Architecture, keep: Keep) -> tuple[Any,
     d / d' it gives what it gave (norms of queries and keys share the epsilon, and come out nearly
     the same). layernorm is that of the features that stay.
     """
-    c, index = config, keep[()]
-    ratio = c.d_model / len(index)
-    smaller = replace(c, d_model=len(index))
+    index = keep[()]
+    ratio = config.d_model / len(index)
+    smaller = replace(config, d_model=len(index))
     params = take(params, lambda path, axis: index if axis == "features" else None)
-    if c.norm == "rmsnorm":
-        smaller = replace(smaller, norm_epsilon=c.norm_epsilon * ratio)
+    if config.norm == "rmsnorm":
+        smaller = replace(smaller, norm_epsilon=config.norm_epsilon * ratio)
         params = unflatten_dict(
             {
                 path: leaf * ratio**0.5 if path[-1] == "scale" and axes_of(path) else leaf
@@ -286,11 +285,11 @@ def layers_refusal(c: Architecture) -> str:
 
 def remove_layers(params: Any, config: Architecture, keep: Keep) -> tuple[Any, Architecture]:
     """The model of these turns of the layers' pattern: single layers where all are alike."""
-    c, index = config, keep[BLOCKS]
-    n_layers = len(index) * len(turn(c))
+    index = keep[BLOCKS]
+    n_layers = len(index) * len(turn(config))
     # The first exit stays where it is, if there is still a block above it.
-    first = min(c.exit_minimum, max(1, n_layers - 1))
-    smaller = replace(c, n_layers=n_layers, exit_minimum=first)
+    first = min(config.exit_minimum, max(1, n_layers - 1))
+    smaller = replace(config, n_layers=n_layers, exit_minimum=first)
     taken = {
         path: leaf[index] if path[:2] == BLOCKS else leaf
         for path, leaf in flatten_dict(params).items()

@@ -11,7 +11,7 @@ from typing import get_args
 # The module rather than its classes: it runs these checks, and is still loading.
 from jaxdecoder.config import model
 from jaxdecoder.config.fields import ConfigError, nearest_multiples
-from jaxdecoder.config.levels import Wrong, check_levels
+from jaxdecoder.config.levels import Wrong, weight_levels
 
 Check = Callable[["model.ModelConfig"], Iterator[Wrong]]
 
@@ -54,8 +54,6 @@ def layout(c: model.ModelConfig) -> Iterator[Wrong]:
             "convolutions run over all tokens of blocks one above another, and "
             f'model.{key} = "{value}" has others; 0 would do',
         )
-    if c.layout == "parallel_stacks":
-        yield from stacks(c)
     if c.depth != "fixed" and c.layout != "serial":
         yield (
             "depth",
@@ -199,13 +197,19 @@ def t5(c: model.ModelConfig) -> Iterator[Wrong]:
         )
 
 
-def projection(c: model.ModelConfig) -> Iterator[Wrong]:
-    """Heads that are not projected are as wide as the stream."""
+def projections(c: model.ModelConfig) -> Iterator[Wrong]:
+    """What is not projected is as wide as the stream."""
     if not c.attention_projection and c.n_heads * c.head_width != c.d_model:
         yield (
             "attention_projection",
             f"the heads are {c.n_heads} x {c.head_width} wide, and without a projection they "
             f"must be model.d_model = {c.d_model} wide together",
+        )
+    if not c.feed_forward_projection and c.hidden_width != c.d_model:
+        yield (
+            "d_ff",
+            "with model.feed_forward_projection = false the hidden units are the output, and "
+            f"must be model.d_model = {c.d_model} wide; that, or leaving it out, would do",
         )
 
 
@@ -219,28 +223,8 @@ def parallel(c: model.ModelConfig) -> Iterator[Wrong]:
         )
 
 
-def feed_forward(c: model.ModelConfig) -> Iterator[Wrong]:
-    """Hidden units that are not projected are as wide as the stream."""
-    if not c.feed_forward_projection and c.hidden_width != c.d_model:
-        yield (
-            "d_ff",
-            "with model.feed_forward_projection = false the hidden units are the output, and "
-            f"must be model.d_model = {c.d_model} wide; that, or leaving it out, would do",
-        )
-
-
-def weight_levels(c: model.ModelConfig) -> Iterator[Wrong]:
-    """Weights of few bits fit all linear layers (see `levels.py`)."""
-    # How many inputs these have; those of wider stacks are multiples of these.
-    fan_ins = {"model.d_model": c.d_model}
-    if c.attention_projection:
-        fan_ins["model.n_heads x model.d_head"] = c.n_heads * c.head_width
-    if c.feed_forward and c.feed_forward_projection:
-        fan_ins["model.d_ff"] = c.hidden_width
-    yield from check_levels(c, fan_ins)
-
-
 OF_COMPONENTS: dict[str, Check] = {
+    "parallel_stacks": stacks,
     "fixed_sparse": fixed_sparse,
     "linformer": linformer,
     "linear": linear,
@@ -255,7 +239,7 @@ OF_COMPONENTS: dict[str, Check] = {
 
 def components(c: model.ModelConfig) -> Iterator[Wrong]:
     """Every component has what it asks for."""
-    chosen = {*c.attention_pattern, c.depth, c.position, c.norm_placement}
+    chosen = {c.layout, *c.attention_pattern, c.depth, c.position, c.norm_placement}
     for name, check in OF_COMPONENTS.items():
         if name in chosen:
             yield from check(c)
@@ -265,10 +249,9 @@ CHECKS: tuple[Check, ...] = (
     heads,
     embedding_and_head,
     layout,
-    pattern,
     components,
-    projection,
-    feed_forward,
+    pattern,
+    projections,
     weight_levels,
 )
 """In the order in which mistakes are told."""

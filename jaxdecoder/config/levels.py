@@ -17,11 +17,8 @@ Wrong = tuple[str, str]
 """A field of a `ModelConfig`, and why its value cannot be."""
 
 
-def check_levels(c: model.ModelConfig, fan_ins: dict[str, int]) -> Iterator[Wrong]:
-    """The weight format has what is asked of it, and groups fit every kernel.
-
-    `fan_ins`: how many inputs linear layers have, by the field that says so.
-    """
+def weight_levels(c: model.ModelConfig) -> Iterator[Wrong]:
+    """The weight format has what is asked of it, and groups fit every kernel."""
     if not c.quantized:
         if c.activation_format != "float":
             yield (
@@ -40,6 +37,12 @@ def check_levels(c: model.ModelConfig, fan_ins: dict[str, int]) -> Iterator[Wron
             f'is multiplied with whole numbers, and model.weight_format = "{c.weight_format}" '
             'has others; "float" would do',
         )
+    # How many inputs linear layers have; those of wider stacks are multiples of these.
+    fan_ins = {"model.d_model": c.d_model}
+    if c.attention_projection:
+        fan_ins["model.n_heads x model.d_head"] = c.n_heads * c.head_width
+    if c.feed_forward and c.feed_forward_projection:
+        fan_ins["model.d_ff"] = c.hidden_width
     even = c.weight_format == "int4"
     for name, width in fan_ins.items():
         if even and width % 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -199,7 +199,7 @@ class ModelConfig:
         """
         if self.vocab_size is None:
             raise ConfigError("model.vocab_size", None, "the decoder needs to know it")
-        derived: dict[str, Any] = {
+        derived = {
             "n_kv_heads": self.n_kv_heads or self.n_heads,
             "d_head": self.head_width,
             "d_ff": self.hidden_width,

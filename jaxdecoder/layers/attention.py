@@ -5,6 +5,8 @@ Most mechanisms are masks (`masked.py`); others have their own files.
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -49,13 +51,12 @@ class Attention(nn.Module):
         seen: Seen | None = None,
     ) -> tuple[Float[Array, "batch time d_model"], PyTree]:
         """Attend within x or, given a cache, from x to the cache with x written to it."""
-        c, d_head = self.config, self.config.d_head
-        batch, time, _ = x.shape
+        c, (batch, time, _) = self.config, x.shape
+        project = partial(linear, c, dtype=self.dtype)
 
         def heads(name: str, count: int) -> Float[Array, "batch time heads width"]:
-            width = count * d_head
-            dense = linear(c, c.d_model, width, bias=c.qkv_bias, dtype=self.dtype, name=name)
-            return dense(x).reshape(batch, time, count, d_head)
+            dense = project(c.d_model, count * c.d_head, bias=c.qkv_bias, name=name)
+            return dense(x).reshape(batch, time, count, c.d_head)
 
         q = heads("query", c.n_heads)
         k, v = heads("key", c.n_kv_heads), heads("value", c.n_kv_heads)
@@ -75,15 +76,10 @@ class Attention(nn.Module):
 
         out = mixed.reshape(batch, time, c.query_width)
         if c.attention_projection:
-            out = linear(
-                c,
-                c.query_width,
-                c.d_model,
-                bias=c.bias,
-                dtype=self.dtype,
-                residual_output=True,
-                name="out",
-            )(out)
+            output = project(
+                c.query_width, c.d_model, bias=c.bias, residual_output=True, name="out"
+            )
+            out = output(out)
         return Dropout()(out, dropout), cache
 
 

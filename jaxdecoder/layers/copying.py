@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,17 +11,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import Architecture
-from jaxdecoder.kernels import masks
 from jaxdecoder.layers.cache import Cursor, KeysAndValues
 from jaxdecoder.layers.costs import Costs, Kernels
 from jaxdecoder.layers.linear import linear
-from jaxdecoder.layers.masked import MASKED, MaskedMixing
+from jaxdecoder.layers.masked import MASKED, mechanism
 from jaxdecoder.layers.mechanism import Heads
 
 POINTED = 0.25
 """How much of what it points at the head adds at first, in units of the normalised embedding."""
 
-MASK, SLOTS = MASKED["full"]
+FULL = mechanism(MASKED["full"])
 
 
 class Copying(nn.Module):
@@ -70,7 +71,7 @@ class Copying(nn.Module):
             rotate=lambda x: x,
             score=None,
         )
-        mixing = MaskedMixing(c, MASK(c), SLOTS(c), name="mixing")
+        mixing = FULL.mixing(head(c), name="mixing")
         pointed, cache = mixing(heads, cache, cursor, None)
         gate = nn.Dense(
             1,
@@ -82,10 +83,14 @@ class Copying(nn.Module):
         return features + gate * pointed[:, :, 0], cache
 
 
+def head(c: Architecture) -> Architecture:
+    """Return what its one attention head is like, in a config's terms."""
+    return replace(c, n_heads=1, n_kv_heads=1, d_head=c.d_model, position="none")
+
+
 def empty_cache(config: Architecture, batch: int, dtype: DTypeLike) -> KeysAndValues:
     """Return the cache of a head that has seen nothing to point at."""
-    shape = (batch, 1, config.context_length, config.d_model)
-    return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return FULL.empty_cache(head(config), batch, dtype)
 
 
 def weights(c: Architecture) -> int:
@@ -95,17 +100,14 @@ def weights(c: Architecture) -> int:
 
 def pairs(c: Architecture, queries: int, start: int, dense: bool) -> int:
     """Count the multiply-adds of what so many queries from `start` on point at."""
-    if dense:
-        seen = queries * (SLOTS(c).size if start else queries)
-    else:
-        seen = masks.allowed_entries(MASK(c), queries, start + queries, start)
-    return c.copying * 2 * c.d_model * seen
+    count = FULL.costs.dense if dense else FULL.costs.mixing
+    return c.copying * count(head(c), queries, start)
 
 
 COSTS = Costs(
     lambda c: weights(c) + c.copying,
     weights,
-    lambda c, number: c.copying * number * 2 * c.d_model * SLOTS(c).size,
+    lambda c, number: c.copying * FULL.costs.cache(head(c), number),
     pairs,
     lambda c: [Kernels(2, c.d_model, c.d_model)] if c.copying else [],
 )

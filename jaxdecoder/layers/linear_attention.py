@@ -126,13 +126,11 @@ def dense_cost(c: Architecture, queries: int, start: int) -> int:
     return mixing_cost(c, padded, start) + of_pairs(c, padded * chunk)
 
 
-def cache_cost(c: Architecture, number: int) -> int:
-    """Count the bytes of a state."""
-    return FLOAT32 * c.kv_width * (c.d_head + 1)
-
-
 COSTS = AttentionCosts(
-    mixing_cost, dense_cost, lambda c, tokens, n: mixing_cost(c, n, 0), cache_cost
+    mixing_cost,
+    dense_cost,
+    drawn=lambda c, tokens, n: mixing_cost(c, n, 0),
+    cache=lambda c, number: FLOAT32 * c.kv_width * (c.d_head + 1),
 )
 
 LINEAR = Mechanism(LinearMixing, empty_state, COSTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -124,53 +125,25 @@ class MaskedMixing(nn.Module):
         """See `Mechanism`."""
         c = self.config
         q, k, v = heads.rotate(heads.q), heads.rotate(heads.k), heads.v
-        scale = q.shape[-1] ** -0.5
-        dropped = of_weights(self, dropout)
+        scale, score = q.shape[-1] ** -0.5, heads.score
+        dropped, implementation = of_weights(self, dropout), c.attention_implementation
         if cache is None and heads.seen is None:
-            mixed = flash_attention(
-                q,
-                k,
-                v,
-                mask=self.mask,
-                score=heads.score,
-                scale=scale,
-                implementation=c.attention_implementation,
-                **dropped,
-            )
-            return mixed, None
-        mask, held = self.mask, heads.positions
+            attend = partial(flash_attention, mask=self.mask, implementation=implementation)
+            return attend(q, k, v, score=score, scale=scale, **dropped), None
+        mask, k_positions = self.mask, heads.positions
+        attend = partial(attention, **dropped)
         if cache is not None and cursor is not None:
-            (k, v), held, cache = extend(cache, k, v, cursor, self.slots)
+            (k, v), k_positions, cache = extend(cache, k, v, cursor, self.slots)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             mask = mask & masks.sliding_window(c.context_length)
-        there = held >= 0 if heads.seen is None else (held >= 0) & heads.seen(held)
-        allowed = mask(heads.positions[:, :, None], held[:, None, :]) & there[:, None, :]
-        allowed = allowed[:, None]
-        if cache is None:
-            mixed = attention(
-                q,
-                k,
-                v,
-                allowed,
-                scale=scale,
-                score=heads.score,
-                q_index=heads.positions,
-                k_index=held,
-                **dropped,
-            )
-        else:
-            mixed = decode_attention(
-                q,
-                k,
-                v,
-                allowed,
-                scale=scale,
-                score=heads.score,
-                q_index=heads.positions,
-                k_index=held,
-                implementation="reference" if c.attention_implementation == "reference" else "auto",
-            )
-        return mixed, cache
+            implementation = "reference" if implementation == "reference" else "auto"
+            attend = partial(decode_attention, implementation=implementation)
+        there = k_positions >= 0
+        if heads.seen is not None:
+            there = there & heads.seen(k_positions)
+        allowed = mask(heads.positions[:, :, None], k_positions[:, None, :]) & there[:, None, :]
+        at = {"q_index": heads.positions, "k_index": k_positions}
+        return attend(q, k, v, allowed[:, None], scale=scale, score=score, **at), cache
 
 
 def mechanism(masked: Masked) -> Mechanism:

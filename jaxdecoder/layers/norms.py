@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -93,21 +93,15 @@ def identity(
     return lambda x: x
 
 
-class NewNorm(Protocol):
-    """A function that makes a norm."""
-
-    def __call__(
-        self, config: Architecture, dtype: DTypeLike, name: str | None = None
-    ) -> Callable[[jax.Array], jax.Array]:
-        """Return a module or function x -> x normalised over its last axis."""
-
-
 class Norm(NamedTuple):
-    """A normalisation function."""
+    """A normalisation function.
 
-    new: NewNorm
+    new: (config, dtype, name) -> a module or function x -> x normalised over its last axis.
+    parameters: (config) -> how many one norm of the residual stream has.
+    """
+
+    new: Callable[..., Callable[[jax.Array], jax.Array]]
     parameters: Callable[[Architecture], int]
-    """Of one norm of the residual stream."""
 
 
 NORMS: dict[str, Norm] = {
