@@ -76,7 +76,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     described = describe()
     config = load(chosen.config, ["--model.vocab-size", "65"])
-    config = replace(config, model=config.model.resolve())
+    config = replace(config, model=config.architecture)
     sides = {name: sampling(config, KINDS[name]) for name in ["float32", *chosen.kinds]}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(chosen.rounds):

@@ -46,7 +46,7 @@ def upper_triangle() -> Any:
     import flax.linen as nn
 
     from jaxdecoder.kernels import masks
-    from jaxdecoder.layers.attention import MaskedMixing
+    from jaxdecoder.layers.masked import MaskedMixing
 
     def flip(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         mixing = context.module

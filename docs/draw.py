@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -43,9 +44,9 @@ from docs.diagrams import (
 from jaxdecoder.config import ModelConfig, model
 from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.scores import alibi_slopes, t5_bucket
-from jaxdecoder.layers.attention import MASKS
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
+from jaxdecoder.layers.masked import MASKED
 from jaxdecoder.layers.norms import NORMS
 from jaxdecoder.layers.positions import POSITIONS
 
@@ -60,6 +61,7 @@ STYLE = {
 }
 
 SHOWN = ModelConfig(
+    vocab_size=1,
     context_length=16,
     d_model=16,
     n_heads=4,
@@ -69,7 +71,7 @@ SHOWN = ModelConfig(
     attention_block=4,
     position_buckets=6,
     position_max_distance=14,
-)
+).resolve()
 """The sizes in the pictures."""
 TIME = SHOWN.context_length
 
@@ -125,7 +127,7 @@ def attention(entry: str) -> Figure:
         return linear_attention()
     if entry == "linformer":
         return linformer()
-    seen = np.asarray(MASKS[entry](SHOWN)(*grid()))
+    seen = np.asarray(MASKED[entry].mask(SHOWN)(*grid()))
     side = TIME * CELL + 2 * MARGIN
     figure, axes = canvas(side, side)
     pattern(axes, MARGIN, seen, BLUE)
@@ -168,7 +170,7 @@ def position(entry: str) -> Figure:
         numbers = np.cumsum(generator.normal(size=(TIME, TIME)), axis=0)
         return table(np.tanh(numbers - numbers.mean(axis=0)), "coordinates", "positions")
     if entry == "sinusoidal":
-        embed = POSITIONS[entry].embed(ModelConfig(d_model=TIME, n_heads=1, rope_base=100.0))
+        embed = POSITIONS[entry].embed(replace(SHOWN, d_model=TIME, rope_base=100.0))
         return table(np.asarray(embed(jnp.arange(TIME)[None])[0]), "coordinates", "positions")
     if entry == "alibi":
         slopes = alibi_slopes(SHOWN.n_heads)[:2]
@@ -185,7 +187,7 @@ def clocks() -> Figure:
     """Three pairs of coordinates of a query at positions from 0 on, as hands that turn."""
     shown, size = 10, 24
     figure, axes = canvas(shown * size + 2 * MARGIN, 3 * size + 2 * MARGIN)
-    c = ModelConfig(d_model=6, n_heads=1, position="rope", rope_base=40.0)
+    c = replace(SHOWN, d_head=6, position="rope", rope_base=40.0)
     ones = jnp.concatenate([jnp.zeros((1, shown, 1, 3)), jnp.ones((1, shown, 1, 3))], axis=-1)
     turned = np.asarray(POSITIONS["rope"].rotate(c, ones, -jnp.arange(shown)[None]))[0, :, 0]
     t, pair = (index.ravel() for index in np.indices((shown, 3)))
@@ -238,7 +240,7 @@ ROW = np.array([0.9, 2.6, -0.4, 1.7, 3.1, 0.3, 1.2, 2.2], np.float32)
 
 def norm(entry: str) -> Figure:
     """A row of numbers before and after, with their mean and their standard deviation."""
-    module = NORMS[entry](ModelConfig(d_model=len(ROW), n_heads=1), jnp.float32)
+    module = NORMS[entry].new(SHOWN, jnp.float32)
     row = jnp.asarray(ROW)
     learns = hasattr(module, "init_with_output")
     after = module.init_with_output(jax.random.key(0), row)[0] if learns else module(row)
@@ -273,7 +275,7 @@ def placement(entry: str) -> Figure:
         # Branches that are already summed up join the stream in the same sum.
         return Node("+", (stream, *(branch.inputs if branch.label == "+" else (branch,))))
 
-    return flow(PLACEMENTS[entry](x, branches, lambda name: lambda h: Node("norm", (h,)), add))
+    return flow(PLACEMENTS[entry].wire(x, branches, lambda name: lambda h: Node("norm", (h,)), add))
 
 
 def layout(entry: str) -> Figure:

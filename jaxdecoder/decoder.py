@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxdecoder.config import ConfigError, ModelConfig
+from jaxdecoder.config import Architecture, ConfigError, ModelConfig
 from jaxdecoder.kernels.cross_entropy import cross_entropy, head_logits
 from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.kernels.packing import Packed, straight_through
-from jaxdecoder.layers import copying, serial, stacks, tree
-from jaxdecoder.layers.cache import Cache, Caches, Cursor
+from jaxdecoder.layers import copying, tree
+from jaxdecoder.layers.body import Layout, Passed
+from jaxdecoder.layers.cache import Cache, Cursor
 from jaxdecoder.layers.copying import Copying
-from jaxdecoder.layers.depth import Passed, exits_of
 from jaxdecoder.layers.linear import Kernel, Weights, embedding_initializer, scheme_of
 from jaxdecoder.layers.positions import POSITIONS
+from jaxdecoder.layers.serial import SERIAL
+from jaxdecoder.layers.stacks import STACKS
 from jaxdecoder.typing import Params
 
-
-class Layout(NamedTuple):
-    """How the layers between embedding and head are wired.
-
-    body: (config, dtype, unrolled) -> module from (x, positions, caches, cursor, dropout) to
-        what the head sees and the extended caches, or to a whole `Passed`. One that has exits takes
-        the head too, as a function from features to logits.
-    unroll: (params, config) -> the body's parameters as `unrolled` takes them.
-    empty_caches: (config, batch, dtype) -> the body's caches with nothing in them.
-    width: (config) -> the width of what the head sees.
-    """
-
-    body: Callable[..., Any]
-    unroll: Callable[[Params, ModelConfig], Params]
-    empty_caches: Callable[[ModelConfig, int, DTypeLike], Caches]
-    width: Callable[[ModelConfig], int]
-
-
-LAYOUTS: dict[str, Layout] = {
-    "serial": Layout(serial.Serial, serial.unroll, serial.empty_caches, lambda c: c.d_model),
-    "parallel_stacks": Layout(
-        stacks.ParallelStacks, stacks.unroll, stacks.empty_caches, stacks.width
-    ),
-}
+LAYOUTS: dict[str, Layout] = {"serial": SERIAL, "parallel_stacks": STACKS}
 
 
 class Decoder(nn.Module):
@@ -61,11 +36,14 @@ class Decoder(nn.Module):
     dtype: DTypeLike = jnp.float32
     unrolled: bool = False
 
+    @property
+    def architecture(self) -> Architecture:
+        """The config, resolved."""
+        return self.config.resolve()
+
     def setup(self) -> None:
-        c = self.config.resolve()
-        if c.vocab_size is None:
-            raise ConfigError("model.vocab_size", None, "the decoder needs to know it")
-        self.embedding: Any
+        c = self.architecture
+        self.embedding: Weights | Float[Array, "vocab d_model"]
         if c.packed and c.quantizes_head:
             self.embedding = Weights(c, c.d_model, c.vocab_size, False, name="embedding")
         else:
@@ -119,7 +97,7 @@ class Decoder(nn.Module):
             )
         positions = jnp.arange(tokens.shape[1])[None]
         rows = self._rows(tokens)
-        passed = Passed(*self.body(self._placed(rows, positions), positions, None, None, dropout))
+        passed = self.body(self._placed(rows, positions), positions, None, None, dropout)
         if self.copying is None:
             return passed
         return passed._replace(features=self.copying(passed.features, rows, positions)[0])
@@ -142,19 +120,18 @@ class Decoder(nn.Module):
         if not self.unrolled:
             unrolled = self.clone(unrolled=True, parent=None, name=None)
             params = unroll_params(self.variables["params"], self.config)
-            extended_by: Any = unrolled.apply(
-                {"params": params}, tokens, cache, last=last, method="extend"
-            )
-            return extended_by
+            return unrolled.bind({"params": params}).extend(tokens, cache, last=last)
         time = tokens.shape[1]
         positions = cache.cursor.query_positions(time)
         rows = self._rows(tokens)
         x = self._placed(rows, positions)
         layers, own = (cache.layers, None) if self.copying is None else cache.layers
-        unbound = self.clone(parent=None, name=None)
-        head = functools.partial(unbound.apply, self.variables, method="logits")
-        asks = (head,) if len(exits_of(self.config)) > 1 else ()
-        passed = Passed(*self.body(x, positions, layers, cache.cursor, None, *asks))
+        unbound, variables = self.clone(parent=None, name=None), self.variables
+
+        def head(features: Float[Array, "batch time width"]) -> Float[Array, "batch time vocab"]:
+            return unbound.bind(variables).logits(features)
+
+        passed = self.body(x, positions, layers, cache.cursor, None, head)
         if self.copying is not None:
             features, kept = self.copying(passed.features, rows, positions, own, cache.cursor)
             passed = passed._replace(features=features, caches=(passed.caches, kept))
@@ -179,12 +156,13 @@ class Decoder(nn.Module):
 
     def _table(self) -> Float[Array, "vocab d_model"] | Packed:
         """The embedding; packed, it is a kernel d_model -> vocab, whose columns are its rows."""
-        c = self.config
-        if c.packed and c.quantizes_head:
-            return self.embedding()[0]
-        if c.quantizes_head:
-            return straight_through(scheme_of(c), self.embedding.T).T
-        return self.embedding
+        table = self.embedding
+        if isinstance(table, Weights):
+            kernel, _ = table()
+            return kernel
+        if self.config.quantizes_head:
+            return straight_through(scheme_of(self.config), table.T).T
+        return table
 
     def _rows(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time d_model"]:
         """The tokens' rows of the embedding."""
@@ -200,14 +178,15 @@ class Decoder(nn.Module):
 
 
 def unroll_params(params: Params, config: ModelConfig) -> Params:
-    """The parameters of a decoder as those of the same decoder with `unrolled`."""
-    return {**params, tree.BODY: LAYOUTS[config.layout].unroll(params[tree.BODY], config)}
+    """Return the parameters of a decoder as those of the same decoder with `unrolled`."""
+    return {**params, tree.BODY: LAYOUTS[config.layout].unroll(params[tree.BODY], config.resolve())}
 
 
 def empty_cache(config: ModelConfig, batch: int, *, dtype: DTypeLike = jnp.float32) -> Cache:
-    """A cache that has seen nothing."""
+    """Return a cache that has seen nothing."""
+    c = config.resolve()
     cursor = Cursor(np.zeros((), np.int32), jnp.zeros((batch,), jnp.int32))
-    layers = LAYOUTS[config.layout].empty_caches(config, batch, dtype)
-    if config.copying:
-        layers = (layers, copying.empty_cache(config, batch, dtype))
+    layers = LAYOUTS[c.layout].empty_caches(c, batch, dtype)
+    if c.copying:
+        layers = (layers, copying.empty_cache(c, batch, dtype))
     return Cache(cursor, layers)

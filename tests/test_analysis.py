@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from models import REFUSED, REFUSED_DEPTHS, any_config, seeing, shapes, slow, small, zip_cycled
 
 from jaxdecoder import Decoder, analysis
-from jaxdecoder.analysis import components
 from jaxdecoder.analysis.__main__ import main
 from jaxdecoder.config import ConfigError, ModelConfig, load
 from jaxdecoder.decoder import LAYOUTS, empty_cache
-from jaxdecoder.layers.attention import ATTENTIONS, MASKS
+from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
+from jaxdecoder.layers.masked import MASKED
 from jaxdecoder.layers.norms import NORMS
 from jaxdecoder.layers.positions import POSITIONS
 
@@ -82,23 +82,6 @@ def not_learned(config):
 every_or_all = pytest.mark.parametrize(
     "combined", [zip_cycled, *slow(itertools.product)], ids=["every entry", "all pairs"]
 )
-
-
-class TestTables:
-    @pytest.mark.parametrize(
-        ("table", "components"),
-        [
-            (components.POSITION_PARAMETERS, POSITIONS),
-            (components.NORM_PARAMETERS, NORMS),
-            (components.PLACEMENT_NORMS, PLACEMENTS),
-            (components.HIDDEN_MATRICES, ACTIVATIONS),
-            (components.ATTENTION_COSTS, ATTENTIONS),
-            (components.LAYOUT_COSTS, LAYOUTS),
-        ],
-        ids=["positions", "norms", "placements", "activations", "attentions", "layouts"],
-    )
-    def test_have_a_row_for_every_entry(self, table, components):
-        assert table.keys() == components.keys()
 
 
 class TestParameters:
@@ -361,7 +344,7 @@ class TestFlops:
             config = small(
                 attention=attention, depth="mixture_of_depths", mod_every=1, mod_capacity=3 / 8
             )
-            mask = MASKS[attention](config)
+            mask = MASKED[attention].mask(config.resolve())
             ways = list(itertools.combinations(range(8), 3))
             pairs = sum(bool(mask(q, k)) for way in ways for q in way for k in way) / len(ways)
             flops = analysis.forward_flops(config, 8, training=True)["attention"]

@@ -17,7 +17,7 @@ from test_analysis import not_learned, products, sums
 from test_decoder import assert_close, decode
 
 from jaxdecoder import Decoder, analysis
-from jaxdecoder.layers.attention import MASKS
+from jaxdecoder.layers.masked import MASKED
 
 BATCH = 2
 
@@ -83,7 +83,7 @@ def cancels(config, names):
     if names[-2:] != ["key", "bias"] or config.position == "rope" or config.qk_norm:
         return False
     block = next(name for name in names if name.startswith("block_"))
-    return config.attention_pattern[int(block.removeprefix("block_"))] in MASKS
+    return config.attention_pattern[int(block.removeprefix("block_"))] in MASKED
 
 
 def is_causal(config, logits_of, tokens, before):

@@ -63,7 +63,8 @@ def test_any_config_survives_a_round_trip(n_heads, width, layers, norm, rate, st
         optimizer=OptimizerConfig(learning_rate=rate),
         train=TrainConfig(steps=steps),
     )
-    for each in (config, dataclasses.replace(config, model=model.resolve())):
+    resolved = dataclasses.replace(model, vocab_size=9).resolve()
+    for each in (config, dataclasses.replace(config, model=resolved)):
         assert from_dict(tomllib.loads(to_toml(each)), "again") == each
 
 
@@ -73,22 +74,39 @@ def test_the_command_line_has_the_last_word(tmp_path):
     assert (config.model.d_model, config.model.n_heads) == (64, 8)
     assert config.optimizer.learning_rate == 1e-4
     # Derived fields follow what they are derived from, whoever set it.
-    assert config.model.resolve().d_head == 8
+    assert dataclasses.replace(config.model, vocab_size=9).resolve().d_head == 8
 
 
 def test_gated_units_keep_the_parameters_of_plain_ones():
-    plain = ModelConfig(d_model=384).resolve().d_ff
-    gated = ModelConfig(d_model=384, activation="swiglu").resolve().d_ff
-    assert plain is not None
-    assert gated is not None
+    plain = ModelConfig(vocab_size=9, d_model=384).resolve().d_ff
+    gated = ModelConfig(vocab_size=9, d_model=384, activation="swiglu").resolve().d_ff
     assert 2 * plain == 3 * gated
 
 
 @pytest.mark.parametrize("activation", ["relu", "swiglu"])
 def test_a_feed_forward_without_projection_is_as_wide_as_the_model(activation):
-    model = ModelConfig(d_model=384, activation=activation, feed_forward_projection=False)
+    model = ModelConfig(
+        vocab_size=9, d_model=384, activation=activation, feed_forward_projection=False
+    )
     assert model.resolve().d_ff == 384
     assert dataclasses.replace(model, d_ff=384).resolve().d_ff == 384
+
+
+def test_resolving_leaves_nothing_open_and_changes_nothing_given():
+    given = ModelConfig(vocab_size=9, n_heads=4, n_kv_heads=2, layout="parallel_stacks")
+    resolved = given.resolve()
+    derived = {"d_head": 96, "d_ff": 1536, "layers_per_stack": 3}
+    in_full = dataclasses.replace(given, **derived)
+    assert resolved == in_full
+    assert in_full == resolved != given
+    assert hash(resolved) == hash(in_full)
+    assert resolved.resolve() is resolved
+    assert (resolved.query_width, resolved.kv_width) == (384, 192)
+
+
+def test_an_unknown_vocabulary_resolves_to_nothing():
+    with pytest.raises(UserError, match=r"^model\.vocab_size = null"):
+        ModelConfig().resolve()
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,11 @@ from jaxdecoder import Decoder
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.kernels import flash_attention, masks, scores
-from jaxdecoder.layers.attention import ATTENTIONS, MASKS
+from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.linear import embedding_initializer, initializers
+from jaxdecoder.layers.masked import MASKED
 from jaxdecoder.layers.norms import NORMS
 from jaxdecoder.layers.positions import POSITIONS
 
@@ -189,7 +190,7 @@ class TestFunctions:
     @pytest.mark.parametrize("name", ["layernorm", "rmsnorm"])
     def test_norms_and_their_gradients(self, name):
         file = golden("norms")
-        module = NORMS[name](ModelConfig(norm_epsilon=1e-5), jnp.float32)
+        module = NORMS[name].new(small(norm_epsilon=1e-5).resolve(), jnp.float32)
         params = {key: file[key] for key in ("scale", "bias") if f"{name}/{key}" in file}
 
         def norm(params, x):
@@ -241,7 +242,7 @@ class TestFunctions:
         """Standard deviation and largest size, within what drawing a few thousand leaves open."""
         for name, (std, largest) in golden("initial_weights").items():
             initializer, kind = name.split("/")
-            config = ModelConfig(initializer=initializer, n_layers=3)
+            config = small(initializer=initializer, n_layers=3).resolve()
             residual = kind == "residual_kernel"
             kernel, bias = initializers(config, 64, residual_output=residual)
             draw = {"bias": bias, "embedding": embedding_initializer(config)}.get(kind, kernel)
@@ -256,7 +257,7 @@ class TestFunctions:
 class TestPositions:
     def test_sinusoidal(self):
         table = golden("positions")["sinusoidal"]
-        embed = POSITIONS["sinusoidal"].embed(ModelConfig(d_model=8, n_heads=1))
+        embed = POSITIONS["sinusoidal"].embed(small(d_model=8, n_heads=1).resolve())
         assert_close(embed(jnp.arange(len(table))[None])[0], table)
 
     def test_slopes_of_alibi(self):
@@ -284,11 +285,11 @@ PATTERNS = {
 
 
 class TestAttention:
-    @pytest.mark.parametrize("name", MASKS)
+    @pytest.mark.parametrize("name", MASKED)
     @pytest.mark.parametrize("implementation", ["reference", "chunked"])
     def test_under_every_mask_is_that_of_torch(self, name, implementation):
         file = golden("attention")
-        mask = MASKS[name](PATTERNS[name])
+        mask = MASKED[name].mask(PATTERNS[name].resolve())
         q, k, v = (file[operand] for operand in "qkv")
         attend = functools.partial(flash_attention, mask=mask, implementation=implementation)
         assert_close(jax.jit(attend)(q, k, v), file[name])

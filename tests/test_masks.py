@@ -15,7 +15,7 @@ from jaxdecoder.config import ModelConfig
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.masks import EMPTY, FULL, PARTIAL
-from jaxdecoder.layers.attention import MASKS
+from jaxdecoder.layers.masked import MASKED
 
 IDS = np.array([7] * 5 + [3] * 9 + [8] * 3 + [3] * 2 + [0] * 60)
 
@@ -83,20 +83,21 @@ def test_every_rule_and_operator_is_among_the_definitions():
     assert named == {*masks.RULES, *masks.OPERATORS, "~"}
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", MASKED)
 def test_the_mask_of_every_attention_is_the_definition_of_the_naive_decoder(name):
     for window, dilation, first, block in ((1, 1, 0, 1), (3, 2, 1, 4), (5, 3, 2, 2), (99, 1, 9, 9)):
         config = ModelConfig(
+            vocab_size=9,
             attention=name,
             attention_window=window,
             attention_dilation=dilation,
             attention_globals=first,
             attention_block=block,
-        )
+        ).resolve()
         expected = [
             [k <= q and naive.VISIBLE[name](config, q, k) for k in range(19)] for q in range(19)
         ]
-        assert dense(MASKS[name](config), 19, 19).tolist() == expected
+        assert dense(MASKED[name].mask(config), 19, 19).tolist() == expected
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def drawn(part, params, config):
 
 def without(name, config, sparsity=0.5, seed=0):
     """Random weights, those of the smaller model, its config, and which units stayed."""
-    part, params = PARTS[name], random_params(config, seed)
+    part, params, config = PARTS[name], random_params(config, seed), config.resolve()
     keep = kept(drawn(part, params, config), config, part, sparsity)
     return params, *part.remove(params, config, keep), keep
 
@@ -87,7 +87,8 @@ def assert_smaller(smaller, fewer):
     ],
 )
 def test_a_model_without_parts_is_what_its_config_says(number, name):
-    config = dataclasses.replace(ALL_OF_THEM[number], n_layers=ALL_OF_THEM[number].n_layers * 2)
+    config = ALL_OF_THEM[number]
+    config = dataclasses.replace(config, n_layers=config.n_layers * 2).resolve()
     part = PARTS[name]
     if part.refusal(config):
         assert (
@@ -121,7 +122,7 @@ def and_slowly(first, *others):
     "changes", and_slowly(*VARIED), ids=lambda c: "-".join(map(str, c.values()))
 )
 def test_removing_heads_and_neurons_gives_the_logits_of_zeroing_them(changes):
-    config = small(**changes)
+    config = small(**changes).resolve()
     params, fewer, smaller, heads = without("heads", config)
     neurons = kept(drawn(PARTS["neurons"], params, config), config, PARTS["neurons"], 0.5)
     fewer, smaller = PARTS["neurons"].remove(fewer, smaller, neurons)
@@ -213,7 +214,7 @@ def test_removing_layers_gives_the_logits_of_zeroing_what_they_add(changes):
 
 
 def test_each_group_of_heads_loses_as_many_its_least_important_ones():
-    config = small(n_heads=6, n_kv_heads=2, d_head=4)
+    config = small(n_heads=6, n_kv_heads=2, d_head=4).resolve()
     scores = {("a",): jnp.asarray([[5.0, 1, 3, 0, 9, 2], [1, 2, 3, 6, 5, 4]])}
     keep = kept(scores, config, PARTS["heads"], 1 / 3)
     np.testing.assert_array_equal(keep["a",], [[0, 2, 4, 5], [1, 2, 3, 4]])
@@ -248,9 +249,9 @@ def test_what_a_model_cannot_lose_has_a_reason():
     }
     assert set(cases) == set(PARTS)
     for name, changes in cases.items():
-        assert not PARTS[name].refusal(small())
+        assert not PARTS[name].refusal(small().resolve())
         for change in changes:
-            assert PARTS[name].refusal(small(**change))
+            assert PARTS[name].refusal(small(**change).resolve())
 
 
 # --- Importance -----------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ def batch_of(config, rows=3):
 @pytest.mark.parametrize(("name", "measure"), [("heads", "gates"), ("width", "taylor")])
 def test_importance_is_the_slope_of_the_loss_along_gates(name, measure):
     """Against finite differences of the loss in the gates, text by text, for a few units."""
-    config = small(norm="rmsnorm", n_layers=1)
+    config = small(norm="rmsnorm", n_layers=1).resolve()
     part, model, batch = PARTS[name], model_of(config), batch_of(config)
     ones = part.ones(model.params, config)
     path = next(iter(ones))

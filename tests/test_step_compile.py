@@ -106,8 +106,8 @@ def test_xla_makes_one_product_of_queries_keys_and_values():
     config = dataclasses.replace(MODEL, attention_implementation="cudnn")
     x = jax.ShapeDtypeStruct((4, 256, 256), jnp.bfloat16)
     positions = jnp.arange(256)[None]
-    layer = Attention(config, dtype=jnp.bfloat16)
-    cpu = Attention(MODEL)
+    layer = Attention(config.resolve(), dtype=jnp.bfloat16)
+    cpu = Attention(MODEL.resolve())
     params = jax.eval_shape(
         lambda key: cpu.init(key, jnp.zeros((1, 256, 256)), positions), jax.random.key(0)
     )

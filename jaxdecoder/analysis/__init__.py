@@ -2,7 +2,7 @@
 
     python -m jaxdecoder.analysis configs/shakespeare_nano.toml --model.vocab-size 65
 
-`components.py` has a table for each kind of component, `counts.py` what a whole model comes to.
+Costs stand beside the components, in `jaxdecoder.layers`; `counts.py` adds them up.
 
 FLOPs are those of the matrix products alone, two for each multiply-add; lookups, norms,
 activations, biases and the softmax are left out. Attention is counted over the (query, key) pairs

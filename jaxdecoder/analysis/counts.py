@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes of a whole model, from the tables of its components."""
+"""Parameters, FLOPs and bytes of a whole model, from the costs of its components."""
 
 from __future__ import annotations
 
@@ -6,41 +6,42 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxdecoder.analysis.components import (
-    ATTENTION_COSTS,
-    FLOAT32,
-    HIDDEN_MATRICES,
-    LAYOUT_COSTS,
-    POSITION_PARAMETERS,
-    AttentionCosts,
-    convolution_taps,
-    copying_pairs,
-    copying_weights,
-    projections_to_slices,
-    stack_widths,
-    widths,
-)
-from jaxdecoder.config import Config, ConfigError, ModelConfig
+from jaxdecoder.config import Architecture, Config, ModelConfig
+from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.errors import UserError
+from jaxdecoder.layers import convolution, copying, depth
+from jaxdecoder.layers.attention import ATTENTIONS, projection_parameters, projections
+from jaxdecoder.layers.costs import FLOAT32, Costs, Kernels, weights
+from jaxdecoder.layers.costs import parameters as parameters_of
 from jaxdecoder.layers.depth import capacity, exits_of
 from jaxdecoder.layers.linear import scheme_of
+from jaxdecoder.layers.mechanism import AttentionCosts
+from jaxdecoder.layers.norms import NORMS
+from jaxdecoder.layers.positions import POSITIONS
 from jaxdecoder.layers.serial import periods, turn
+
+ADDITIONS: dict[str, Costs] = {
+    "convolutions": convolution.COSTS,
+    "copying": copying.COSTS,
+    "routers": depth.COSTS,
+}
+"""What a model may have besides embedding, attention, layout and head."""
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
-    """The exact parameter count by part, and the total."""
-    c, vocab_size = config.resolve(), _vocab_size(config)
-    layout = LAYOUT_COSTS[c.layout]
+    """Return the exact parameter count by part, and the total."""
+    c = config.resolve()
+    layout = LAYOUTS[c.layout]
     counts = {
-        "embedding": vocab_size * c.d_model,
-        "positions": POSITION_PARAMETERS[c.position](c),
-        "attention": _over_layers(c, lambda costs: costs.parameters(c)),
-        **layout.parameters(c),
-        **({"copying": copying_weights(c) + 1} if c.copying else {}),
-        "head": 0 if c.tie_embeddings else (layout.width(c) + c.head_bias) * vocab_size,
+        "embedding": c.vocab_size * c.d_model,
+        "positions": POSITIONS[c.position].parameters(c),
+        "attention": c.n_layers * projection_parameters(c)
+        + _over_layers(c, lambda costs: costs.parameters(c)),
+        **{part: parameters_of(kernels, c.bias) for part, kernels in layout.kernels(c).items()},
+        "norms": layout.norms(c) * NORMS[c.norm].parameters(c),
+        **{part: costs.parameters(c) for part, costs in _additions(c)},
+        "head": 0 if c.tie_embeddings else (layout.width(c) + c.head_bias) * c.vocab_size,
     }
-    if routed := _routed_blocks(c):
-        counts["routers"] = routed * (c.d_model + 1)
     return {**counts, "total": sum(counts.values())}
 
 
@@ -52,14 +53,15 @@ def forward_flops(
     dense: bool = False,
     training: bool = False,
 ) -> dict[str, float]:
-    """FLOPs by part, and the total, of a forward pass over `tokens` tokens of one sequence.
+    """Return the FLOPs by part, and the total, of a forward pass over `tokens` tokens.
 
-    `start` tokens before them are in the cache. The head is counted for every token. In `training`
-    it is asked at every exit, and a block with a router takes its capacity of tokens, whose pairs
-    are counted as if it took them at random; elsewhere every token passes every block.
+    They are one sequence, with `start` tokens before them in the cache. The head is counted for
+    every token. In `training` it is asked at every exit, and a block with a router takes its
+    capacity of tokens, whose pairs are counted as if it took them at random; elsewhere every token
+    passes every block.
     """
-    c, vocab_size = config.resolve(), _vocab_size(config)
-    layout = LAYOUT_COSTS[c.layout]
+    c = config.resolve()
+    layout = LAYOUTS[c.layout]
 
     def mixing(costs: AttentionCosts, entering: int) -> float:
         if dense:
@@ -69,38 +71,36 @@ def forward_flops(
         return costs.mixing(c, tokens, start)
 
     blocks = [
-        (ATTENTION_COSTS[name], capacity(c, tokens) if routed and training else tokens)
+        (ATTENTIONS[name].costs, capacity(c, tokens) if routed and training else tokens)
         for name, routed in turn(c) * periods(c)
     ]
+    entering = sum(n for _, n in blocks)
     exits = len(exits_of(c)) if training else 1
     flops = {
-        "attention_projections": 2 * sum(n * costs.weights(c) for costs, n in blocks),
+        "attention_projections": 2 * entering * weights(projections(c)),
         "attention": 2 * sum(mixing(costs, n) for costs, n in blocks),
         **{
-            part: 2 * weights * sum(n for _, n in blocks) // c.n_layers
-            for part, weights in layout.weights(c).items()
+            part: 2 * weights(kernels) * entering // c.n_layers
+            for part, kernels in layout.kernels(c).items()
         },
-        "head": 2 * tokens * exits * layout.width(c) * vocab_size,
+        **{
+            part: 2 * (tokens * costs.weights(c) + costs.pairs(c, tokens, start, dense))
+            for part, costs in _additions(c)
+        },
+        "head": 2 * tokens * exits * layout.width(c) * c.vocab_size,
     }
-    if c.copying:
-        flops["copying"] = 2 * (
-            tokens * copying_weights(c) + copying_pairs(c, tokens, start, dense)
-        )
-    if routed := _routed_blocks(c):
-        flops["routers"] = 2 * tokens * routed * c.d_model
     return {**flops, "total": sum(flops.values())}
 
 
 def early_exit_flops(
     config: ModelConfig, mean_depth: float, *, start: int, dense: bool = False
 ) -> dict[str, float]:
-    """FLOPs of decoding one token with `start` before it, by part, and the total.
+    """Return the FLOPs of decoding one token with `start` before it, by part, and the total.
 
     Tokens stop after `mean_depth` blocks on average. The blocks above only make keys and values.
     The head is asked at every exit up to there, between two exits in proportion.
     """
     c = config.resolve()
-    _, _, kv_width = widths(c)
     whole = forward_flops(c, 1, start=start, dense=dense)
     share = mean_depth / c.n_layers
     exits = tuple(exits_of(c))
@@ -111,7 +111,7 @@ def early_exit_flops(
         "attention_projections": share * whole["attention_projections"],
         "attention": share * whole["attention"],
         "feed_forward": share * whole["feed_forward"],
-        "keys_and_values_of_skipped": 2 * (c.n_layers - mean_depth) * c.d_model * 2 * kv_width,
+        "keys_and_values_of_skipped": 2 * (c.n_layers - mean_depth) * c.d_model * 2 * c.kv_width,
         "head": asked * whole["head"],
     }
     return {**flops, "total": sum(flops.values())}
@@ -129,7 +129,7 @@ class FlopsPerToken(NamedTuple):
 
 
 def flops_per_token(config: ModelConfig, *, dense: bool = False) -> FlopsPerToken:
-    """FLOPs a token when training, prefilling and decoding."""
+    """Return the FLOPs a token when training, prefilling and decoding."""
     length = config.context_length
     forward = forward_flops(config, length, dense=dense)
     train = forward_flops(config, length, dense=dense, training=True)
@@ -142,7 +142,7 @@ def flops_per_token(config: ModelConfig, *, dense: bool = False) -> FlopsPerToke
 
 
 def weight_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
-    """Bytes of the weights; they are float32 unless cast, or packed with their scales."""
+    """Return the bytes of the weights: float32 unless cast, or packed with their scales."""
     total = parameters(config)["total"]
     if not config.packed:
         return bytes_per_number * total
@@ -155,82 +155,46 @@ def weight_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
     return bytes_per_number * total + packed
 
 
-def kernels(config: ModelConfig) -> list[tuple[int, int, int]]:
-    """The kernels that a weight format is of: how many, their inputs, their outputs."""
+def kernels(config: ModelConfig) -> list[Kernels]:
+    """Return the kernels that a weight format is of."""
     c = config.resolve()
-    _, width, kv_width = widths(c)
-    found = [(c.n_layers, c.d_model, width), (2 * c.n_layers, c.d_model, kv_width)]
-    if c.attention_projection:
-        found.append((c.n_layers, width, c.d_model))
-    found += _feed_forward_kernels(c, c.n_layers)
-    if c.layout == "parallel_stacks":
-        assert c.layers_per_stack is not None
-        for factor in stack_widths(c):
-            slices = c.layers_per_stack * projections_to_slices(c)
-            found.append((slices, c.d_model, factor * c.d_model // c.layers_per_stack))
-            found += _feed_forward_kernels(c, 1, factor)
-    if c.copying:
-        found.append((2, c.d_model, c.d_model))
+    layout = LAYOUTS[c.layout]
+    found = projections(c, c.n_layers)
+    found += (kernel for part in layout.kernels(c).values() for kernel in part)
+    found += (kernel for _, costs in _additions(c) for kernel in costs.kernels(c))
     if c.quantizes_head:
-        vocab_size = _vocab_size(c)
-        found.append((1, c.d_model, vocab_size))
+        found.append(Kernels(1, c.d_model, c.vocab_size))
         if not c.tie_embeddings:
-            found.append((1, LAYOUT_COSTS[c.layout].width(c), vocab_size))
+            found.append(Kernels(1, layout.width(c), c.vocab_size))
     return found
 
 
-def _feed_forward_kernels(
-    c: ModelConfig, count: int, factor: int = 1
-) -> list[tuple[int, int, int]]:
-    d_ff = c.resolve().d_ff
-    assert d_ff is not None
-    width, d_ff = factor * c.d_model, factor * d_ff
-    hidden = (count * HIDDEN_MATRICES[c.activation], width, d_ff)
-    down = (count * c.feed_forward_projection, d_ff, width)
-    return [hidden, down] if c.feed_forward else []
-
-
 def cache_bytes(config: ModelConfig, bytes_per_number: int = 4) -> int:
-    """Bytes that one sequence keeps in the cache; sums over tokens are float32 in any case.
+    """Return the bytes that one sequence keeps in the cache.
 
-    A block with a router notes in one more byte a token whether it took it.
+    Sums over tokens are float32 whatever the bytes of a number.
     """
     c = config.resolve()
-    noted = _routed_blocks(c) * c.context_length
-    pointed = c.copying * bytes_per_number * 2 * c.d_model * c.context_length
-    convolved = 0
-    if c.convolution_width:
-        taps = convolution_taps(c)
-        convolved = bytes_per_number * taps // c.convolution_width * (c.convolution_width - 1)
-    return (
-        _over_layers(c, lambda costs: costs.cache(c, bytes_per_number))
-        + noted
-        + pointed
-        + convolved
-    )
+    of_layers = _over_layers(c, lambda costs: costs.cache(c, bytes_per_number))
+    return of_layers + sum(costs.cache(c, bytes_per_number) for _, costs in _additions(c))
 
 
-def _routed_blocks(c: ModelConfig) -> int:
-    return periods(c) * sum(routed for _, routed in turn(c))
+def _additions(c: Architecture) -> list[tuple[str, Costs]]:
+    """Return those that this model has."""
+    return [(part, costs) for part, costs in ADDITIONS.items() if costs.parameters(c)]
 
 
-def _over_layers(c: ModelConfig, count: Callable[[AttentionCosts], int]) -> int:
-    """The sum over all layers of what their attention mechanisms count."""
+def _over_layers(c: Architecture, count: Callable[[AttentionCosts], int]) -> int:
+    """Return the sum over all layers of what their attention mechanisms count."""
     pattern = c.attention_pattern
-    return c.n_layers // len(pattern) * sum(count(ATTENTION_COSTS[name]) for name in pattern)
-
-
-def _vocab_size(config: ModelConfig) -> int:
-    if config.vocab_size is None:
-        raise ConfigError("model.vocab_size", None, "the counts depend on it")
-    return config.vocab_size
+    return c.n_layers // len(pattern) * sum(count(ATTENTIONS[name].costs) for name in pattern)
 
 
 GPT2_VOCAB_SIZE = 50257
 
 
 def with_vocab_size(config: Config, where: str) -> ModelConfig:
-    """The config's model, its vocabulary taken from the tokenizer where that has a fixed size."""
+    """Return the config's model; its vocabulary is the tokenizer's where that has a fixed size."""
     if config.model.vocab_size is not None:
         return config.model
     known = {

@@ -209,7 +209,7 @@ def check(config: Config, teacher: Model) -> None:
         ConfigError: with the key and a possible value.
     """
     d, model = config.distillation, config.model
-    matching.check(config, teacher.config.model)
+    matching.check(config, teacher.config.architecture)
     entries = model.vocab_size or 0
     if d.cached_top_k >= entries:
         raise ConfigError(

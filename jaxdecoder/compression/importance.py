@@ -38,7 +38,7 @@ def by_gates(model: Model, part: Part, batches: Sequence[Batch], measure: str) -
     The slope along a gate at 1 is the sum of weight times gradient over the weights behind it. To
     first order, that is how the loss changes without these weights.
     """
-    config, decoder = model.config.model, model.decoder
+    config, decoder = model.config.architecture, model.decoder
 
     @jax.jit
     def added(params: Params, batch: Batch) -> tuple[Gates, jax.Array]:

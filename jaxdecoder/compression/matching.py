@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdecoder.compression.divergences import forward_kl
-from jaxdecoder.config import Config, ConfigError, ModelConfig
+from jaxdecoder.config import Architecture, Config, ConfigError
 from jaxdecoder.config.sections import Teaching
 from jaxdecoder.decoder import Decoder
 from jaxdecoder.layers import tree
@@ -57,11 +57,11 @@ def looking(decoder: Decoder, params: Params, *args: Any, **kwargs: Any) -> tupl
     """Return the result of `decoder.apply`, and the outputs of the layers."""
     with nn.intercept_methods(sow_heads):
         out, seen = decoder.apply({"params": params}, *args, mutable=["intermediates"], **kwargs)
-    config = decoder.config.resolve()
+    config = decoder.architecture
     return out, LAYERS[config.layout](config, seen["intermediates"][tree.BODY])
 
 
-def serial_layers(config: ModelConfig, body: Params) -> list[Layer]:
+def serial_layers(config: Architecture, body: Params) -> list[Layer]:
     """Return the outputs of the blocks, from the first to the last."""
     found = []
     for block, stream in zip(tree.blocks(body), tree.streams(body), strict=True):
@@ -70,7 +70,7 @@ def serial_layers(config: ModelConfig, body: Params) -> list[Layer]:
     return found
 
 
-def stack_layers(config: ModelConfig, body: Params) -> list[Layer]:
+def stack_layers(config: Architecture, body: Params) -> list[Layer]:
     """Return the outputs of the stacks, from the first to the last; heads of a stack in one row."""
 
     def beside(x: Float[Array, "turns batch time heads width"]) -> jax.Array:
@@ -91,7 +91,7 @@ def stack_layers(config: ModelConfig, body: Params) -> list[Layer]:
     return found
 
 
-LAYERS: dict[str, Callable[[ModelConfig, Params], list[Layer]]] = {
+LAYERS: dict[str, Callable[[Architecture, Params], list[Layer]]] = {
     "serial": serial_layers,
     "parallel_stacks": stack_layers,
 }
@@ -194,15 +194,14 @@ def paired(n_student: int, n_teacher: int) -> list[int]:
     return [-(-(i + 1) * n_teacher // n_student) - 1 for i in range(n_student)]
 
 
-def check(config: Config, teacher: ModelConfig) -> None:
+def check(config: Config, teacher: Architecture) -> None:
     """Refuse a matching that is impossible with these two models.
 
     Raises:
         ConfigError: for heads that do not divide the widths, layers that do not exist, and
-        relations
-            of a student whose routers give its blocks only some of the tokens.
+            relations of a student whose routers give its blocks only some of the tokens.
     """
-    settings, student = config.distillation, config.model
+    settings, student = config.distillation, config.architecture
     if settings.matching != "relations":
         return
     if student.depth == "mixture_of_depths":
@@ -229,13 +228,9 @@ def check(config: Config, teacher: ModelConfig) -> None:
         )
 
 
-def _widths(model: ModelConfig) -> tuple[int, int]:
+def _widths(c: Architecture) -> tuple[int, int]:
     """Return the widths of all queries of a layer together, and of all keys."""
-    c = model.resolve()
-    assert c.d_head is not None
-    assert c.n_kv_heads is not None
-    beside = (c.layers_per_stack or 1) if c.layout == "parallel_stacks" else 1
-    return beside * c.n_heads * c.d_head, beside * c.n_kv_heads * c.d_head
+    return c.layers_side_by_side * c.query_width, c.layers_side_by_side * c.kv_width
 
 
 def _causal(time: int) -> jax.Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import Architecture
 from jaxdecoder.errors import UserError
 from jaxdecoder.layers.serial import periods, turn
 from jaxdecoder.layers.tree import (
@@ -41,8 +41,8 @@ Gates = dict[Path, Float[Array, "... units"]]
 Keep = dict[Path, Int[np.ndarray, "... kept"]]
 """The units that stay, in order, by the same paths."""
 
-Ones = Callable[[Params, ModelConfig], Gates]
-Gated = Callable[[Params, ModelConfig, Gates], Params]
+Ones = Callable[[Params, Architecture], Gates]
+Gated = Callable[[Params, Architecture, Gates], Params]
 
 
 class Part(NamedTuple):
@@ -56,15 +56,15 @@ class Part(NamedTuple):
     remove: (params, config, keep) -> parameters and config of the model with only these units.
     """
 
-    refusal: Callable[[ModelConfig], str]
-    units: Callable[[ModelConfig], int]
-    groups: Callable[[ModelConfig], int]
+    refusal: Callable[[Architecture], str]
+    units: Callable[[Architecture], int]
+    groups: Callable[[Architecture], int]
     ones: Ones
     gated: Gated
-    remove: Callable[[Params, ModelConfig, Keep], tuple[Params, ModelConfig]]
+    remove: Callable[[Params, Architecture, Keep], tuple[Params, Architecture]]
 
 
-def going(config: ModelConfig, part: Part, sparsity: float) -> tuple[int, int]:
+def going(config: Architecture, part: Part, sparsity: float) -> tuple[int, int]:
     """Return how many units of a group go, rounded to the nearest number, and the group's size.
 
     Raises:
@@ -85,7 +85,7 @@ def going(config: ModelConfig, part: Part, sparsity: float) -> tuple[int, int]:
     )
 
 
-def kept(scores: Gates, config: ModelConfig, part: Part, sparsity: float) -> Keep:
+def kept(scores: Gates, config: Architecture, part: Part, sparsity: float) -> Keep:
     """Choose the units with the highest scores in each group; `going` says how many go."""
     count, size = going(config, part, sparsity)
 
@@ -107,7 +107,7 @@ NO_OUT = "without model.attention_projection the heads are as wide as the residu
 NO_DOWN = "without model.feed_forward_projection the neurons are the residual stream's features"
 
 
-def heads_refusal(c: ModelConfig) -> str:
+def heads_refusal(c: Architecture) -> str:
     """Say why no heads can be removed, or return ""."""
     if not c.attention_projection:
         return NO_OUT
@@ -116,7 +116,7 @@ def heads_refusal(c: ModelConfig) -> str:
     return ""
 
 
-def neurons_refusal(c: ModelConfig) -> str:
+def neurons_refusal(c: Architecture) -> str:
     """Say why no neurons can be removed, or return ""."""
     if not c.feed_forward:
         return "model.feed_forward is false"
@@ -125,32 +125,27 @@ def neurons_refusal(c: ModelConfig) -> str:
     return ""
 
 
-def head_groups(c: ModelConfig) -> int:
+def head_groups(c: Architecture) -> int:
     """Return the number of groups of heads that share keys and values; 1 if no heads share them."""
-    c = c.resolve()
-    return c.n_kv_heads or 1 if c.n_kv_heads != c.n_heads else 1
+    return c.n_kv_heads if c.n_kv_heads != c.n_heads else 1
 
 
-def remove_heads(params: Params, config: ModelConfig, keep: Keep) -> tuple[Params, ModelConfig]:
+def remove_heads(params: Params, config: Architecture, keep: Keep) -> tuple[Params, Architecture]:
     """Return the model with only these heads."""
-    c = config.resolve()
-    assert c.d_head is not None
-    wide = {path: _columns(index, c.d_head) for path, index in keep.items()}
-    own = c.n_kv_heads == c.n_heads
+    wide = {path: _columns(index, config.d_head) for path, index in keep.items()}
+    own = config.n_kv_heads == config.n_heads
     axes = {"head": keep, "heads": wide, **({"kv_heads": wide} if own else {})}
     count = next(iter(keep.values())).shape[-1]
-    smaller = replace(c, n_heads=count, n_kv_heads=count if own else c.n_kv_heads)
+    smaller = replace(config, n_heads=count, n_kv_heads=count if own else config.n_kv_heads)
     return take(params, lambda path, axis: axes.get(axis, {}).get(path)), smaller
 
 
-def remove_neurons(params: Params, config: ModelConfig, keep: Keep) -> tuple[Params, ModelConfig]:
+def remove_neurons(params: Params, config: Architecture, keep: Keep) -> tuple[Params, Architecture]:
     """Return the model with only these neurons."""
-    c = config.resolve()
-    assert c.d_ff is not None
     leaf, index = next((at(params, path), index) for path, index in keep.items())
-    d_ff = c.d_ff * index.shape[-1] // leaf["down"]["kernel"].shape[-2]
+    d_ff = config.d_ff * index.shape[-1] // leaf["down"]["kernel"].shape[-2]
     axes = {"neurons": keep}
-    return take(params, lambda path, axis: axes.get(axis, {}).get(path)), replace(c, d_ff=d_ff)
+    return take(params, lambda path, axis: axes.get(axis, {}).get(path)), replace(config, d_ff=d_ff)
 
 
 def _columns(
@@ -160,7 +155,7 @@ def _columns(
     return (index[..., None] * width + np.arange(width)).reshape(*index.shape[:-1], -1)
 
 
-def _reads(name: str, unit: Callable[[ModelConfig], int]) -> tuple[Ones, Gated]:
+def _reads(name: str, unit: Callable[[Architecture], int]) -> tuple[Ones, Gated]:
     """Return `ones` and `gated` for gates on the inputs of a kind of linear layer.
 
     Each gate covers `unit` inputs.
@@ -170,13 +165,13 @@ def _reads(name: str, unit: Callable[[ModelConfig], int]) -> tuple[Ones, Gated]:
         found = leaves(params).items()
         return {path: leaf for path, leaf in found if path[-2:] == (name, KERNEL)}
 
-    def ones(params: Params, c: ModelConfig) -> Gates:
+    def ones(params: Params, c: Architecture) -> Gates:
         return {
             path[:-2]: jnp.ones((*leaf.shape[:-2], leaf.shape[-2] // unit(c)))
             for path, leaf in kernels(params).items()
         }
 
-    def gated(params: Params, c: ModelConfig, gates: Gates) -> Params:
+    def gated(params: Params, c: Architecture, gates: Gates) -> Params:
         scaled = {
             path: leaf * jnp.repeat(gates[path[:-2]], unit(c), axis=-1)[..., None]
             for path, leaf in kernels(params).items()
@@ -189,7 +184,7 @@ def _reads(name: str, unit: Callable[[ModelConfig], int]) -> tuple[Ones, Gated]:
 # --- Width ----------------------------------------------------------------------------------------
 
 
-def width_refusal(c: ModelConfig) -> str:
+def width_refusal(c: Architecture) -> str:
     """Say why no features of the residual stream can be removed, or return ""."""
     if c.layout != "serial":
         return f'in model.layout = "{c.layout}" features are slices of layers'
@@ -204,7 +199,7 @@ def width_refusal(c: ModelConfig) -> str:
     return ""
 
 
-def gate_features(params: Params, config: ModelConfig, gates: Gates) -> Params:
+def gate_features(params: Params, config: Architecture, gates: Gates) -> Params:
     """Apply gates to every array whose output is features: embeddings, ends of branches, norms."""
     return tree_of(
         {
@@ -214,7 +209,9 @@ def gate_features(params: Params, config: ModelConfig, gates: Gates) -> Params:
     )
 
 
-def remove_features(params: Params, config: ModelConfig, keep: Keep) -> tuple[Params, ModelConfig]:
+def remove_features(
+    params: Params, config: Architecture, keep: Keep
+) -> tuple[Params, Architecture]:
     """Return the model with only these features of the residual stream; heads and neurons stay.
 
     Without norms it equals the model in which the other features are zero. With rmsnorm it does so
@@ -222,12 +219,12 @@ def remove_features(params: Params, config: ModelConfig, keep: Keep) -> tuple[Pa
     epsilon by d / d'. (Norms of queries and keys share the epsilon, and change slightly.) layernorm
     normalises only the features that stay.
     """
-    c, index = config.resolve(), keep[()]
-    ratio = c.d_model / len(index)
-    smaller = replace(c, d_model=len(index))
+    index = keep[()]
+    ratio = config.d_model / len(index)
+    smaller = replace(config, d_model=len(index))
     params = take(params, lambda path, axis: index if axis == "features" else None)
-    if c.norm == "rmsnorm":
-        smaller = replace(smaller, norm_epsilon=c.norm_epsilon * ratio)
+    if config.norm == "rmsnorm":
+        smaller = replace(smaller, norm_epsilon=config.norm_epsilon * ratio)
         params = tree_of(
             {
                 path: leaf * ratio**0.5 if path[-1] == "scale" and axes_of(path) else leaf
@@ -240,28 +237,28 @@ def remove_features(params: Params, config: ModelConfig, keep: Keep) -> tuple[Pa
 # --- Layers ---------------------------------------------------------------------------------------
 
 
-def layers_refusal(c: ModelConfig) -> str:
+def layers_refusal(c: Architecture) -> str:
     """Say why no layers can be removed, or return ""."""
     if c.layout != "serial":
         return f'in model.layout = "{c.layout}" layers stand side by side, each with its slice'
     return ""
 
 
-def remove_layers(params: Params, config: ModelConfig, keep: Keep) -> tuple[Params, ModelConfig]:
+def remove_layers(params: Params, config: Architecture, keep: Keep) -> tuple[Params, Architecture]:
     """Return the model with only these turns of the layers' pattern, or layers if all are alike."""
-    c, index = config.resolve(), keep[SERIAL]
-    n_layers = len(index) * len(turn(c))
+    index = keep[SERIAL]
+    n_layers = len(index) * len(turn(config))
     # The first exit stays at its depth, if there is still a block above it.
-    first = min(c.exit_minimum, max(1, n_layers - 1))
-    smaller = replace(c, n_layers=n_layers, exit_minimum=first)
+    first = min(config.exit_minimum, max(1, n_layers - 1))
+    smaller = replace(config, n_layers=n_layers, exit_minimum=first)
     return take_turns(params, index), smaller
 
 
-def _ungated(params: Params, config: ModelConfig, gates: Gates) -> Params:
+def _ungated(params: Params, config: Architecture, gates: Gates) -> Params:
     raise AssertionError("layers are measured by their influence, not by gates")
 
 
-def _single(config: ModelConfig) -> int:
+def _single(config: Architecture) -> int:
     return 1
 
 
@@ -270,12 +267,12 @@ PARTS: dict[str, Part] = {
         heads_refusal,
         lambda c: c.n_heads,
         head_groups,
-        *_reads("out", lambda c: c.resolve().d_head or 1),
+        *_reads("out", lambda c: c.d_head),
         remove_heads,
     ),
     "neurons": Part(
         neurons_refusal,
-        lambda c: c.resolve().d_ff or 0,
+        lambda c: c.d_ff,
         _single,
         *_reads("down", _single),
         remove_neurons,

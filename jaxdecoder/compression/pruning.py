@@ -279,14 +279,14 @@ def _cut(
 def check_part(options: Part, config: Config) -> None:
     """Refuse a share that this model cannot lose, and a part that it does not have."""
     part = PARTS[options.method]
-    if why := part.refusal(config.model):
+    if why := part.refusal(config.architecture):
         raise UserError(f"--method {options.method}: this model has none to spare: {why}")
-    going(config.model, part, options.sparsity)
+    going(config.architecture, part, options.sparsity)
 
 
 def by_part(options: Part, model: Model, corpus: Corpus) -> Pruned:
     """Remove the least important heads, neurons, features or layers."""
-    part, config = PARTS[options.method], model.config.model
+    part, config = PARTS[options.method], model.config.architecture
     batches = calibration_batches(model.config, corpus, options.calibration_tokens)
     measure = options.importance if isinstance(options, ByGates) else "influence"
     if isinstance(options, ByGates):

@@ -123,7 +123,7 @@ def of_matrices(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[
 
 def of_parts(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[Variant]:
     """Yield models in which gates close the least important heads, or neurons, of one layer."""
-    config = model.config.model
+    config = model.config.architecture
     for name in ("heads", "neurons"):
         part = PARTS[name]
         if part.refusal(config):
@@ -150,7 +150,7 @@ def of_parts(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[Var
 
 def without_a_layer(model: Model, text: Sequence[Batch], base: float) -> list[Effect]:
     """Measure the model without each of its layers, or turns of its layers' pattern."""
-    config, part = model.config.model, PARTS["layers"]
+    config, part = model.config.architecture, PARTS["layers"]
     if part.refusal(config) or periods(config) < 2:
         return []
     rows, evaluate = [], None

@@ -20,9 +20,10 @@ from typing import Any, get_args, get_type_hints
 import pydantic
 import tomli_w
 import tyro
+from pydantic_core import ErrorDetails
 
 from jaxdecoder.config.fields import ConfigError, show
-from jaxdecoder.config.model import ModelConfig
+from jaxdecoder.config.model import Architecture, ModelConfig
 from jaxdecoder.config.sections import (
     CompressionConfig,
     DataConfig,
@@ -31,6 +32,9 @@ from jaxdecoder.config.sections import (
     TrainConfig,
 )
 from jaxdecoder.errors import UserError
+
+Tables = dict[str, Any]
+"""What a TOML file holds, by key."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,14 @@ class Config:
                 "of floats made by compress.py dequantize",
             )
 
+    @property
+    def architecture(self) -> Architecture:
+        """The model, resolved."""
+        return self.model.resolve()
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a TOML file, then applies command-line overrides such as `--model.n-layers 2`.
+    """Read a TOML file, then apply command-line overrides such as `--model.n-layers 2`.
 
     Raises `UserError`, naming the file and the key, for anything that is not right.
     """
@@ -76,8 +85,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return override(config, overrides) if overrides else config
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file, or a `UserError` that names it."""
+def read_toml(path: Path) -> Tables:
+    """Return the tables of a TOML file, or a `UserError` that names it."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -86,8 +95,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from None
 
 
-def from_dict(tables: dict[str, Any], where: str) -> Config:
-    """Checks the tables of a config file and builds the `Config`; `where` names them in errors."""
+def from_dict(tables: Tables, where: str) -> Config:
+    """Check the tables of a config file and build the `Config`; `where` names them in errors."""
     _refuse_unknown_keys(tables, Config, where)
     try:
         # Strict JSON mode takes TOML's types as they are: no "3" for 3, but arrays for tuples.
@@ -99,7 +108,7 @@ def from_dict(tables: dict[str, Any], where: str) -> Config:
 
 
 def override(config: Config, arguments: Sequence[str]) -> Config:
-    """Applies command-line arguments to a config; `--help` lists every field."""
+    """Apply command-line arguments to a config; `--help` lists every field."""
     try:
         changed = tyro.cli(
             Config,
@@ -113,8 +122,8 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
         raise UserError(f"command line: {error}") from None
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain tables; fields that are `None` are left out, as TOML has no null."""
+def to_dict(config: Config) -> Tables:
+    """Return a config as plain tables; fields that are `None` are left out, as TOML has no null."""
     tables = dataclasses.asdict(config)
     return {
         name: {key: value for key, value in table.items() if value is not None}
@@ -123,12 +132,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_toml(config: Config) -> str:
-    """The complete config as TOML text; `from_dict` of it gives the same config back."""
+    """Return the complete config as TOML text; `from_dict` of it gives the same config back."""
     return tomli_w.dumps(json.loads(json.dumps(to_dict(config))))
 
 
 def differences(a: Config, b: Config) -> list[str]:
-    """The dotted keys in which two configs differ, each with both values."""
+    """Return the dotted keys in which two configs differ, each with both values."""
     lines = []
     for section in dataclasses.fields(Config):
         left, right = getattr(a, section.name), getattr(b, section.name)
@@ -140,20 +149,20 @@ def differences(a: Config, b: Config) -> list[str]:
 
 
 def choices(cls: type, name: str) -> tuple[str, ...]:
-    """The values a field with fixed choices can take, for example `(ModelConfig, "norm")`."""
+    """Return the values that a field may have, for example of `(ModelConfig, "norm")`."""
     return tuple(get_args(_types(cls)[name]))
 
 
 @functools.cache
 def _types(cls: type) -> dict[str, Any]:
-    """The types of a dataclass's fields; an ablation asks thousands of times."""
+    """Return the types of a dataclass's fields; an ablation asks thousands of times."""
     return get_type_hints(cls)
 
 
 _ADAPTER = pydantic.TypeAdapter(Config)
 
 
-def _refuse_unknown_keys(tables: dict[str, Any], cls: type, where: str, prefix: str = "") -> None:
+def _refuse_unknown_keys(tables: Tables, cls: type, where: str, prefix: str = "") -> None:
     known = _types(cls)
     for key, value in tables.items():
         if key not in known:
@@ -166,15 +175,15 @@ def _refuse_unknown_keys(tables: dict[str, Any], cls: type, where: str, prefix: 
             _refuse_unknown_keys(value, known[key], where, f"{key}.")  # type: ignore[arg-type]
 
 
-def _first_of_each(error: pydantic.ValidationError) -> list[Any]:
-    """One complaint a key: a union reports each of its alternatives."""
-    firsts: dict[tuple[str, ...], Any] = {}
+def _first_of_each(error: pydantic.ValidationError) -> list[ErrorDetails]:
+    """Return one complaint a key: a union reports each of its alternatives."""
+    firsts: dict[tuple[str, ...], ErrorDetails] = {}
     for e in error.errors():
         firsts.setdefault(tuple(str(part) for part in e["loc"][:2]), e)
     return list(firsts.values())
 
 
-def explain(where: str, error: Any, depth: int = 2) -> str:
+def explain(where: str, error: ErrorDetails, depth: int = 2) -> str:
     """Return one of pydantic's complaints as a sentence that names file, key and value.
 
     `depth`: how many parts of the place that pydantic names are keys.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from jaxdecoder.config.checks import CHECKS
 from jaxdecoder.config.fields import (
     ConfigError,
     Count,
@@ -15,9 +15,8 @@ from jaxdecoder.config.fields import (
     NonNegativeFloat,
     Positive,
     PositiveFloat,
-    nearest_multiples,
 )
-from jaxdecoder.config.levels import ActivationFormat, Granularity, WeightFormat, check_levels
+from jaxdecoder.config.levels import ActivationFormat, Granularity, WeightFormat
 
 Position = Literal["none", "learned", "sinusoidal", "rope", "alibi", "t5"]
 Norm = Literal["layernorm", "rmsnorm", "none"]
@@ -184,234 +183,52 @@ class ModelConfig:
     """What enters those linear layers: floats, or int8 with a scale for each token."""
 
     def __post_init__(self) -> None:
-        if self.d_head is None and self.d_model % self.n_heads:
-            near = nearest_multiples(self.d_model, self.n_heads)
-            raise ConfigError(
-                "model.d_model",
-                self.d_model,
-                f"not divisible by model.n_heads = {self.n_heads}; {near} would do, "
-                "or give model.d_head",
-            )
-        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
-            divisors = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
-            raise ConfigError(
-                "model.n_kv_heads",
-                self.n_kv_heads,
-                f"must divide model.n_heads = {self.n_heads}: one of {divisors}",
-            )
-        if self.tie_embeddings and self.head_bias:
-            raise ConfigError(
-                "model.head_bias", True, "a head tied to the embedding has no bias of its own"
-            )
-        if self.copying and not self.tie_embeddings:
-            raise ConfigError(
-                "model.copying",
-                True,
-                "points at rows of the embedding, which mean tokens to a head that is tied to it; "
-                "model.tie_embeddings = true would do",
-            )
-        if self.copying and self.depth == "early_exit":
-            raise ConfigError(
-                "model.copying",
-                True,
-                'points after all blocks, and tokens of model.depth = "early_exit" stop before; '
-                "false would do",
-            )
-        if self.convolution_width and (self.layout != "serial" or self.depth != "fixed"):
-            key, value = ("layout", self.layout) if self.depth == "fixed" else ("depth", self.depth)
-            raise ConfigError(
-                "model.convolution_width",
-                self.convolution_width,
-                "convolutions run over all tokens of blocks one above another, and "
-                f'model.{key} = "{value}" has others; 0 would do',
-            )
+        for check in CHECKS:
+            for key, why in check(self):
+                raise ConfigError(f"model.{key}", getattr(self, key), why)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all fields are equal, be one of the two resolved or not."""
+        return isinstance(other, ModelConfig) and vars(self) == vars(other)
+
+    def resolve(self) -> Architecture:
+        """Return this config with every derived field filled in.
+
+        Raises:
+            ConfigError: if vocab_size is not known.
+        """
+        if self.vocab_size is None:
+            raise ConfigError("model.vocab_size", None, "the decoder needs to know it")
+        derived = {
+            "n_kv_heads": self.n_kv_heads or self.n_heads,
+            "d_head": self.head_width,
+            "d_ff": self.hidden_width,
+        }
         if self.layout == "parallel_stacks":
-            self._check_stacks()
-        count, layers = "n_layers", self.n_layers
-        if self.layout == "parallel_stacks":
-            count, layers = "layers_per_stack", self._layers_in_stack
-        if isinstance(self.attention, tuple) and (
-            not self.attention or layers % len(self.attention)
-        ):
-            raise ConfigError(
-                "model.attention",
-                list(self.attention),
-                f"a pattern's length must divide model.{count} = {layers}",
-            )
-        if "fixed_sparse" in self.attention_pattern and (
-            self.attention_globals > self.attention_block
-        ):
-            raise ConfigError(
-                "model.attention_globals",
-                self.attention_globals,
-                "for fixed_sparse these are tokens of a block, and "
-                f"model.attention_block = {self.attention_block} has no more",
-            )
-        if "linformer" in self.attention_pattern:
-            self._check_blocks()
-        if "linear" in self.attention_pattern and self.position in PAIRED:
-            would_do = [name for name in get_args(Position) if name not in PAIRED]
-            raise ConfigError(
-                "model.position",
-                self.position,
-                'changes the score of each pair of tokens, and attention = "linear" never has '
-                f"one; {', '.join(would_do)} would do",
-            )
-        if self.depth != "fixed" and self.layout != "serial":
-            raise ConfigError(
-                "model.depth",
-                self.depth,
-                f"only blocks one above another have depths to choose, and model.layout = "
-                f'"{self.layout}" has others; "fixed" would do',
-            )
-        if self.depth == "mixture_of_depths" and "linformer" in self.attention_pattern:
-            raise ConfigError(
-                "model.depth",
-                self.depth,
-                'a router would pick tokens out of the blocks that attention = "linformer" '
-                "compresses; another attention, or another depth, would do",
-            )
-        if self.depth == "early_exit" and self.exit_minimum >= self.n_layers:
-            raise ConfigError(
-                "model.exit_minimum",
-                self.exit_minimum,
-                f"with model.n_layers = {self.n_layers} no exit is left before the last block"
-                + (f"; at most {self.n_layers - 1} would do" if self.n_layers > 1 else ""),
-            )
-        if self.depth == "mixture_of_depths" and self.n_layers % self.mod_every:
-            divisors = [n for n in range(1, self.n_layers + 1) if self.n_layers % n == 0]
-            raise ConfigError(
-                "model.mod_every",
-                self.mod_every,
-                f"must divide model.n_layers = {self.n_layers}: one of {divisors}",
-            )
-        head = self.d_head or self.d_model // self.n_heads
-        if self.position == "rope":
-            self._check_rotary_width(head)
-        if self.position == "t5" and self.position_buckets < 2:
-            raise ConfigError("model.position_buckets", self.position_buckets, "must be at least 2")
-        least = self.position_buckets // 2 + 1
-        if self.position == "t5" and self.position_max_distance < least:
-            raise ConfigError(
-                "model.position_max_distance",
-                self.position_max_distance,
-                f"half of model.position_buckets = {self.position_buckets} hold a single distance "
-                f"each, so it must be at least {least}",
-            )
-        if not self.attention_projection and self.n_heads * head != self.d_model:
-            raise ConfigError(
-                "model.attention_projection",
-                False,
-                f"the heads are {self.n_heads} x {head} wide, and without a projection they "
-                f"must be model.d_model = {self.d_model} wide together",
-            )
-        if self.norm_placement == "parallel" and isinstance(self.residual, str):
-            raise ConfigError(
-                "model.residual",
-                self.residual,
-                'both branches of model.norm_placement = "parallel" are added to one input; '
-                "true or false would do",
-            )
-        if not self.feed_forward_projection and self.d_ff not in (None, self.d_model):
-            raise ConfigError(
-                "model.d_ff",
-                self.d_ff,
-                "with model.feed_forward_projection = false the hidden units are the output, and "
-                f"must be model.d_model = {self.d_model} wide; that, or leaving it out, would do",
-            )
-        if self.quantized:
-            check_levels(self, self._fan_ins())
-        elif self.activation_format != "float":
-            raise ConfigError(
-                "model.activation_format",
-                self.activation_format,
-                'is for weights of few levels, and model.weight_format = "float32"; "float" '
-                "would do",
-            )
-
-    def _fan_ins(self) -> dict[str, int]:
-        """How many inputs linear layers have; those of wider stacks are multiples of these."""
-        derived = self._derived()
-        widths = {"model.d_model": self.d_model}
-        if self.attention_projection:
-            widths["model.n_heads x model.d_head"] = self.n_heads * derived["d_head"]
-        if self.feed_forward and self.feed_forward_projection:
-            widths["model.d_ff"] = derived["d_ff"]
-        return widths
-
-    def _check_blocks(self) -> None:
-        block, context = self.attention_block, self.context_length
-        if context % block or block == context:
-            divisors = [n for n in range(1, context) if context % n == 0]
-            nearest = sorted(sorted(divisors, key=lambda n: abs(n - block))[:2])
-            raise ConfigError(
-                "model.attention_block",
-                block,
-                f"linformer's blocks must divide model.context_length = {context}, two at least; "
-                + (" or ".join(map(str, nearest)) or "nothing")
-                + " would do",
-            )
-        if self.attention_rank > block:
-            raise ConfigError(
-                "model.attention_rank",
-                self.attention_rank,
-                f"linformer compresses blocks, and those of model.attention_block = {block} have "
-                "no more tokens",
-            )
-
-    def _check_stacks(self) -> None:
-        layers = self._layers_in_stack
-        total = self.n_stacks * layers
-        if self.layers_per_stack is None and total != self.n_layers:
-            near = nearest_multiples(self.n_layers, self.n_stacks)
-            raise ConfigError(
-                "model.n_layers",
-                self.n_layers,
-                f"not divisible by model.n_stacks = {self.n_stacks}; {near} would do, "
-                "or give model.layers_per_stack instead",
-            )
-        if self.n_layers not in (total, ModelConfig.n_layers):
-            raise ConfigError(
-                "model.n_layers",
-                self.n_layers,
-                f"model.n_stacks = {self.n_stacks} of model.layers_per_stack = {layers} are "
-                f"{total}; leave out one of them",
-            )
-        if self.d_model % layers:
-            near = nearest_multiples(self.d_model, layers)
-            raise ConfigError(
-                "model.d_model",
-                self.d_model,
-                f"each of model.layers_per_stack = {layers} layers gives an equal slice of it; "
-                f"{near} would do",
-            )
-        if self.tie_embeddings:
-            raise ConfigError(
-                "model.tie_embeddings",
-                True,
-                'the head of model.layout = "parallel_stacks" reads features 4 times as wide as '
-                f"the embedding, whose width is model.d_model = {self.d_model}",
-            )
-
-    def _check_rotary_width(self, head: int) -> None:
-        exact = head * self.rope_fraction
-        if self.rope_width and self.rope_width % 2 == 0 and abs(self.rope_width - exact) < 0.01:
-            return
-        if self.rope_fraction == 1:
-            raise ConfigError(
-                "model.d_head", head, "rotary positions turn pairs, so the width must be even"
-            )
-        below, above = int(exact) // 2 * 2, int(exact) // 2 * 2 + 2
-        would_do = [f"{n / head:g}" for n in (below, above) if 0 < n <= head]
-        raise ConfigError(
-            "model.rope_fraction",
-            self.rope_fraction,
-            f"of heads {head} wide it turns {exact:g}, which must be an even number, for rotary "
-            "positions turn pairs; " + (" or ".join(would_do) or "nothing") + " would do",
-        )
+            layers = self.layers_side_by_side
+            derived |= {"layers_per_stack": layers, "n_layers": self.n_stacks * layers}
+        return Architecture(**{**vars(self), **derived})
 
     @property
-    def _layers_in_stack(self) -> int:
+    def head_width(self) -> int:
+        """Width of a head, given or derived."""
+        return self.d_head or self.d_model // self.n_heads
+
+    @property
+    def hidden_width(self) -> int:
+        """Hidden width of the feed-forward, given or derived."""
+        if self.d_ff is not None:
+            return self.d_ff
+        if not self.feed_forward_projection:
+            return self.d_model
+        # A gated unit has three matrices; 8/3 keeps their parameters those of a plain one's two.
+        return 8 * self.d_model // 3 if self.activation in GATED else 4 * self.d_model
+
+    @property
+    def layers_side_by_side(self) -> int:
+        """Layers that read the same input: those of a stack, or 1 in the serial layout."""
+        if self.layout == "serial":
+            return 1
         return self.layers_per_stack or self.n_layers // self.n_stacks
 
     def has_residual(self, branch: str) -> bool:
@@ -421,7 +238,7 @@ class ModelConfig:
     @property
     def rope_width(self) -> int:
         """How much of a head's width rotary positions turn."""
-        return round((self.d_head or self.d_model // self.n_heads) * self.rope_fraction)
+        return round(self.head_width * self.rope_fraction)
 
     @property
     def quantized(self) -> bool:
@@ -438,30 +255,34 @@ class ModelConfig:
         """Whether those of the head and the token embedding are among them."""
         return self.quantized and self.weight_head
 
-    def resolve(self) -> ModelConfig:
-        """This config with every derived field filled in (vocab_size stays as given)."""
-        return dataclasses.replace(self, **self._derived())
-
-    def _derived(self) -> dict[str, Any]:
-        if not self.feed_forward_projection:
-            d_ff = self.d_model
-        elif self.activation in GATED:
-            # Three matrices; 8/3 keeps their parameters those of the two of a 4x plain one.
-            d_ff = 8 * self.d_model // 3
-        else:
-            d_ff = 4 * self.d_model
-        stacks: dict[str, Any] = {}
-        if self.layout == "parallel_stacks":
-            layers = self._layers_in_stack
-            stacks = {"layers_per_stack": layers, "n_layers": self.n_stacks * layers}
-        return {
-            **stacks,
-            "n_kv_heads": self.n_kv_heads or self.n_heads,
-            "d_head": self.d_head or self.d_model // self.n_heads,
-            "d_ff": self.d_ff or d_ff,
-        }
-
     @property
     def attention_pattern(self) -> tuple[AttentionName, ...]:
         """The mechanisms of consecutive layers; it repeats over the depth."""
         return self.attention if isinstance(self.attention, tuple) else (self.attention,)
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture(ModelConfig):
+    """A config in which nothing is left to derive: what layers are made from.
+
+    Of `layout = "serial"` layers_per_stack stays None; ask for `layers_side_by_side`.
+    """
+
+    vocab_size: Positive = field(kw_only=True)
+    n_kv_heads: Positive = field(kw_only=True)
+    d_head: Positive = field(kw_only=True)
+    d_ff: Positive = field(kw_only=True)
+
+    def resolve(self) -> Architecture:
+        """Return it as it is."""
+        return self
+
+    @property
+    def query_width(self) -> int:
+        """Width of all queries of a layer together."""
+        return self.n_heads * self.d_head
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all keys of a layer together, which is that of all values."""
+        return self.n_kv_heads * self.d_head

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import Architecture
 from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.layers import convolution
 from jaxdecoder.layers.attention import ATTENTIONS, Attention
@@ -65,17 +65,25 @@ def unnormed(x: Stream, branches: list[Branch], norm: NewNorm, add: Add) -> Stre
     return x
 
 
-def residual(config: ModelConfig) -> Add:
-    """What a config's residual connections do."""
+def residual(config: Architecture) -> Add:
+    """Return what a config's residual connections do."""
     return lambda branch, x, y: x + y if config.has_residual(branch) else y
 
 
-PLACEMENTS: dict[str, Callable[[Stream, list[Branch], NewNorm, Add], Stream]] = {
-    "pre": pre,
-    "post": post,
-    "sandwich": sandwich,
-    "parallel": parallel,
-    "none": unnormed,
+class Placement(NamedTuple):
+    """Where the norms stand around the residual branches."""
+
+    wire: Callable[[Stream, list[Branch], NewNorm, Add], Stream]
+    norms: Callable[[int], int]
+    """(branches) -> how many norms a block has."""
+
+
+PLACEMENTS: dict[str, Placement] = {
+    "pre": Placement(pre, lambda branches: branches),
+    "post": Placement(post, lambda branches: branches),
+    "sandwich": Placement(sandwich, lambda branches: 2 * branches),
+    "parallel": Placement(parallel, lambda branches: 1),
+    "none": Placement(unnormed, lambda branches: 0),
 }
 
 
@@ -88,8 +96,8 @@ class Convolved(NamedTuple):
     feed_forward: Float[Array, "batch before d_model"] | None
 
 
-def empty_cache(config: ModelConfig, mechanism: str, batch: int, dtype: DTypeLike) -> PyTree:
-    """The cache of a block that has seen nothing."""
+def empty_cache(config: Architecture, mechanism: str, batch: int, dtype: DTypeLike) -> PyTree:
+    """Return the cache of a block that has seen nothing."""
     layer = ATTENTIONS[mechanism].empty_cache(config, batch, dtype)
     if not config.convolution_width:
         return layer
@@ -100,7 +108,7 @@ def empty_cache(config: ModelConfig, mechanism: str, batch: int, dtype: DTypeLik
 class Block(nn.Module):
     """Attention, then feed-forward, on the residual stream."""
 
-    config: ModelConfig
+    config: Architecture
     mechanism: str = "full"
     dtype: DTypeLike = jnp.float32
 
@@ -114,25 +122,25 @@ class Block(nn.Module):
         dropout: Rate | None = None,
         seen: Seen | None = None,
     ) -> tuple[Stream, PyTree]:
-        """The new residual stream and, if one came in, the extended cache."""
+        """Return the new residual stream and, if one came in, the extended cache."""
         c = self.config
-        held = cache if isinstance(cache, Convolved) else Convolved(cache, None, None)
+        parts = cache if isinstance(cache, Convolved) else Convolved(cache, None, None)
 
         def read(branch: str, h: Stream) -> Stream:
-            nonlocal held
+            nonlocal parts
             if not c.convolution_width:
                 return h
             module = ShortConvolution(c, self.dtype, name=f"{branch}_convolution")
-            h, kept = module(h, positions, getattr(held, branch))
-            held = held._replace(**{branch: kept})
+            h, kept = module(h, positions, getattr(parts, branch))
+            parts = parts._replace(**{branch: kept})
             return h
 
         def attend(h: Stream) -> Stream:
-            nonlocal held
+            nonlocal parts
             h = read("attention", h)
             module = Attention(c, self.mechanism, self.dtype, name="attention")
-            out, layer = module(h, positions, held.layer, cursor, dropout=dropout, seen=seen)
-            held = held._replace(layer=layer)
+            out, layer = module(h, positions, parts.layer, cursor, dropout=dropout, seen=seen)
+            parts = parts._replace(layer=layer)
             return out
 
         def feed_forward(h: Stream) -> Stream:
@@ -143,6 +151,6 @@ class Block(nn.Module):
         branches: list[Branch] = [("attention", attend)]
         if c.feed_forward:
             branches.append(("feed_forward", feed_forward))
-        norm = partial(NORMS[c.norm], c, self.dtype)
-        x = PLACEMENTS[c.norm_placement](x, branches, norm, residual(c))
-        return x, held if isinstance(cache, Convolved) else held.layer
+        norm = partial(NORMS[c.norm].new, c, self.dtype)
+        x = PLACEMENTS[c.norm_placement].wire(x, branches, norm, residual(c))
+        return x, parts if isinstance(cache, Convolved) else parts.layer

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import Architecture
 
 
 class KeysAndValues(NamedTuple):
@@ -87,10 +87,9 @@ class Slots(NamedTuple):
         twice = (jnp.arange(self.size) >= self.ring) & (held >= oldest)
         return jnp.where(twice, -1, held)
 
-    def empty(self, config: ModelConfig, batch: int, dtype: DTypeLike) -> KeysAndValues:
+    def empty(self, config: Architecture, batch: int, dtype: DTypeLike) -> KeysAndValues:
         """A cache that has seen nothing."""
-        c = config.resolve()
-        shape = (batch, c.n_kv_heads, self.size, c.d_head)
+        shape = (batch, config.n_kv_heads, self.size, config.d_head)
         return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 

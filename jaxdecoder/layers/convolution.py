@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import Architecture
+from jaxdecoder.layers.costs import Costs
 from jaxdecoder.layers.linear import symmetric_uniform
 
 
@@ -18,7 +19,7 @@ class ShortConvolution(nn.Module):
     its own included. What it remembers is the inputs of all of them but the newest.
     """
 
-    config: ModelConfig
+    config: Architecture
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -43,7 +44,22 @@ class ShortConvolution(nn.Module):
 
 
 def empty_cache(
-    config: ModelConfig, batch: int, dtype: DTypeLike
+    config: Architecture, batch: int, dtype: DTypeLike
 ) -> Float[Array, "batch before d_model"]:
-    """The cache of a convolution that has seen nothing."""
+    """Return the cache of a convolution that has seen nothing."""
     return jnp.zeros((batch, config.convolution_width - 1, config.d_model), dtype)
+
+
+def count(c: Architecture) -> int:
+    """Count the convolutions of all blocks, one a branch."""
+    return c.n_layers * (2 if c.feed_forward else 1) if c.convolution_width else 0
+
+
+def taps(c: Architecture) -> int:
+    """Count the taps of all convolutions; each is a multiply-add a token."""
+    return count(c) * c.convolution_width * c.d_model
+
+
+COSTS = Costs(
+    taps, taps, lambda c, number: number * count(c) * (c.convolution_width - 1) * c.d_model
+)

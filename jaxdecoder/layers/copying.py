@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxdecoder.config import ModelConfig
-from jaxdecoder.kernels import masks
-from jaxdecoder.layers.attention import MaskedMixing
-from jaxdecoder.layers.cache import Cursor, KeysAndValues, Slots
+from jaxdecoder.config import Architecture
+from jaxdecoder.layers.cache import Cursor, KeysAndValues
+from jaxdecoder.layers.costs import Costs, Kernels
 from jaxdecoder.layers.linear import linear
+from jaxdecoder.layers.masked import MASKED, mechanism
 from jaxdecoder.layers.mechanism import Heads
 
 POINTED = 0.25
 """How much of what it points at the head adds at first, in units of the normalised embedding."""
+
+FULL = mechanism(MASKED["full"])
 
 
 class Copying(nn.Module):
@@ -33,7 +37,7 @@ class Copying(nn.Module):
     not know of it.
     """
 
-    config: ModelConfig
+    config: Architecture
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -67,7 +71,7 @@ class Copying(nn.Module):
             rotate=lambda x: x,
             score=None,
         )
-        mixing = MaskedMixing(c, masks.causal(), Slots(c.context_length), name="mixing")
+        mixing = FULL.mixing(head(c), name="mixing")
         pointed, cache = mixing(heads, cache, cursor, None)
         gate = nn.Dense(
             1,
@@ -79,7 +83,31 @@ class Copying(nn.Module):
         return features + gate * pointed[:, :, 0], cache
 
 
-def empty_cache(config: ModelConfig, batch: int, dtype: DTypeLike) -> KeysAndValues:
-    """The cache of a head that has seen nothing to point at."""
-    shape = (batch, 1, config.context_length, config.d_model)
-    return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+def head(c: Architecture) -> Architecture:
+    """Return what its one attention head is like, in a config's terms."""
+    return replace(c, n_heads=1, n_kv_heads=1, d_head=c.d_model, position="none")
+
+
+def empty_cache(config: Architecture, batch: int, dtype: DTypeLike) -> KeysAndValues:
+    """Return the cache of a head that has seen nothing to point at."""
+    return FULL.empty_cache(head(config), batch, dtype)
+
+
+def weights(c: Architecture) -> int:
+    """Count the weights of query, key and gate; each is a multiply-add a token."""
+    return c.copying * (2 * c.d_model**2 + c.d_model)
+
+
+def pairs(c: Architecture, queries: int, start: int, dense: bool) -> int:
+    """Count the multiply-adds of what so many queries from `start` on point at."""
+    count = FULL.costs.dense if dense else FULL.costs.mixing
+    return c.copying * count(head(c), queries, start)
+
+
+COSTS = Costs(
+    lambda c: weights(c) + c.copying,
+    weights,
+    lambda c, number: c.copying * FULL.costs.cache(head(c), number),
+    pairs,
+    lambda c: [Kernels(2, c.d_model, c.d_model)] if c.copying else [],
+)

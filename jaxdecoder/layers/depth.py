@@ -19,33 +19,12 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import Architecture, ModelConfig
 from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.layers.block import Block, Stream
+from jaxdecoder.layers.body import Head
 from jaxdecoder.layers.cache import Caches, Cursor
-
-Exits = tuple[tuple[float, Float[Array, "batch time width"]], ...]
-"""Shares of the loss, and what the head sees there."""
-
-
-class Passed(NamedTuple):
-    """What a body gives back."""
-
-    features: Float[Array, "batch time width"]
-    """What the head sees."""
-    caches: Caches | None = None
-    """The extended caches, if any came in."""
-    exits: Exits = ()
-    """In training: shares of the loss, and what the head sees, at lesser depths."""
-    penalty: Float[Array, "batch time"] | float = 0.0
-    """In training: what is minimised besides, in nats a token."""
-    logits: Float[Array, "batch time vocab"] | None = None
-    """What the head said of the features, where the body had to ask it."""
-
-    @property
-    def heads(self) -> Exits:
-        """Shares of the loss, 1 together, and what the head sees there: all blocks, and exits."""
-        return ((1.0 - sum(share for share, _ in self.exits), self.features), *self.exits)
+from jaxdecoder.layers.costs import Costs
 
 
 class Depth(NamedTuple):
@@ -97,24 +76,24 @@ DEPTHS: dict[str, Depth] = {
 
 
 def exits_of(config: ModelConfig) -> dict[int, float]:
-    """The depths at which a token may stop, each with its share of the training loss."""
+    """Return the depths at which a token may stop, each with its share of the training loss."""
     return DEPTHS[config.depth].exits(config)
 
 
 # --- Early exits ---------------------------------------------------------------------------------
 
-Head = Callable[[Stream], Float[Array, "batch time vocab"]]
-Layer = Callable[[Stream, PyTree], tuple[Stream, PyTree]]
+BlockStep = Callable[[Stream, PyTree], tuple[Stream, PyTree]]
+"""(residual stream, the block's cache) -> both after it."""
 
 
 def probability(logits: Float[Array, "*rows vocab"]) -> Float[Array, "*rows"]:
-    """That of the likeliest token."""
+    """Return that of the likeliest token."""
     largest = jnp.max(logits, axis=-1, keepdims=True)
     return 1.0 / jnp.sum(jnp.exp(logits - largest), axis=-1)
 
 
 def margin(logits: Float[Array, "*rows vocab"]) -> Float[Array, "*rows"]:
-    """By how much the likeliest token is more probable than the second (arXiv 2207.07061)."""
+    """Return by how much the likeliest token beats the second (arXiv 2207.07061)."""
     largest = jnp.max(logits, axis=-1, keepdims=True)
     # Without the one likeliest, so that of two that are equally likely one remains.
     others = jnp.arange(logits.shape[-1]) != jnp.argmax(logits, axis=-1)[..., None]
@@ -140,13 +119,13 @@ class Stopping(NamedTuple):
 
 
 def stop_early(
-    config: ModelConfig,
-    layers: Sequence[Layer],
+    config: Architecture,
+    blocks: Sequence[BlockStep],
     head: Head,
     x: Float[Array, "batch 1 d_model"],
     caches: Caches,
 ) -> tuple[Stopping, Caches]:
-    """Takes one token of each row through the blocks, until it is sure of the next.
+    """Take one token of each row through the blocks, until it is sure of the next.
 
     A row that has stopped keeps its residual stream, from which the blocks it skips take the keys
     and values that later tokens will look for (the state propagation of CALM, arXiv 2207.07061).
@@ -159,20 +138,20 @@ def stop_early(
     exits = exits_of(config)
     confidence = CONFIDENCES[config.exit_confidence]
 
-    def go_on(first: int, last: int, s: Stopping, held: Caches) -> tuple[Stopping, Caches]:
+    def go_on(first: int, last: int, s: Stopping, own: Caches) -> tuple[Stopping, Caches]:
         stream, extended = s.x, []
-        for layer, cache in zip(layers[first:last], held, strict=True):
-            out, cache = layer(stream, cache)
+        for block, cache in zip(blocks[first:last], own, strict=True):
+            out, cache = block(stream, cache)
             stream = jnp.where(s.going[:, None, None], out, stream)
             extended.append(cache)
         logits = jnp.where(s.going[:, None, None], head(stream), s.logits)
         going = s.going & (confidence(logits)[:, 0] <= config.exit_threshold)
         return Stopping(stream, logits, going, jnp.where(s.going, last, s.depth)), tuple(extended)
 
-    def skip(first: int, last: int, s: Stopping, held: Caches) -> tuple[Stopping, Caches]:
+    def skip(first: int, last: int, s: Stopping, own: Caches) -> tuple[Stopping, Caches]:
         # XLA leaves out what only the discarded outputs need.
         return s, tuple(
-            layer(s.x, cache)[1] for layer, cache in zip(layers[first:last], held, strict=True)
+            block(s.x, cache)[1] for block, cache in zip(blocks[first:last], own, strict=True)
         )
 
     rows = len(x)
@@ -181,8 +160,8 @@ def stop_early(
     extended: Caches = ()
     for first, last in itertools.pairwise((0, *exits)):
         ways = [functools.partial(way, first, last) for way in (go_on, skip)]
-        state, held = jax.lax.cond(jnp.any(state.going), *ways, state, caches[first:last])
-        extended += held
+        state, own = jax.lax.cond(jnp.any(state.going), *ways, state, caches[first:last])
+        extended += own
     return state, extended
 
 
@@ -198,8 +177,8 @@ class RoutedCache(NamedTuple):
     """Whether the block took token number i of the stream, at i mod context."""
 
 
-def empty_routed_cache(config: ModelConfig, batch: int, layer: PyTree) -> RoutedCache:
-    """The cache of a block that has taken nothing; `layer` is its mechanism's."""
+def empty_routed_cache(config: Architecture, batch: int, layer: PyTree) -> RoutedCache:
+    """Return the cache of a block that has taken nothing; `layer` is its mechanism's."""
     return RoutedCache(layer, jnp.zeros((batch, config.context_length), bool))
 
 
@@ -214,7 +193,7 @@ class Routed(nn.Module):
     from the model's loss too; the paper has the score itself as the factor.
     """
 
-    config: ModelConfig
+    config: Architecture
     mechanism: str = "full"
     dtype: DTypeLike = jnp.float32
 
@@ -227,7 +206,7 @@ class Routed(nn.Module):
         cursor: Cursor | None = None,
         dropout: Rate | None = None,
     ) -> tuple[Stream, RoutedCache | None, Float[Array, "batch time"]]:
-        """The new residual stream, the extended cache if one came in, and the router's loss."""
+        """Return the new residual stream, the extended cache, if any, and the router's loss."""
         c = self.config
         block = Block(c, self.mechanism, self.dtype, name="block")
         # Always with a bias: the share of tokens to take is far from a half.
@@ -285,14 +264,14 @@ class Routed(nn.Module):
 
 
 def capacity(config: ModelConfig, tokens: int) -> int:
-    """How many of so many tokens a routed block takes in training."""
+    """Return how many of so many tokens a routed block takes in training."""
     return max(1, round(config.mod_capacity * tokens))
 
 
 def highest(
     score: Float[Array, "batch time"], count: int
 ) -> tuple[Bool[Array, "batch time"], Int[Array, "batch count"]]:
-    """The `count` highest scores of each row: where they are, and their indices in order."""
+    """Return where each row's `count` highest scores are, and their indices in order."""
     chosen = jnp.sort(jax.lax.top_k(score, count)[1])
     rows = jnp.arange(len(score))[:, None]
     return jnp.zeros(score.shape, bool).at[rows, chosen].set(True), chosen
@@ -300,3 +279,17 @@ def highest(
 
 def _towards(x: Stream, out: Stream, score: Float[Array, "batch time"]) -> Stream:
     return x + nn.sigmoid(score)[..., None].astype(x.dtype) * (out - x)
+
+
+def routers(c: Architecture) -> int:
+    """Count the blocks that have a router."""
+    routed = DEPTHS[c.depth].routed(c)
+    return c.n_layers // len(routed) * sum(routed)
+
+
+COSTS = Costs(
+    lambda c: routers(c) * (c.d_model + 1),
+    lambda c: routers(c) * c.d_model,
+    # A byte a token: whether the block took it.
+    lambda c, number: routers(c) * c.context_length,
+)

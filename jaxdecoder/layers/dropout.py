@@ -6,7 +6,7 @@ way than they run tell the two apart by it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import flax.linen as nn
 import jax
@@ -25,13 +25,20 @@ class Dropout(nn.Module):
         return dropout(x, dropout_seed(self), rate)
 
 
-def of_weights(module: nn.Module, rate: Rate | None) -> dict[str, Any]:
-    """What `flash_attention` is to know of a module's dropout."""
+class OfWeights(TypedDict, total=False):
+    """Arguments of `flash_attention`; none where nothing is dropped."""
+
+    dropout_rate: Rate
+    dropout_seed: jax.Array
+
+
+def of_weights(module: nn.Module, rate: Rate | None) -> OfWeights:
+    """Return what `flash_attention` is to know of a module's dropout."""
     if rate is None or not drops(rate):
         return {}
     return {"dropout_rate": rate, "dropout_seed": dropout_seed(module)}
 
 
 def dropout_seed(module: nn.Module) -> jax.Array:
-    """A fresh 32-bit seed from a module's `dropout` keys."""
+    """Return a fresh 32-bit seed from a module's `dropout` keys."""
     return jax.random.bits(module.make_rng("dropout"), (), jnp.uint32)

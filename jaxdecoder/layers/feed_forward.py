@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import Architecture
+from jaxdecoder.layers.costs import Kernels
 from jaxdecoder.layers.linear import linear
 
 
@@ -26,8 +27,13 @@ class ActivationFunction(NamedTuple):
     """Whether the backward pass, in half precision, computes it again from its inputs, where XLA
     would keep more for it. (It keeps no more of the others: benchmarks/step_memory.py.)"""
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The linear layers whose outputs it takes."""
+        return ("gate", "up") if self.gated else ("up",)
+
     def __call__(self, x: jax.Array, *gated: jax.Array) -> jax.Array:
-        """The hidden units, of these or, when `gated`, of the gate and what it multiplies."""
+        """Return the hidden units, of x or, when `gated`, of the gate and what it multiplies."""
 
         def hidden(x: jax.Array, *gated: jax.Array) -> jax.Array:
             return math.prod(gated, start=self.function(x))
@@ -64,22 +70,27 @@ class FeedForward(nn.Module):
     `feed_forward_projection = false` leaves out down, so that the hidden units are the output.
     """
 
-    config: ModelConfig
+    config: Architecture
     dtype: DTypeLike = jnp.float32
     d_ff: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
-        c, width = self.config.resolve(), x.shape[-1]
-        activation = ACTIVATIONS[c.activation]
-        d_ff = self.d_ff or c.d_ff
-        assert d_ff is not None
+        c, width = self.config, x.shape[-1]
+        activation, d_ff = ACTIVATIONS[c.activation], self.d_ff or c.d_ff
         inner = partial(linear, c, width, d_ff, bias=c.bias, dtype=self.dtype)
-        names = ("gate", "up") if activation.gated else ("up",)
-        hidden = activation(*(inner(name=name)(x) for name in names))
+        hidden = activation(*(inner(name=name)(x) for name in activation.inputs))
         if not c.feed_forward_projection:
             return hidden
         down = linear(
             c, d_ff, width, bias=c.bias, dtype=self.dtype, residual_output=True, name="down"
         )
         return down(hidden)
+
+
+def kernels(c: Architecture, count: int = 1, factor: int = 1) -> list[Kernels]:
+    """Return the matrices of so many feed-forwards `factor` times as wide as the config's."""
+    width, d_ff = factor * c.d_model, factor * c.d_ff
+    inputs = count * len(ACTIVATIONS[c.activation].inputs)
+    found = [Kernels(inputs, width, d_ff), Kernels(count * c.feed_forward_projection, d_ff, width)]
+    return found if c.feed_forward else []

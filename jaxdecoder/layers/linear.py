@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import Architecture, ModelConfig
 from jaxdecoder.kernels import packing
 from jaxdecoder.kernels.product import product
 from jaxdecoder.kernels.quantized import packed_product
@@ -22,7 +22,7 @@ Kernel = Float[Array, "d_in d_out"] | packing.Packed
 
 
 def linear(
-    config: ModelConfig,
+    config: Architecture,
     d_in: int,
     d_out: int,
     *,
@@ -52,7 +52,7 @@ def linear(
 class Quantized(nn.Module):
     """A dense layer whose kernel has few levels, and perhaps its input, as the config says."""
 
-    config: ModelConfig
+    config: Architecture
     d_in: int
     d_out: int
     bias: bool
@@ -74,7 +74,7 @@ class Quantized(nn.Module):
 class Weights(nn.Module):
     """Kernel and bias of a linear layer d_in -> d_out, for a product of another kind."""
 
-    config: ModelConfig
+    config: Architecture
     d_in: int
     d_out: int
     bias: bool
@@ -93,7 +93,7 @@ class Weights(nn.Module):
 
 
 def _quantized_kernel(
-    module: nn.Module, config: ModelConfig, init: Initializer, d_in: int, d_out: int
+    module: nn.Module, config: Architecture, init: Initializer, d_in: int, d_out: int
 ) -> Kernel:
     """Packed, a kernel's parts are parameters; else it is one as ever, rounded where it is used."""
     scheme = scheme_of(config)
@@ -107,7 +107,7 @@ def _quantized_kernel(
 
 
 def scheme_of(config: ModelConfig) -> packing.Scheme:
-    """How a config quantizes kernels."""
+    """Return how a config quantizes kernels."""
     return packing.Scheme(
         config.weight_format,
         config.weight_granularity,
@@ -117,7 +117,7 @@ def scheme_of(config: ModelConfig) -> packing.Scheme:
 
 
 def initializers(
-    config: ModelConfig, fan_in: int, *, residual_output: bool
+    config: Architecture, fan_in: int, *, residual_output: bool
 ) -> tuple[Initializer, Initializer]:
     """Initialisers of a kernel with this fan-in and of its bias."""
     if config.initializer == "uniform_fan_in":
@@ -129,7 +129,7 @@ def initializers(
     return nn.initializers.normal(std), nn.initializers.zeros
 
 
-def embedding_initializer(config: ModelConfig) -> Initializer:
+def embedding_initializer(config: Architecture) -> Initializer:
     """Initialiser of token and position embeddings."""
     return nn.initializers.normal(
         1.0 if config.initializer == "uniform_fan_in" else config.init_std

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import Architecture
 from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.layers.cache import Cursor
-from jaxdecoder.layers.mechanism import Heads, Mechanism
+from jaxdecoder.layers.costs import FLOAT32
+from jaxdecoder.layers.mechanism import AttentionCosts, Heads, Mechanism, of_pairs
 
 
 class State(NamedTuple):
@@ -25,12 +26,10 @@ class State(NamedTuple):
     """Of phi(k)."""
 
 
-def empty_state(config: ModelConfig, batch: int, dtype: DTypeLike = jnp.float32) -> State:
+def empty_state(config: Architecture, batch: int, dtype: DTypeLike = jnp.float32) -> State:
     """The state of one layer that has seen nothing. It is float32 whatever the dtype asked for."""
-    c = config.resolve()
-    assert c.d_head is not None
-    shape = (batch, c.n_kv_heads, c.d_head)
-    return State(jnp.zeros((*shape, c.d_head), jnp.float32), jnp.zeros(shape, jnp.float32))
+    shape = (batch, config.n_kv_heads, config.d_head)
+    return State(jnp.zeros((*shape, config.d_head), jnp.float32), jnp.zeros(shape, jnp.float32))
 
 
 def feature_map(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
@@ -51,7 +50,7 @@ class LinearMixing(nn.Module):
     dropout acts on the output of the layer as everywhere.
     """
 
-    config: ModelConfig
+    config: Architecture
 
     @nn.compact
     def __call__(
@@ -115,4 +114,23 @@ def _dividends(
     return mixed[:, :time], after
 
 
-LINEAR = Mechanism(LinearMixing, empty_state)
+def mixing_cost(c: Architecture, queries: int, start: int) -> int:
+    """Count the multiply-adds of the recurrence: a state is written and read."""
+    return queries * c.d_head * (c.query_width + c.kv_width)
+
+
+def dense_cost(c: Architecture, queries: int, start: int) -> int:
+    """Count them in chunks, whose pairs are all computed."""
+    chunk = 1 if start else min(c.attention_block, queries)
+    padded = -(-queries // chunk) * chunk
+    return mixing_cost(c, padded, start) + of_pairs(c, padded * chunk)
+
+
+COSTS = AttentionCosts(
+    mixing_cost,
+    dense_cost,
+    drawn=lambda c, tokens, n: mixing_cost(c, n, 0),
+    cache=lambda c, number: FLOAT32 * c.kv_width * (c.d_head + 1),
+)
+
+LINEAR = Mechanism(LinearMixing, empty_state, COSTS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,14 +12,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import Architecture
 from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.kernels.flash import flash_attention
 from jaxdecoder.kernels.reference import attention
+from jaxdecoder.kernels.scores import Index
 from jaxdecoder.layers.cache import Cursor, KeysAndValues, Slots, extend
+from jaxdecoder.layers.costs import FLOAT32
 from jaxdecoder.layers.dropout import of_weights
-from jaxdecoder.layers.mechanism import Heads, Mechanism
+from jaxdecoder.layers.mechanism import AttentionCosts, Heads, Mechanism, of_pairs
 
 
 class Memory(NamedTuple):
@@ -34,12 +36,12 @@ class Memory(NamedTuple):
     """
 
 
-def exact_slots(config: ModelConfig) -> Slots:
+def exact_slots(config: Architecture) -> Slots:
     """A block of tokens is all that is seen exactly."""
     return Slots(config.attention_block)
 
 
-def empty_memory(config: ModelConfig, batch: int, dtype: DTypeLike) -> Memory:
+def empty_memory(config: Architecture, batch: int, dtype: DTypeLike) -> Memory:
     """The cache of one layer that has seen nothing; its sums are float32 whatever the dtype."""
     compressed = Slots(config.attention_rank * blocks(config))
     return Memory(
@@ -48,17 +50,17 @@ def empty_memory(config: ModelConfig, batch: int, dtype: DTypeLike) -> Memory:
     )
 
 
-def blocks(config: ModelConfig) -> int:
+def blocks(config: Architecture) -> int:
     """Blocks that a context has."""
     return config.context_length // config.attention_block
 
 
-def own_block(config: ModelConfig) -> masks.Mask:
+def own_block(config: Architecture) -> masks.Mask:
     """The own block up to the query: what is seen exactly."""
     return masks.causal() & masks.fixed_blocks(config.attention_block, 0)
 
 
-def mask(config: ModelConfig, time: int) -> masks.Mask:
+def mask(config: Architecture, time: int) -> masks.Mask:
     """Of `time` exact keys and the compressed ones after them, which stand for earlier blocks."""
     earlier = masks.summaries(config.attention_block, config.attention_rank, time)
     return own_block(config) | earlier
@@ -68,12 +70,14 @@ def mask(config: ModelConfig, time: int) -> masks.Mask:
 class _AtBlockEnds:
     """A score function whose keys from `time` on stand where the blocks end that they stand for."""
 
-    function: Callable[..., Any]
+    function: Callable[..., jax.Array]
     block: int
     rank: int
     time: int
 
-    def __call__(self, score: Any, batch: Any, head: Any, q: Any, k: Any, *parameters: Any) -> Any:
+    def __call__(
+        self, score: jax.Array, batch: Index, head: Index, q: Index, k: Index, *parameters: object
+    ) -> jax.Array:
         end = ((k - self.time) // self.rank + 1) * self.block - 1
         place = jnp.where(k < self.time, k, end)
         return self.function(score, batch, head, q, place, *parameters)
@@ -100,7 +104,7 @@ class LinformerMixing(nn.Module):
     are forgotten: a query sees its own block and the context_length / attention_block - 1 before.
     """
 
-    config: ModelConfig
+    config: Architecture
 
     @nn.compact
     def __call__(
@@ -250,4 +254,50 @@ def _compressed(
     )
 
 
-LINFORMER = Mechanism(LinformerMixing, empty_memory)
+def past(c: Architecture, tokens: int) -> int:
+    """Count the tokens before the block of the last one: a block is of use when it is over."""
+    return (tokens - 1) // c.attention_block * c.attention_block if tokens else 0
+
+
+def compressing(c: Architecture, tokens: int) -> int:
+    """Count the multiply-adds that bring so many tokens into their blocks' sums."""
+    return 2 * c.attention_rank * c.kv_width * tokens
+
+
+def mixing_cost(c: Architecture, queries: int, start: int) -> int:
+    """Count the pairs of queries with exact and compressed keys, and the compressing."""
+    end = start + queries
+    keys = end + c.attention_rank * (past(c, end) // c.attention_block)
+    pairs = masks.allowed_entries(mask(c, end), queries, keys, start)
+    return of_pairs(c, pairs) + compressing(c, past(c, end) - past(c, start))
+
+
+def dense_cost(c: Architecture, queries: int, start: int) -> int:
+    """Count all pairs: in one pass, or with all slots."""
+    if start == 0:
+        keys = queries + c.attention_rank * (past(c, queries) // c.attention_block)
+        return of_pairs(c, queries * keys) + compressing(c, past(c, queries))
+    # All compressed slots, and those of the token's own block once more as they grow.
+    slots = c.attention_block + c.attention_rank * (blocks(c) + 1)
+    return of_pairs(c, queries * slots) + compressing(c, queries)
+
+
+def drawn_cost(c: Architecture, tokens: int, n: int) -> float:
+    """Refuse: a router would pick tokens out of blocks, and no config may ask for it."""
+    raise AssertionError("a config that draws tokens from this mechanism is refused")
+
+
+def cache_cost(c: Architecture, number: int) -> int:
+    """Count the bytes of a `Memory`."""
+    return 2 * c.kv_width * (number * c.attention_block + FLOAT32 * c.attention_rank * blocks(c))
+
+
+COSTS = AttentionCosts(
+    mixing_cost,
+    dense_cost,
+    drawn_cost,
+    cache_cost,
+    lambda c: 2 * c.attention_rank * c.attention_block,
+)
+
+LINFORMER = Mechanism(LinformerMixing, empty_memory, COSTS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import Architecture
+from jaxdecoder.layers.costs import nothing
 
 
 def _standardised(
@@ -75,25 +76,36 @@ class LayerNorm(nn.Module):
         return out.astype(self.dtype)
 
 
-def layernorm(config: ModelConfig, dtype: DTypeLike, name: str | None = None) -> nn.Module:
+def layernorm(config: Architecture, dtype: DTypeLike, name: str | None = None) -> LayerNorm:
     """Layer normalisation, with a bias if the config has biases."""
     return LayerNorm(config.norm_epsilon, config.bias, dtype, name=name)
 
 
-def rmsnorm(config: ModelConfig, dtype: DTypeLike, name: str | None = None) -> nn.Module:
+def rmsnorm(config: Architecture, dtype: DTypeLike, name: str | None = None) -> nn.RMSNorm:
     """Root-mean-square normalisation (arXiv 1910.07467)."""
     return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=dtype, name=name)
 
 
 def identity(
-    config: ModelConfig, dtype: DTypeLike, name: str | None = None
-) -> Callable[..., jax.Array]:
+    config: Architecture, dtype: DTypeLike, name: str | None = None
+) -> Callable[[jax.Array], jax.Array]:
     """No normalisation."""
     return lambda x: x
 
 
-NORMS: dict[str, Callable[..., Any]] = {
-    "layernorm": layernorm,
-    "rmsnorm": rmsnorm,
-    "none": identity,
+class Norm(NamedTuple):
+    """A normalisation function.
+
+    new: (config, dtype, name) -> a module or function x -> x normalised over its last axis.
+    parameters: (config) -> how many one norm of the residual stream has.
+    """
+
+    new: Callable[..., Callable[[jax.Array], jax.Array]]
+    parameters: Callable[[Architecture], int]
+
+
+NORMS: dict[str, Norm] = {
+    "layernorm": Norm(layernorm, lambda c: c.d_model * (1 + c.bias)),
+    "rmsnorm": Norm(rmsnorm, lambda c: c.d_model),
+    "none": Norm(identity, nothing),
 }

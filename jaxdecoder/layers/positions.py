@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import Architecture
 from jaxdecoder.kernels import scores
+from jaxdecoder.layers.costs import nothing
 from jaxdecoder.layers.linear import embedding_initializer
 
 
@@ -24,18 +25,20 @@ class Position(NamedTuple):
         the positions of a query and of a key to the score of the two.
     slides: whether positions past the context length mean something, so that decoding may go on
         with a cache; where not, decoding crops to the last context_length tokens and starts over.
+    parameters: (config) -> how many the positions of the whole model have.
     """
 
-    embed: Callable[..., Any] | None = None
-    rotate: Callable[..., Any] | None = None
-    score: Callable[..., Any] | None = None
+    embed: Callable[..., Callable[[jax.Array], jax.Array]] | None = None
+    rotate: Callable[[Architecture, jax.Array, jax.Array], jax.Array] | None = None
+    score: Callable[..., Callable[[], scores.Score]] | None = None
     slides: bool = True
+    parameters: Callable[[Architecture], int] = nothing
 
 
 class LearnedPositions(nn.Module):
     """A learned vector for each absolute position (arXiv 1706.03762, section 3.5)."""
 
-    config: ModelConfig
+    config: Architecture
 
     @nn.compact
     def __call__(self, positions: Int[Array, "*batch time"]) -> Float[Array, "*batch time d_model"]:
@@ -44,7 +47,7 @@ class LearnedPositions(nn.Module):
         return jnp.take(table, positions, axis=0, mode="clip")
 
 
-def sinusoidal(config: ModelConfig, name: str | None = None) -> Callable[[jax.Array], jax.Array]:
+def sinusoidal(config: Architecture, name: str | None = None) -> Callable[[jax.Array], jax.Array]:
     """Fixed sines and cosines, interleaved over the width (arXiv 1706.03762, section 3.5)."""
 
     def embed(positions: Int[Array, "*batch time"]) -> Float[Array, "*batch time d_model"]:
@@ -57,7 +60,7 @@ def sinusoidal(config: ModelConfig, name: str | None = None) -> Callable[[jax.Ar
 
 
 def rotate(
-    config: ModelConfig,
+    config: Architecture,
     x: Float[Array, "batch time heads width"],
     positions: Int[Array, "#batch time"],
 ) -> Float[Array, "batch time heads width"]:
@@ -75,7 +78,7 @@ def rotate(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def alibi(config: ModelConfig, name: str | None = None) -> Callable[[], scores.Score]:
+def alibi(config: Architecture, name: str | None = None) -> Callable[[], scores.Score]:
     """Subtracts a fixed slope a head times the distance (ALiBi, arXiv 2108.12409)."""
     return lambda: scores.alibi(scores.alibi_slopes(config.n_heads))
 
@@ -87,7 +90,7 @@ class RelativeBias(nn.Module):
     own, and scores are scaled as everywhere.
     """
 
-    config: ModelConfig
+    config: Architecture
 
     @nn.compact
     def __call__(self) -> scores.Score:
@@ -98,9 +101,13 @@ class RelativeBias(nn.Module):
 
 POSITIONS: dict[str, Position] = {
     "none": Position(),
-    "learned": Position(embed=LearnedPositions, slides=False),
+    "learned": Position(
+        embed=LearnedPositions, slides=False, parameters=lambda c: c.context_length * c.d_model
+    ),
     "sinusoidal": Position(embed=sinusoidal),
     "rope": Position(rotate=rotate),
     "alibi": Position(score=alibi),
-    "t5": Position(score=RelativeBias),
+    "t5": Position(
+        score=RelativeBias, parameters=lambda c: c.n_layers * c.n_heads * c.position_buckets
+    ),
 }

@@ -12,18 +12,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import Architecture, ModelConfig
 from jaxdecoder.kernels.device import current_device
 from jaxdecoder.kernels.dropout import Rate
-from jaxdecoder.layers import tree
-from jaxdecoder.layers.block import Block, empty_cache
+from jaxdecoder.layers import feed_forward, tree
+from jaxdecoder.layers.block import PLACEMENTS, Block, empty_cache
+from jaxdecoder.layers.body import Exits, Head, Layout, Passed
 from jaxdecoder.layers.cache import Caches, Cursor
 from jaxdecoder.layers.depth import (
     DEPTHS,
-    Exits,
-    Head,
-    Layer,
-    Passed,
+    BlockStep,
     Routed,
     empty_routed_cache,
     exits_of,
@@ -34,7 +32,7 @@ from jaxdecoder.typing import Params
 
 
 class Trail(NamedTuple):
-    """What a `Period` leaves behind besides the residual stream; a part is None if unasked for."""
+    """What a `Turn` leaves behind besides the residual stream; a part is None if unasked for."""
 
     caches: Caches | None
     streams: Float[Array, "blocks batch time d_model"] | None
@@ -43,10 +41,10 @@ class Trail(NamedTuple):
     """The routers' loss, summed over the blocks."""
 
 
-class Period(nn.Module):
+class Turn(nn.Module):
     """One turn of the pattern that the blocks repeat over the depth, see `turn`."""
 
-    config: ModelConfig
+    config: Architecture
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -58,7 +56,7 @@ class Period(nn.Module):
         cursor: Cursor | None,
         dropout: Rate | None,
     ) -> tuple[Float[Array, "batch time d_model"], Trail]:
-        """The residual stream after these blocks, and what they leave behind."""
+        """Return the residual stream after these blocks, and what they leave behind."""
         c = self.config
         extended: list[PyTree] = []
         streams, penalties = [], []
@@ -89,7 +87,7 @@ class Serial(nn.Module):
     In training the blocks are a loop only where `loops` says so.
     """
 
-    config: ModelConfig
+    config: Architecture
     dtype: DTypeLike = jnp.float32
     unrolled: bool = False
 
@@ -103,13 +101,13 @@ class Serial(nn.Module):
         dropout: Rate | None,
         head: Head | None = None,
     ) -> Passed:
-        """What the head sees; only `unrolled` takes caches, and is for inference."""
+        """See `Body`; only `unrolled` takes caches, and is for inference."""
         c = self.config
-        norm = NORMS[c.norm](c, self.dtype, name="final_norm")
+        norm = NORMS[c.norm].new(c, self.dtype, name="final_norm")
         if not self.unrolled:
             assert caches is None
             blocks = nn.scan(
-                _remat(dropout) if c.remat else Period,
+                _remat(dropout) if c.remat else Turn,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
@@ -122,32 +120,32 @@ class Serial(nn.Module):
             return self._stop_early(lambda x: head(norm(x)), x, positions, caches, cursor)
         extended: list[PyTree] = []
         for i in range(periods(c)):
-            held = None if caches is None else caches[i * len(turn(c)) : (i + 1) * len(turn(c))]
-            period = Period(c, self.dtype, name=tree.unrolled(i))
-            x, trail = period(x, positions, held, cursor, dropout)
+            own = None if caches is None else caches[i * len(turn(c)) : (i + 1) * len(turn(c))]
+            blocks = Turn(c, self.dtype, name=tree.unrolled(i))
+            x, trail = blocks(x, positions, own, cursor, dropout)
             extended += trail.caches or ()
         return Passed(norm(x), None if caches is None else tuple(extended))
 
     def _stop_early(
         self, head: Head, x: jax.Array, positions: jax.Array, caches: Caches, cursor: Cursor | None
     ) -> Passed:
-        """One token of each row, through as many blocks as it needs."""
+        """Take one token of each row through as many blocks as it needs."""
         c = self.config
 
-        def layer(number: int) -> Layer:
-            period, place = divmod(number, len(turn(c)))
+        def step(number: int) -> BlockStep:
+            repeat, place = divmod(number, len(turn(c)))
             block = Block(c, turn(c)[place][0], self.dtype, parent=None)
-            params = self.variables["params"][tree.unrolled(period)][tree.block(place)]
+            params = self.variables["params"][tree.unrolled(repeat)][tree.block(place)]
             return lambda x, cache: block.apply({"params": params}, x, positions, cache, cursor)
 
-        stopped, extended = stop_early(c, [*map(layer, range(c.n_layers))], head, x, caches)
+        stopped, extended = stop_early(c, [*map(step, range(c.n_layers))], head, x, caches)
         self.sow("intermediates", "exit_depth", stopped.depth)
         return Passed(stopped.x, extended, logits=stopped.logits)
 
     def _trained(
         self, norm: Callable[[jax.Array], jax.Array], trail: Trail
     ) -> tuple[Exits, jax.Array | float]:
-        """The exits and the penalty of `Passed`, from what all periods left behind."""
+        """Return the exits and the penalty of `Passed`, from what all turns left behind."""
         c = self.config
         exits: Exits = ()
         if trail.streams is not None:
@@ -160,8 +158,8 @@ class Serial(nn.Module):
         return exits, c.mod_loss_weight / routed * jnp.sum(trail.penalty, axis=0)
 
 
-def loops(config: ModelConfig) -> bool:
-    """Whether training goes through the blocks in a loop of the compiled program.
+def loops(config: Architecture) -> bool:
+    """Say whether training goes through the blocks in a loop of the compiled program.
 
     A loop stacks what each turn keeps for the backward pass, which moves and holds more memory
     than the same blocks one after another; those take longer to compile. Recomputed activations
@@ -170,34 +168,49 @@ def loops(config: ModelConfig) -> bool:
     return config.remat or current_device().platform not in ("cpu", "gpu")
 
 
-def _remat(dropout: Rate | None) -> type[Period]:
-    """A `Period` whose activations are computed again; a rate known now stays known."""
+def _remat(dropout: Rate | None) -> type[Turn]:
+    """Return a `Turn` whose activations are computed again; a rate known now stays known."""
     known = () if isinstance(dropout, jax.Array) else 5
-    return nn.remat(Period, prevent_cse=False, static_argnums=known)
+    return nn.remat(Turn, prevent_cse=False, static_argnums=known)
 
 
 def turn(config: ModelConfig) -> tuple[tuple[str, bool], ...]:
-    """Of consecutive blocks the attention mechanism and whether they have a router; it repeats."""
+    """Return the mechanisms of consecutive blocks, and whether they have a router; it repeats."""
     mechanisms, routed = config.attention_pattern, DEPTHS[config.depth].routed(config)
     length = math.lcm(len(mechanisms), len(routed))
     return tuple((mechanisms[i % len(mechanisms)], routed[i % len(routed)]) for i in range(length))
 
 
 def periods(config: ModelConfig) -> int:
-    """How often the turn repeats over the depth."""
+    """Return how often the turn repeats over the depth."""
     return config.n_layers // len(turn(config))
 
 
-def unroll(params: Params, config: ModelConfig) -> Params:
-    """The parameters of a `Serial` as those of the same one with `unrolled`."""
+def unroll(params: Params, config: Architecture) -> Params:
+    """Return the parameters of a `Serial` as those of the same one with `unrolled`."""
     return tree.unroll(params)
 
 
-def empty_caches(config: ModelConfig, batch: int, dtype: DTypeLike) -> Caches:
-    """The caches of all layers, with nothing in them."""
+def empty_caches(config: Architecture, batch: int, dtype: DTypeLike) -> Caches:
+    """Return the caches of all layers, with nothing in them."""
 
     def empty(mechanism: str, routed: bool) -> PyTree:
         cache = empty_cache(config, mechanism, batch, dtype)
         return empty_routed_cache(config, batch, cache) if routed else cache
 
     return tuple(empty(*block) for block in turn(config) * periods(config))
+
+
+def norms(c: Architecture) -> int:
+    """Count those of the blocks, and the one before the head."""
+    return c.n_layers * PLACEMENTS[c.norm_placement].norms(2 if c.feed_forward else 1) + 1
+
+
+SERIAL = Layout(
+    Serial,
+    unroll,
+    empty_caches,
+    width=lambda c: c.d_model,
+    kernels=lambda c: {"feed_forward": feed_forward.kernels(c, c.n_layers)},
+    norms=norms,
+)

@@ -16,12 +16,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import Architecture
 from jaxdecoder.kernels.dropout import Rate
-from jaxdecoder.layers import tree
+from jaxdecoder.layers import feed_forward, tree
 from jaxdecoder.layers.attention import ATTENTIONS, Attention
 from jaxdecoder.layers.block import PLACEMENTS, residual
+from jaxdecoder.layers.body import Head, Layout, Passed
 from jaxdecoder.layers.cache import Caches, Cursor
+from jaxdecoder.layers.costs import Kernels
 from jaxdecoder.layers.dropout import Dropout
 from jaxdecoder.layers.feed_forward import FeedForward
 from jaxdecoder.layers.linear import linear
@@ -32,10 +34,10 @@ WIDENING = 4
 """The last stack, and so what the head sees, is this many times d_model wide."""
 
 
-class Layer(nn.Module):
+class SliceLayer(nn.Module):
     """Attention on the stream, then a slice of features: skip(h) + narrow(feed_forward(h))."""
 
-    config: ModelConfig
+    config: Architecture
     mechanism: str
     width: int
     dtype: DTypeLike = jnp.float32
@@ -49,21 +51,21 @@ class Layer(nn.Module):
         cursor: Cursor | None,
         dropout: Rate | None,
     ) -> tuple[Float[Array, "batch time slice"], PyTree]:
-        """The slice and, if one came in, the extended cache."""
+        """Return the slice and, if one came in, the extended cache."""
         c = self.config
 
-        def stream(layer: Layer, x: jax.Array, cache: PyTree) -> tuple[jax.Array, PyTree]:
+        def stream(layer: SliceLayer, x: jax.Array, cache: PyTree) -> tuple[jax.Array, PyTree]:
             def attend(h: jax.Array) -> jax.Array:
                 nonlocal cache
                 module = Attention(c, self.mechanism, self.dtype, name="attention")
                 out, cache = module(h, positions, cache, cursor, dropout=dropout)
                 return out
 
-            norm = partial(NORMS[c.norm], c, self.dtype)
-            h = PLACEMENTS[c.norm_placement](x, [("attention", attend)], norm, residual(c))
+            norm = partial(NORMS[c.norm].new, c, self.dtype)
+            h = PLACEMENTS[c.norm_placement].wire(x, [("attention", attend)], norm, residual(c))
             return h, cache
 
-        def narrow(layer: Layer, h: jax.Array) -> jax.Array:
+        def narrow(layer: SliceLayer, h: jax.Array) -> jax.Array:
             project = partial(linear, c, c.d_model, self.width, bias=c.bias, dtype=self.dtype)
             if not c.feed_forward:
                 return project(name="skip")(h)
@@ -77,10 +79,10 @@ class Layer(nn.Module):
         return maybe_remat(narrow)(self, h), cache
 
 
-class Period(nn.Module):
-    """One turn of the attention pattern: as many layers side by side as it has mechanisms."""
+class SideBySide(nn.Module):
+    """As many layers side by side as the attention pattern has mechanisms."""
 
-    config: ModelConfig
+    config: Architecture
     width: int
     dtype: DTypeLike = jnp.float32
 
@@ -93,21 +95,21 @@ class Period(nn.Module):
         cursor: Cursor | None,
         dropout: Rate | None,
     ) -> tuple[Float[Array, "batch time slices"], Caches | None]:
-        """The slices in a row, and the layers' caches."""
+        """Return the slices in a row, and the layers' caches."""
         slices, extended = [], []
         for i, mechanism in enumerate(self.config.attention_pattern):
-            layer = Layer(self.config, mechanism, self.width, self.dtype, name=tree.block(i))
-            held = None if caches is None else caches[i]
-            out, held = layer(x, positions, held, cursor, dropout)
+            layer = SliceLayer(self.config, mechanism, self.width, self.dtype, name=tree.block(i))
+            cache = None if caches is None else caches[i]
+            out, cache = layer(x, positions, cache, cursor, dropout)
             slices.append(out)
-            extended.append(held)
+            extended.append(cache)
         return jnp.concatenate(slices, axis=-1), None if caches is None else tuple(extended)
 
 
 class Stack(nn.Module):
     """Layers side by side, their slices in a row, a feed-forward over all of them, and a norm."""
 
-    config: ModelConfig
+    config: Architecture
     width: int
     dtype: DTypeLike = jnp.float32
 
@@ -120,23 +122,21 @@ class Stack(nn.Module):
         cursor: Cursor | None,
         dropout: Rate | None,
     ) -> tuple[Float[Array, "batch time width"], Caches | None]:
-        """The features, and the caches, each with a leading axis over the turns of the pattern."""
+        """Return the features and the caches, each with a leading axis over the pattern's turns."""
         c = self.config
-        assert c.layers_per_stack is not None
-        assert c.d_ff is not None
         blocks = nn.vmap(
-            Period,
+            SideBySide,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(None, None, 0, None, None),
             axis_size=periods(c),
-        )(c, self.width // c.layers_per_stack, self.dtype, name=tree.BLOCKS)
+        )(c, self.width // c.layers_side_by_side, self.dtype, name=tree.BLOCKS)
         slices, caches = blocks(x, positions, caches, cursor, dropout)
         x = jnp.moveaxis(slices, 0, -2).reshape(*x.shape[:-1], self.width)
         if c.feed_forward:
             d_ff = c.d_ff * (self.width // c.d_model)
             x = FeedForward(c, self.dtype, d_ff, name="feed_forward")(x)
-        return NORMS[c.norm](c, self.dtype, name="norm")(x), caches
+        return NORMS[c.norm].new(c, self.dtype, name="norm")(x), caches
 
 
 class ParallelStacks(nn.Module):
@@ -145,7 +145,7 @@ class ParallelStacks(nn.Module):
     A batched product reads the weights where they lie, so `unrolled` changes nothing here.
     """
 
-    config: ModelConfig
+    config: Architecture
     dtype: DTypeLike = jnp.float32
     unrolled: bool = False
 
@@ -157,40 +157,39 @@ class ParallelStacks(nn.Module):
         caches: Caches | None,
         cursor: Cursor | None,
         dropout: Rate | None,
-    ) -> tuple[Float[Array, "batch time width"], Caches | None]:
-        """What the head sees, and the extended caches, one tuple a stack."""
-        c = self.config.resolve()
+        head: Head | None = None,
+    ) -> Passed:
+        """See `Body`; there is a tuple of caches for each stack, and no exit to ask the head at."""
+        c = self.config
         extended = []
         for i in range(c.n_stacks):
             last = i == c.n_stacks - 1
-            x = NORMS[c.norm](c, self.dtype, name=f"norm_{i}")(x)
+            x = NORMS[c.norm].new(c, self.dtype, name=f"norm_{i}")(x)
             stack = Stack(c, width(c) if last else c.d_model, self.dtype, name=tree.stack(i))
-            held = None if caches is None else caches[i]
-            x, held = stack(x, positions, held, cursor, dropout)
+            own = None if caches is None else caches[i]
+            x, own = stack(x, positions, own, cursor, dropout)
             self.sow("intermediates", tree.after(tree.stack(i)), x)
-            extended.append(held)
-        return x, None if caches is None else tuple(extended)
+            extended.append(own)
+        return Passed(x, None if caches is None else tuple(extended))
 
 
-def width(config: ModelConfig) -> int:
-    """How wide the features are that the head sees."""
+def width(config: Architecture) -> int:
+    """Return how wide the features are that the head sees."""
     return WIDENING * config.d_model
 
 
-def periods(config: ModelConfig) -> int:
-    """How often the attention pattern repeats within a stack."""
-    layers = config.resolve().layers_per_stack
-    assert layers is not None
-    return layers // len(config.attention_pattern)
+def periods(config: Architecture) -> int:
+    """Return how often the attention pattern repeats within a stack."""
+    return config.layers_side_by_side // len(config.attention_pattern)
 
 
-def unroll(params: Params, config: ModelConfig) -> Params:
-    """The parameters as they are."""
+def unroll(params: Params, config: Architecture) -> Params:
+    """Return the parameters as they are."""
     return params
 
 
-def empty_caches(config: ModelConfig, batch: int, dtype: DTypeLike) -> Caches:
-    """The caches of all stacks, with nothing in them."""
+def empty_caches(config: Architecture, batch: int, dtype: DTypeLike) -> Caches:
+    """Return the caches of all stacks, with nothing in them."""
 
     def of_stack() -> Caches:
         return tuple(
@@ -202,3 +201,29 @@ def empty_caches(config: ModelConfig, batch: int, dtype: DTypeLike) -> Caches:
         )
 
     return tuple(of_stack() for _ in range(config.n_stacks))
+
+
+def factors(c: Architecture) -> list[int]:
+    """Return the widths of the stacks, in multiples of d_model."""
+    return [1] * (c.n_stacks - 1) + [WIDENING]
+
+
+def kernels(c: Architecture) -> dict[str, list[Kernels]]:
+    """Return a feed-forward a layer and a stack, and the projections to slices."""
+    layers = c.layers_side_by_side
+    projections = layers * (2 if c.feed_forward and c.has_residual("feed_forward") else 1)
+    wider = (kernel for factor in factors(c) for kernel in feed_forward.kernels(c, 1, factor))
+    return {
+        "feed_forward": [*feed_forward.kernels(c, c.n_layers), *wider],
+        "slices": [
+            Kernels(projections, c.d_model, factor * c.d_model // layers) for factor in factors(c)
+        ],
+    }
+
+
+def norms(c: Architecture) -> int:
+    """Count those of the layers, and of the stacks one before and one after."""
+    return c.n_layers * PLACEMENTS[c.norm_placement].norms(1) + c.n_stacks + sum(factors(c))
+
+
+STACKS = Layout(ParallelStacks, unroll, empty_caches, width, kernels, norms)

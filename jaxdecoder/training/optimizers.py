@@ -55,7 +55,7 @@ def linear(c: OptimizerConfig, progress: jax.Array) -> jax.Array:
 
 
 def warmup_stable_decay(c: OptimizerConfig, progress: jax.Array) -> jax.Array:
-    """Stay at the peak, then fall in a straight line over the last decay_fraction (arXiv 2404.06395)."""
+    """Stay at the peak, then fall linearly over the last decay_fraction (arXiv 2404.06395)."""
     return linear(c, jnp.maximum(0, 1 - (1 - progress) / c.decay_fraction))
 
 

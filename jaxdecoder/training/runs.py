@@ -97,9 +97,8 @@ def check_same_config(run: Path, config: Config) -> None:
     if not _has_results(run):
         return
     theirs = read_config(run)
-    model = config.model.resolve()
-    if model.vocab_size is None:
-        model = dataclasses.replace(model, vocab_size=theirs.model.vocab_size)
+    known = config.model.vocab_size or theirs.model.vocab_size
+    model = dataclasses.replace(config.model, vocab_size=known).resolve()
     different = [
         line
         for line in differences(theirs, dataclasses.replace(config, model=model))
@@ -124,7 +123,7 @@ def check_same_corpus(run: Path, key: str) -> None:
 
 
 def _has_results(run: Path) -> bool:
-    """Return whether there is something to lose: a checkpoint, or the summary of a run without one."""
+    """Return whether there is something to lose: a checkpoint, or a summary without one."""
     checkpoints, summary = run / "checkpoints", run / "summary.json"
     return (run / "config.toml").exists() and (bool(steps_in(checkpoints)) or summary.exists())
 
@@ -171,10 +170,10 @@ def source_params(config: Config) -> Params:
 
 def complete(config: Config, corpus: Corpus) -> Config:
     """Return the config with what the tokenizer and the shapes decide filled in."""
-    model, entries = config.model.resolve(), corpus.tokenizer.vocab_size
-    if model.vocab_size is None:
-        model = dataclasses.replace(model, vocab_size=entries)
-    elif model.vocab_size < entries:
+    entries = corpus.tokenizer.vocab_size
+    known = config.model.vocab_size or entries
+    model = dataclasses.replace(config.model, vocab_size=known).resolve()
+    if model.vocab_size < entries:
         raise ConfigError(
             "model.vocab_size",
             model.vocab_size,

@@ -100,7 +100,7 @@ class Rounds(NamedTuple):
 
 
 def rounds(c: CompressionConfig) -> dict[int, float]:
-    """Return the steps after which weights become zero, each with the share that is zero from then on.
+    """Return the steps after which weights become zero, with the share that is zero from then on.
 
     s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^3: many while there are many to spare, and few
     towards the end (arXiv 1710.01878).
