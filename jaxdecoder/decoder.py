@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -12,7 +14,6 @@ from jaxdecoder.config import Architecture, ConfigError, ModelConfig
 from jaxdecoder.kernels.cross_entropy import cross_entropy, head_logits
 from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.kernels.packing import Packed, straight_through
-from jaxdecoder.layers import copying, tree
 from jaxdecoder.layers.body import Layout, Passed
 from jaxdecoder.layers.cache import Cache, Cursor
 from jaxdecoder.layers.copying import Copying
@@ -20,21 +21,34 @@ from jaxdecoder.layers.linear import Kernel, Weights, embedding_initializer, sch
 from jaxdecoder.layers.positions import POSITIONS
 from jaxdecoder.layers.serial import SERIAL
 from jaxdecoder.layers.stacks import STACKS
-from jaxdecoder.typing import Params
 
 LAYOUTS: dict[str, Layout] = {"serial": SERIAL, "parallel_stacks": STACKS}
+
+
+HeadWeights = tuple[Kernel, Float[Array, " vocab"] | None]
+"""Kernel and bias of the head."""
+
+
+class Read(NamedTuple):
+    """What a decoder says of tokens that it reads with a cache."""
+
+    logits: Float[Array, "batch _ vocab"]
+    """After each token, or after the last."""
+    cache: Cache
+    """With the tokens in it."""
+    depth: Int[Array, "batch"] | None = None
+    """Blocks that a single token passed, where it may stop early."""
 
 
 class Decoder(nn.Module):
     """A decoder-only language model. `dtype` is that of its compute; parameters are float32.
 
-    `unrolled` takes parameters as `unroll_params` lays them out for decoding. The residual stream
-    after each block is sown as an intermediate.
+    The residual stream after each block is sown as an intermediate. To decode with a cache, see
+    `decoding.py`.
     """
 
     config: ModelConfig
     dtype: DTypeLike = jnp.float32
-    unrolled: bool = False
 
     @property
     def architecture(self) -> Architecture:
@@ -52,7 +66,7 @@ class Decoder(nn.Module):
             )
         embed = POSITIONS[c.position].embed
         self.positions = embed(c, name="positions") if embed else None
-        self.body = LAYOUTS[c.layout].body(c, self.dtype, self.unrolled)
+        self.body = LAYOUTS[c.layout].body(c, self.dtype)
         self.copying = Copying(c, self.dtype, name="copying") if c.copying else None
         if not c.tie_embeddings:
             width = LAYOUTS[c.layout].width(c)
@@ -61,7 +75,7 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens: Int[Array, "batch time"], *, dropout: Rate | None = None
     ) -> Float[Array, "batch time vocab"]:
-        """Logits for the token after each of `tokens`."""
+        """Return logits for the token after each of `tokens`."""
         return self.logits(self.features(tokens, dropout=dropout))
 
     def losses(
@@ -71,10 +85,10 @@ class Decoder(nn.Module):
         *,
         dropout: Rate | None = None,
     ) -> Float[Array, "batch time"]:
-        """What training minimises at each of `tokens`, in nats: the loss of the next token.
+        """Return the loss of the token after each of `tokens`, in nats.
 
-        In training (see `features`) those of early exits have their shares in it, and the routers
-        of a mixture of depths add theirs.
+        In training (see `features`) early exits have their shares in it, and the routers of a
+        mixture of depths add their loss.
         """
         passed = self.passed(tokens, dropout=dropout)
         first, *others = (
@@ -85,11 +99,11 @@ class Decoder(nn.Module):
     def features(
         self, tokens: Int[Array, "batch time"], *, dropout: Rate | None = None
     ) -> Float[Array, "batch time width"]:
-        """What the head sees. `dropout`: the share to drop in training; None outside it."""
+        """Return the input of the head. `dropout`: the share to drop in training, else None."""
         return self.passed(tokens, dropout=dropout).features
 
     def passed(self, tokens: Int[Array, "batch time"], *, dropout: Rate | None = None) -> Passed:
-        """All that the body says of `tokens`, exits and penalty included; see `features`."""
+        """Return all outputs of the body, exits and penalty included; see `features`."""
         c = self.config
         if tokens.shape[1] > c.context_length:
             raise ConfigError(
@@ -110,52 +124,43 @@ class Decoder(nn.Module):
         softcap = self.config.logit_softcap
         return cross_entropy(features, whole, bias, targets, logit_softcap=softcap)
 
-    def extend(
-        self, tokens: Int[Array, "batch time"], cache: Cache, *, last: bool = False
-    ) -> tuple[Float[Array, "batch _ vocab"], Cache]:
-        """Logits for `tokens` that follow what the cache holds, and the cache with them in it.
+    def extend(self, tokens: Int[Array, "batch time"], cache: Cache, *, last: bool = False) -> Read:
+        """Read `tokens` that follow what the cache holds; see `decoding.Session`.
 
-        `last`: logits after the last token only, (batch, 1, vocab).
+        The parameters are those that `decoding.prepare` lays out. `last`: logits after the last
+        token only, (batch, 1, vocab).
         """
-        if not self.unrolled:
-            unrolled = self.clone(unrolled=True, parent=None, name=None)
-            params = unroll_params(self.variables["params"], self.config)
-            return unrolled.bind({"params": params}).extend(tokens, cache, last=last)
         time = tokens.shape[1]
         positions = cache.cursor.query_positions(time)
         rows = self._rows(tokens)
         x = self._placed(rows, positions)
         layers, own = (cache.layers, None) if self.copying is None else cache.layers
-        unbound, variables = self.clone(parent=None, name=None), self.variables
-
-        def head(features: Float[Array, "batch time width"]) -> Float[Array, "batch time vocab"]:
-            return unbound.bind(variables).logits(features)
-
+        head = partial(_logits, head=self._head(), softcap=self.config.logit_softcap)
         passed = self.body(x, positions, layers, cache.cursor, None, head)
+        features, caches = passed.features, passed.caches or ()
         if self.copying is not None:
-            features, kept = self.copying(passed.features, rows, positions, own, cache.cursor)
-            passed = passed._replace(features=features, caches=(passed.caches, kept))
+            features, kept = self.copying(features, rows, positions, own, cache.cursor)
+            caches = (caches, kept)
         logits = passed.logits
         if logits is None:
-            logits = self.logits(passed.features[:, -1:] if last else passed.features)
+            logits = head(features[:, -1:] if last else features)
         cursor = Cursor(cache.cursor.length + time, cache.cursor.start)
-        assert passed.caches is not None
-        return logits, Cache(cursor, passed.caches)
+        return Read(logits, Cache(cursor, caches), passed.depth)
 
     def logits(
         self, features: Float[Array, "batch time width"]
     ) -> Float[Array, "batch time vocab"]:
-        """The head, in float32 from its products on."""
-        return head_logits(features, *self._head(), logit_softcap=self.config.logit_softcap)
+        """Return the logits of these features, in float32 from the head's products on."""
+        return _logits(features, head=self._head(), softcap=self.config.logit_softcap)
 
-    def _head(self) -> tuple[Kernel, Float[Array, " vocab"] | None]:
+    def _head(self) -> HeadWeights:
         if not self.config.tie_embeddings:
             return self.head()
         table = self._table()
         return (table if isinstance(table, Packed) else table.T), None
 
     def _table(self) -> Float[Array, "vocab d_model"] | Packed:
-        """The embedding; packed, it is a kernel d_model -> vocab, whose columns are its rows."""
+        """Return the embedding; if packed, as a kernel d_model -> vocab, its rows as columns."""
         table = self.embedding
         if isinstance(table, Weights):
             kernel, _ = table()
@@ -165,7 +170,7 @@ class Decoder(nn.Module):
         return table
 
     def _rows(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time d_model"]:
-        """The tokens' rows of the embedding."""
+        """Return the tokens' rows of the embedding."""
         table = self._table()
         x = table.columns(tokens) if isinstance(table, Packed) else jnp.take(table, tokens, axis=0)
         return x.astype(self.dtype)
@@ -173,20 +178,11 @@ class Decoder(nn.Module):
     def _placed(
         self, x: Float[Array, "batch time d_model"], positions: Int[Array, "#batch time"]
     ) -> Float[Array, "batch time d_model"]:
-        """What the body sees of these rows."""
+        """Return these rows with their positions added, if positions are added."""
         return x if self.positions is None else x + self.positions(positions).astype(self.dtype)
 
 
-def unroll_params(params: Params, config: ModelConfig) -> Params:
-    """Return the parameters of a decoder as those of the same decoder with `unrolled`."""
-    return {**params, tree.BODY: LAYOUTS[config.layout].unroll(params[tree.BODY], config.resolve())}
-
-
-def empty_cache(config: ModelConfig, batch: int, *, dtype: DTypeLike = jnp.float32) -> Cache:
-    """Return a cache that has seen nothing."""
-    c = config.resolve()
-    cursor = Cursor(np.zeros((), np.int32), jnp.zeros((batch,), jnp.int32))
-    layers = LAYOUTS[c.layout].empty_caches(c, batch, dtype)
-    if c.copying:
-        layers = (layers, copying.empty_cache(c, batch, dtype))
-    return Cache(cursor, layers)
+def _logits(
+    features: Float[Array, "batch time width"], *, head: HeadWeights, softcap: float | None
+) -> Float[Array, "batch time vocab"]:
+    return head_logits(features, *head, logit_softcap=softcap)

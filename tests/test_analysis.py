@@ -17,7 +17,8 @@ from models import REFUSED, REFUSED_DEPTHS, any_config, seeing, shapes, slow, sm
 from jaxdecoder import Decoder, analysis
 from jaxdecoder.analysis.__main__ import main
 from jaxdecoder.config import ConfigError, ModelConfig, load
-from jaxdecoder.decoder import LAYOUTS, empty_cache
+from jaxdecoder.decoder import LAYOUTS
+from jaxdecoder.decoding import empty_cache, prepare
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
@@ -298,8 +299,8 @@ class TestFlops:
     )
     def test_of_decoding_are_those_of_the_traced_step(self, config):
         decoder = Decoder(config)
-        step = jax.make_jaxpr(lambda *x: decoder.apply(x[0], *x[1:], method="extend"))(
-            {"params": shapes(config)},
+        step = jax.make_jaxpr(lambda session, *x: session.extend(*x))(
+            jax.eval_shape(lambda params: prepare(decoder, params), shapes(config)),
             jax.ShapeDtypeStruct((1, 1), jnp.int32),
             jax.eval_shape(lambda: empty_cache(config, 1)),
         )

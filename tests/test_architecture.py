@@ -38,6 +38,7 @@ ROOMS = [
     "kernels",
     "layers",
     "decoder",
+    "decoding",
     "analysis",
     "data",
     "training",

@@ -26,7 +26,8 @@ from models import (
 
 from jaxdecoder import Decoder
 from jaxdecoder.config import ConfigError
-from jaxdecoder.decoder import LAYOUTS, empty_cache
+from jaxdecoder.decoder import LAYOUTS
+from jaxdecoder.decoding import empty_cache, prepare
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.cache import Cursor
 from jaxdecoder.layers.depth import DEPTHS
@@ -155,19 +156,16 @@ def run(decoder, params, tokens, weights):
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def decode(decoder, params, tokens, start, chunks):
     """Logits of a stream of left-padded rows: these chunks, then token by token."""
-    empty = empty_cache(decoder.config, tokens.shape[0])
+    session = prepare(decoder, params)
+    empty = session.empty_cache(tokens.shape[0])
     cache, at, parts = empty._replace(cursor=Cursor(empty.cursor.length, start)), 0, []
-
-    def extend(tokens, cache):
-        return decoder.apply({"params": params}, tokens, cache, method="extend")
-
     for chunk in chunks:
-        logits, cache = extend(tokens[:, at : at + chunk], cache)
+        logits, cache, _ = session.extend(tokens[:, at : at + chunk], cache)
         parts.append(logits)
         at += chunk
 
     def step(cache, token):
-        logits, cache = extend(token[:, None], cache)
+        logits, cache, _ = session.extend(token[:, None], cache)
         return cache, logits[:, 0]
 
     if at < tokens.shape[1]:

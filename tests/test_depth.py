@@ -13,7 +13,7 @@ from models import random_params, random_tokens, slow, small
 from jaxdecoder import Decoder
 from jaxdecoder.config import ConfigError
 from jaxdecoder.data.batches import Batch
-from jaxdecoder.decoder import empty_cache, unroll_params
+from jaxdecoder.decoding import empty_cache, prepare
 from jaxdecoder.layers.depth import CONFIDENCES, DEPTHS, exits_of
 from jaxdecoder.training.evaluation import decoded_losses
 
@@ -61,17 +61,13 @@ def name_of(config):
 
 @functools.cache
 def model(config):
-    return Decoder(config, unrolled=True), random_params(config)
+    return Decoder(config), random_params(config)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def step(decoder, params, tokens, cache):
-    """Logits, the cache and the intermediates of tokens that follow what the cache holds."""
-    params = unroll_params(params, decoder.config)
-    (logits, cache), seen = decoder.apply(
-        {"params": params}, tokens, cache, method="extend", mutable=["intermediates"]
-    )
-    return logits, cache, seen["intermediates"]["body"]
+    """Logits, the cache and the depth of tokens that follow what the cache holds."""
+    return prepare(decoder, params).extend(tokens, cache)
 
 
 def decode(config, tokens, at_once=PREFILLED):
@@ -80,9 +76,9 @@ def decode(config, tokens, at_once=PREFILLED):
     logits, cache, _ = step(decoder, params, tokens[:, :at_once], empty_cache(config, len(tokens)))
     parts, depths = [logits], []
     for t in range(at_once, tokens.shape[1]):
-        logits, cache, seen = step(decoder, params, tokens[:, t : t + 1], cache)
+        logits, cache, depth = step(decoder, params, tokens[:, t : t + 1], cache)
         parts.append(logits)
-        depths.append(seen["exit_depth"][0])
+        depths.append(depth)
     return np.concatenate(parts, 1), np.stack(depths, 1)
 
 
@@ -288,11 +284,10 @@ class TestRouted:
             blocks = {**params["body"]["blocks"], "block_1": {"router": router, "block": broken}}
             changed = {**params, "body": {**params["body"], "blocks": blocks}}
             before = empty_cache(MIXED, 1)
-            logits, cache, seen = step(decoder, changed, tokens, before)
+            logits, cache, _ = step(decoder, changed, tokens, before)
             assert bool(np.isnan(logits).any()) == taken
             assert np.isnan(cache.layers[1].layer.k).any() == taken
             assert bool(cache.layers[1].taken[0, 0]) == taken
-            assert np.asarray(seen["blocks_0"]["block_1"]["taken"][0]).tolist() == [[taken]]
 
     def test_blocks_compute_their_capacity_alone_in_training(self):
         config = small(depth="mixture_of_depths", mod_capacity=0.25, vocab_size=5)

@@ -129,7 +129,8 @@ def test_training_agrees_with_the_cpu():
 
 def test_decoding_with_the_cache_gives_the_logits_of_the_whole_text():
     pytest.importorskip("pydantic")
-    from jaxdecoder.decoder import Decoder, empty_cache
+    from jaxdecoder.decoder import Decoder
+    from jaxdecoder.decoding import empty_cache, prepare
 
     # Weights so large that every token sees the ones before it.
     config = dataclasses.replace(a_config().model, initializer="normal", init_std=0.2)
@@ -140,12 +141,12 @@ def test_decoding_with_the_cache_gives_the_logits_of_the_whole_text():
 
     @jax.jit
     def extend(params, tokens, cache):
-        return decoder.apply({"params": params}, tokens, cache, method="extend")
+        return prepare(decoder, params).extend(tokens, cache)
 
-    logits, cache = extend(params, tokens[:, :150], empty_cache(config, 3, dtype=jnp.bfloat16))
+    logits, cache, _ = extend(params, tokens[:, :150], empty_cache(config, 3, dtype=jnp.bfloat16))
     parts = [logits]
     for at in range(150, 200):
-        logits, cache = extend(params, tokens[:, at : at + 1], cache)
+        logits, cache, _ = extend(params, tokens[:, at : at + 1], cache)
         parts.append(logits)
     found = np.concatenate([np.asarray(part) for part in parts], axis=1)
     np.testing.assert_allclose(found, whole, atol=0.05 * np.abs(whole).max())

@@ -12,7 +12,8 @@ from models import slow
 
 from jaxdecoder.config import Config, ModelConfig, TrainConfig
 from jaxdecoder.data.batches import Batch
-from jaxdecoder.decoder import Decoder, empty_cache, unroll_params
+from jaxdecoder.decoder import Decoder
+from jaxdecoder.decoding import empty_cache, prepare
 from jaxdecoder.kernels import flash_attention, masks, portable, scores, tuning
 from jaxdecoder.kernels.decode import decode_attention
 from jaxdecoder.training.step import init_state, make_step
@@ -211,16 +212,15 @@ def test_a_training_step_of_gpt2_size_holds_the_kernels(implementation, names):
 
 
 def test_a_decoding_step_of_gpt2_size_reads_the_cache_by_the_kernel():
-    decoder = Decoder(GPT2, dtype=jnp.bfloat16, unrolled=True)
+    decoder = Decoder(GPT2, dtype=jnp.bfloat16)
 
     def fresh(key):
-        params = Decoder(GPT2).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
-        return unroll_params(params, GPT2)
+        return prepare(decoder, decoder.init(key, jnp.zeros((1, 2), jnp.int32))["params"])
 
-    def step(params, tokens, cache):
-        return decoder.apply({"params": params}, tokens, cache, last=True, method="extend")
+    def step(session, tokens, cache):
+        return session.extend(tokens, cache, last=True)
 
-    params = jax.eval_shape(fresh, jax.random.key(0))
+    session = jax.eval_shape(fresh, jax.random.key(0))
     cache = jax.eval_shape(lambda: empty_cache(GPT2, 8, dtype=jnp.bfloat16))
-    record = compile_for_h200(step, params, jax.ShapeDtypeStruct((8, 1), jnp.int32), cache)
+    record = compile_for_h200(step, session, jax.ShapeDtypeStruct((8, 1), jnp.int32), cache)
     assert record.hlo.count("__gpu$xla.gpu.triton") == GPT2.n_layers

@@ -29,7 +29,7 @@ from jaxdecoder.compression.options import Dequantize, Quantize
 from jaxdecoder.compression.passes import corpus_of, loss_of
 from jaxdecoder.compression.quantization import dequantize, nearest, pack, quantize, unpack
 from jaxdecoder.config import Config, ConfigError, ModelConfig, TrainConfig, load
-from jaxdecoder.decoder import empty_cache, unroll_params
+from jaxdecoder.decoding import empty_cache, prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import packing
 from jaxdecoder.layers.linear import scheme_of
@@ -111,16 +111,11 @@ def test_a_packed_model_is_the_float_one_of_its_rounded_weights(config):
 
 def decoded(decoder, params, tokens):
     """The logits of decoding token by token."""
-    unrolled = decoder.clone(unrolled=True)
-    params = unroll_params(params, decoder.config)
-
-    @jax.jit
-    def extend(params, tokens, cache):
-        return unrolled.apply({"params": params}, tokens, cache, method="extend")
-
+    session = prepare(decoder, params)
+    extend = jax.jit(lambda session, tokens, cache: session.extend(tokens, cache))
     cache, logits = empty_cache(decoder.config, len(tokens)), []
     for t in range(tokens.shape[1]):
-        out, cache = extend(params, tokens[:, t : t + 1], cache)
+        out, cache, _ = extend(session, tokens[:, t : t + 1], cache)
         logits.append(out)
     return np.concatenate(logits, axis=1)
 

@@ -6,14 +6,13 @@ lead to. So in a share of the steps it samples the rest of every row itself.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.data.batches import Batch
-from jaxdecoder.decoder import Decoder, empty_cache, unroll_params
+from jaxdecoder.decoder import Decoder, Read
+from jaxdecoder.decoding import prepare
 from jaxdecoder.typing import Params
 
 
@@ -29,22 +28,16 @@ def continued(
 
     Sampled at temperature 1 from the first `entries` of the vocabulary, with the decoder's cache.
     """
-    config = decoder.config
-    decoder, params = decoder.clone(unrolled=True), unroll_params(params, config)
+    session = prepare(decoder, params)
 
-    def extend(tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        out: Any = decoder.apply({"params": params}, tokens, cache, last=True, method="extend")
-        logits, cache = out
-        return logits[:, -1], cache
-
-    def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-        logits, cache = carry
+    def step(read: Read, key: jax.Array) -> tuple[Read, jax.Array]:
+        logits = read.logits[:, -1]
         known = jnp.where(jnp.arange(logits.shape[-1]) < entries, logits, -jnp.inf)
         token = jax.random.categorical(key, known).astype(jnp.int32)
-        return extend(token[:, None], cache), token
+        return session.extend(token[:, None], read.cache, last=True), token
 
-    first = extend(prompts, empty_cache(config, prompts.shape[0], dtype=decoder.dtype))
-    _, drawn = jax.lax.scan(step, first, jax.random.split(key, time - prompts.shape[1]))
+    keys = jax.random.split(key, time - prompts.shape[1])
+    _, drawn = jax.lax.scan(step, session.prefill(prompts), keys)
     return jnp.concatenate([prompts, drawn.T], axis=1)
 
 

@@ -34,6 +34,8 @@ class Passed(NamedTuple):
     """In training: what is minimised besides, in nats a token."""
     logits: Float[Array, "batch time vocab"] | None = None
     """What the head said of the features, where the body had to ask it."""
+    depth: Int[Array, "batch"] | None = None
+    """Blocks that a single token of each row passed, where it may stop early."""
 
     @property
     def heads(self) -> Exits:
@@ -53,14 +55,17 @@ class Body(Protocol):
         dropout: Rate | None,
         head: Head | None = None,
     ) -> Passed:
-        """Pass embedded tokens through the layers; one that has exits asks the `head` there."""
+        """Pass embedded tokens through the layers; one that has exits asks the `head` there.
+
+        With caches the parameters are those of `Layout.unroll`.
+        """
 
 
 class Layout(NamedTuple):
     """How the layers between embedding and head are wired, and what that costs.
 
-    body: (config, dtype, unrolled) -> the module.
-    unroll: (params, config) -> the body's parameters as `unrolled` takes them.
+    body: (config, dtype) -> the module.
+    unroll: (parameters of the body) -> the same as decoding reads them.
     empty_caches: (config, batch, dtype) -> the body's caches with nothing in them.
     width: (config) -> the width of what the head sees.
     kernels: (config) -> by part, the linear layers that stand around the attention of all layers;
@@ -68,8 +73,8 @@ class Layout(NamedTuple):
     norms: (config) -> how many norms there are; one that is wider counts as several of d_model.
     """
 
-    body: Callable[[Architecture, DTypeLike, bool], Body]
-    unroll: Callable[[Params, Architecture], Params]
+    body: Callable[[Architecture, DTypeLike], Body]
+    unroll: Callable[[Params], Params]
     empty_caches: Callable[[Architecture, int, DTypeLike], Caches]
     width: Callable[[Architecture], int]
     kernels: Callable[[Architecture], dict[str, list[Kernels]]]

@@ -28,7 +28,6 @@ from jaxdecoder.layers.depth import (
     stop_early,
 )
 from jaxdecoder.layers.norms import NORMS
-from jaxdecoder.typing import Params
 
 
 class Trail(NamedTuple):
@@ -82,14 +81,13 @@ class Serial(nn.Module):
 
     `nn.scan` stacks the blocks' parameters along a leading axis, so one layout serves every depth
     and removing a layer is a slice. Decoding reads every weight for every token, and a slice would
-    be a copy: `unrolled` takes them as `unroll` lays them out, each its own array.
+    be a copy: with caches, the parameters are as `tree.unroll` lays them out, each its own array.
 
     In training the blocks are a loop only where `loops` says so.
     """
 
     config: Architecture
     dtype: DTypeLike = jnp.float32
-    unrolled: bool = False
 
     @nn.compact
     def __call__(
@@ -101,11 +99,10 @@ class Serial(nn.Module):
         dropout: Rate | None,
         head: Head | None = None,
     ) -> Passed:
-        """See `Body`; only `unrolled` takes caches, and is for inference."""
+        """See `Body`."""
         c = self.config
         norm = NORMS[c.norm].new(c, self.dtype, name="final_norm")
-        if not self.unrolled:
-            assert caches is None
+        if caches is None:
             blocks = nn.scan(
                 _remat(dropout) if c.remat else Turn,
                 variable_axes={"params": 0, "intermediates": 0},
@@ -116,15 +113,15 @@ class Serial(nn.Module):
             )(c, self.dtype, name=tree.BLOCKS)
             x, trail = blocks(x, positions, None, None, dropout)
             return Passed(norm(x), None, *self._trained(norm, trail))
-        if caches is not None and head is not None and x.shape[1] == 1 and len(exits_of(c)) > 1:
+        if head is not None and x.shape[1] == 1 and len(exits_of(c)) > 1:
             return self._stop_early(lambda x: head(norm(x)), x, positions, caches, cursor)
         extended: list[PyTree] = []
         for i in range(periods(c)):
-            own = None if caches is None else caches[i * len(turn(c)) : (i + 1) * len(turn(c))]
+            own = caches[i * len(turn(c)) : (i + 1) * len(turn(c))]
             blocks = Turn(c, self.dtype, name=tree.unrolled(i))
             x, trail = blocks(x, positions, own, cursor, dropout)
             extended += trail.caches or ()
-        return Passed(norm(x), None if caches is None else tuple(extended))
+        return Passed(norm(x), tuple(extended))
 
     def _stop_early(
         self, head: Head, x: jax.Array, positions: jax.Array, caches: Caches, cursor: Cursor | None
@@ -139,8 +136,7 @@ class Serial(nn.Module):
             return lambda x, cache: block.apply({"params": params}, x, positions, cache, cursor)
 
         stopped, extended = stop_early(c, [*map(step, range(c.n_layers))], head, x, caches)
-        self.sow("intermediates", "exit_depth", stopped.depth)
-        return Passed(stopped.x, extended, logits=stopped.logits)
+        return Passed(stopped.x, extended, logits=stopped.logits, depth=stopped.depth)
 
     def _trained(
         self, norm: Callable[[jax.Array], jax.Array], trail: Trail
@@ -186,11 +182,6 @@ def periods(config: ModelConfig) -> int:
     return config.n_layers // len(turn(config))
 
 
-def unroll(params: Params, config: Architecture) -> Params:
-    """Return the parameters of a `Serial` as those of the same one with `unrolled`."""
-    return tree.unroll(params)
-
-
 def empty_caches(config: Architecture, batch: int, dtype: DTypeLike) -> Caches:
     """Return the caches of all layers, with nothing in them."""
 
@@ -208,7 +199,7 @@ def norms(c: Architecture) -> int:
 
 SERIAL = Layout(
     Serial,
-    unroll,
+    tree.unroll,
     empty_caches,
     width=lambda c: c.d_model,
     kernels=lambda c: {"feed_forward": feed_forward.kernels(c, c.n_layers)},

@@ -28,7 +28,6 @@ from jaxdecoder.layers.dropout import Dropout
 from jaxdecoder.layers.feed_forward import FeedForward
 from jaxdecoder.layers.linear import linear
 from jaxdecoder.layers.norms import NORMS
-from jaxdecoder.typing import Params
 
 WIDENING = 4
 """The last stack, and so what the head sees, is this many times d_model wide."""
@@ -142,12 +141,11 @@ class Stack(nn.Module):
 class ParallelStacks(nn.Module):
     """A norm, then stacks one after another; all but the first have a norm of their own before.
 
-    A batched product reads the weights where they lie, so `unrolled` changes nothing here.
+    A batched product reads the weights where they lie, so decoding takes them as they are.
     """
 
     config: Architecture
     dtype: DTypeLike = jnp.float32
-    unrolled: bool = False
 
     @nn.compact
     def __call__(
@@ -181,11 +179,6 @@ def width(config: Architecture) -> int:
 def periods(config: Architecture) -> int:
     """Return how often the attention pattern repeats within a stack."""
     return config.layers_side_by_side // len(config.attention_pattern)
-
-
-def unroll(params: Params, config: Architecture) -> Params:
-    """Return the parameters as they are."""
-    return params
 
 
 def empty_caches(config: Architecture, batch: int, dtype: DTypeLike) -> Caches:
@@ -226,4 +219,4 @@ def norms(c: Architecture) -> int:
     return c.n_layers * PLACEMENTS[c.norm_placement].norms(1) + c.n_stacks + sum(factors(c))
 
 
-STACKS = Layout(ParallelStacks, unroll, empty_caches, width, kernels, norms)
+STACKS = Layout(ParallelStacks, lambda body: body, empty_caches, width, kernels, norms)

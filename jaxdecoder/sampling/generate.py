@@ -13,9 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import Config, DataConfig
 from jaxdecoder.data.tokenizers import Tokenizer
-from jaxdecoder.decoder import Decoder, empty_cache, unroll_params
+from jaxdecoder.decoder import Decoder
+from jaxdecoder.decoding import Session, prepare
 from jaxdecoder.errors import UserError
-from jaxdecoder.layers.cache import Cache, Cursor
+from jaxdecoder.layers.cache import Cache
 from jaxdecoder.layers.positions import POSITIONS
 from jaxdecoder.sampling import filters
 from jaxdecoder.training.step import make_decoder
@@ -78,16 +79,15 @@ def generate(
     for row, prompt in enumerate(cropped):
         tokens[row, start[row] : width] = prompt
 
-    decoder = decoder.clone(unrolled=True)
-    params = _unroll(params, decoder.config)
-    state = _begin(decoder, params, jnp.asarray(tokens), jnp.asarray(start), width)
+    session = _prepare(decoder, params)
+    state = _begin(session, jnp.asarray(tokens), jnp.asarray(start), width)
     done, sent = np.zeros(len(prompts), bool), width
     while sent < tokens.shape[1] and not done.all():
         until = min(sent + CHUNK, tokens.shape[1])
         if sent < context and not slides:
             until = min(until, context)
         crops = sent >= context and not slides
-        state = _advance(decoder, params, state, until, key, choose, end_token, crops)
+        state = _advance(session, state, until, key, choose, end_token, crops)
         fresh = np.asarray(state.tokens[:, sent : int(state.length)])
         yield [_until_end(row, end_token) if not done[i] else [] for i, row in enumerate(fresh)]
         done, sent = np.asarray(state.done), int(state.length)
@@ -121,29 +121,28 @@ def show_sample(config: Config, params: Params, tokenizer: Tokenizer) -> str:
     return config.train.sample_prompt + tokenizer.decode(tokens)
 
 
-_unroll = jax.jit(unroll_params, static_argnums=1)
+_prepare = jax.jit(prepare, static_argnums=0)
 
 
-@partial(jax.jit, static_argnums=(0, 4))
+@partial(jax.jit, static_argnums=3)
 def _begin(
-    decoder: Decoder,
-    params: Params,
+    session: Session,
     tokens: Int[Array, "batch room"],
     start: Int[Array, "batch"],
     width: int,
 ) -> Decoding:
-    logits, cache = _prefill(decoder, params, tokens[:, :width], start)
+    read = session.prefill(tokens[:, :width], start)
+    logits = read.logits[:, -1]
     real = jnp.arange(width) >= start[:, None]
     rows = jnp.arange(tokens.shape[0])[:, None]
     counts = jnp.zeros(logits.shape, jnp.int32).at[rows, tokens[:, :width]].add(real)
     done = jnp.zeros(tokens.shape[0], bool)
-    return Decoding(tokens, jnp.asarray(width), start, done, logits, counts, cache)
+    return Decoding(tokens, jnp.asarray(width), start, done, logits, counts, read.cache)
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6, 7), donate_argnums=2)
+@partial(jax.jit, static_argnums=(4, 5, 6), donate_argnums=1)
 def _advance(
-    decoder: Decoder,
-    params: Params,
+    session: Session,
     state: Decoding,
     until: Index,
     key: jax.Array,
@@ -152,7 +151,7 @@ def _advance(
     crops: bool,
 ) -> Decoding:
     """Fill columns up to `until`, or until every row is done."""
-    context = decoder.config.context_length
+    context = session.decoder.config.context_length
 
     def key_of(row: jax.Array, number: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(key, row), number)
@@ -169,31 +168,13 @@ def _advance(
         if crops:
             window = jax.lax.dynamic_slice_in_dim(tokens, length - context, context, axis=1)
             start = jnp.maximum(s.start - (length - context), 0)
-            logits, _ = _prefill(decoder, params, window, start)
-            cache = s.cache
+            logits, cache = session.prefill(window, start).logits, s.cache
         else:
-            logits, cache = _extend(decoder, params, token[:, None], s.cache)
+            logits, cache, _ = session.extend(token[:, None], s.cache, last=True)
         counts = s.counts.at[rows, token].add(1)
-        return Decoding(tokens, length, s.start, done, logits, counts, cache)
+        return Decoding(tokens, length, s.start, done, logits[:, -1], counts, cache)
 
     return jax.lax.while_loop(lambda s: (s.length < until) & ~jnp.all(s.done), step, state)
-
-
-def _prefill(
-    decoder: Decoder, params: Params, tokens: Int[Array, "batch time"], start: Int[Array, "batch"]
-) -> tuple[Float[Array, "batch vocab"], Cache]:
-    """Return the logits after left-padded prompts, and a cache that holds the prompts."""
-    empty = empty_cache(decoder.config, tokens.shape[0], dtype=decoder.dtype)
-    cache = empty._replace(cursor=Cursor(empty.cursor.length, start))
-    return _extend(decoder, params, tokens, cache)
-
-
-def _extend(
-    decoder: Decoder, params: Params, tokens: Int[Array, "batch time"], cache: Cache
-) -> tuple[Float[Array, "batch vocab"], Cache]:
-    """Return the logits after the last of `tokens`, and the cache with `tokens` added."""
-    logits, extended = decoder.apply({"params": params}, tokens, cache, last=True, method="extend")
-    return logits[:, -1], extended  # type: ignore[return-value]
 
 
 def _until_end(row: np.ndarray, end_token: int | None) -> list[int]:

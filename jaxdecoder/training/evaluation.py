@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 from jaxdecoder.config import Config
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.data.tokens import Split
-from jaxdecoder.decoder import Decoder, empty_cache, unroll_params
+from jaxdecoder.decoder import Decoder
+from jaxdecoder.decoding import prepare
 from jaxdecoder.layers.cache import Cache
 from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.typing import Params
@@ -61,22 +62,15 @@ def decoded_losses(
 
     The tokens go one by one through the cache, as in sampling, so that each stops at its own exit.
     """
-    config = decoder.config
-    decoder, params = decoder.clone(unrolled=True), unroll_params(params, config)
+    session = prepare(decoder, params)
 
     def step(cache: Cache, tokens: Batch) -> tuple[Cache, tuple[jax.Array, jax.Array]]:
-        (logits, cache), seen = decoder.apply(
-            {"params": params},
-            tokens.inputs[:, None],
-            cache,
-            method="extend",
-            mutable=["intermediates"],
-        )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, 0], tokens.targets)
-        depth = seen.get("intermediates", {}).get("body", {}).get("exit_depth")
-        return cache, (losses, depth[0] if depth else jnp.full(losses.shape, config.n_layers))
+        read = session.extend(jnp.asarray(tokens.inputs)[:, None], cache)
+        losses = optax.softmax_cross_entropy_with_integer_labels(read.logits[:, 0], tokens.targets)
+        everything = jnp.full(losses.shape, decoder.config.n_layers)
+        return read.cache, (losses, everything if read.depth is None else read.depth)
 
-    cache = empty_cache(config, len(batch.inputs), dtype=decoder.dtype)
+    cache = session.empty_cache(len(batch.inputs))
     _, (losses, depths) = jax.lax.scan(step, cache, jax.tree.map(jnp.transpose, batch))
     return losses.T, depths.T
 
