@@ -61,7 +61,7 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens: Int[Array, "batch time"], *, dropout: Rate | None = None
     ) -> Float[Array, "batch time vocab"]:
-        """Logits for the token after each of `tokens`."""
+        """Return the logits for the token after each of `tokens`."""
         return self.logits(self.features(tokens, dropout=dropout))
 
     def losses(
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         *,
         dropout: Rate | None = None,
     ) -> Float[Array, "batch time"]:
-        """What training minimises at each of `tokens`, in nats: the loss of the next token.
+        """Return what training minimises at each of `tokens`, in nats: the loss of the next token.
 
         In training (see `features`) those of early exits have their shares in it, and the routers
         of a mixture of depths add theirs.
@@ -85,11 +85,11 @@ class Decoder(nn.Module):
     def features(
         self, tokens: Int[Array, "batch time"], *, dropout: Rate | None = None
     ) -> Float[Array, "batch time width"]:
-        """What the head sees. `dropout`: the share to drop in training; None outside it."""
+        """Return what the head sees. `dropout`: the share to drop in training; None outside it."""
         return self.passed(tokens, dropout=dropout).features
 
     def passed(self, tokens: Int[Array, "batch time"], *, dropout: Rate | None = None) -> Passed:
-        """All that the body says of `tokens`, exits and penalty included; see `features`."""
+        """Return all that the body says of `tokens`, exits and penalty included; see `features`."""
         c = self.config
         if tokens.shape[1] > c.context_length:
             raise ConfigError(
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
     def extend(
         self, tokens: Int[Array, "batch time"], cache: Cache, *, last: bool = False
     ) -> tuple[Float[Array, "batch _ vocab"], Cache]:
-        """Logits for `tokens` that follow what the cache holds, and the cache with them in it.
+        """Return logits for `tokens` that follow what the cache holds, and the cache with them.
 
         `last`: logits after the last token only, (batch, 1, vocab).
         """
@@ -145,7 +145,7 @@ class Decoder(nn.Module):
     def logits(
         self, features: Float[Array, "batch time width"]
     ) -> Float[Array, "batch time vocab"]:
-        """The head, in float32 from its products on."""
+        """Apply the head, in float32 from its products on."""
         return head_logits(features, *self._head(), logit_softcap=self.config.logit_softcap)
 
     def _head(self) -> tuple[Kernel, Float[Array, " vocab"] | None]:
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
         return (table if isinstance(table, Packed) else table.T), None
 
     def _table(self) -> Float[Array, "vocab d_model"] | Packed:
-        """The embedding; packed, it is a kernel d_model -> vocab, whose columns are its rows."""
+        """Return the embedding; packed, a kernel d_model -> vocab, whose columns are its rows."""
         table = self.embedding
         if isinstance(table, Weights):
             kernel, _ = table()
@@ -165,7 +165,7 @@ class Decoder(nn.Module):
         return table
 
     def _rows(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time d_model"]:
-        """The tokens' rows of the embedding."""
+        """Return the tokens' rows of the embedding."""
         table = self._table()
         x = table.columns(tokens) if isinstance(table, Packed) else jnp.take(table, tokens, axis=0)
         return x.astype(self.dtype)
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
     def _placed(
         self, x: Float[Array, "batch time d_model"], positions: Int[Array, "#batch time"]
     ) -> Float[Array, "batch time d_model"]:
-        """What the body sees of these rows."""
+        """Return what the body sees of these rows."""
         return x if self.positions is None else x + self.positions(positions).astype(self.dtype)
 
 

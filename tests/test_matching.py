@@ -213,7 +213,7 @@ def with_settings(model, **settings):
 
 
 def test_what_cannot_be_matched_is_refused():
-    teacher = ModelConfig(n_heads=6, d_model=384, n_layers=4)
+    teacher = ModelConfig(vocab_size=13, n_heads=6, d_model=384, n_layers=4).resolve()
     with pytest.raises(ConfigError, match="relation_heads = 5: must divide"):
         check(with_settings(small(), relation_heads=5), teacher)
     with pytest.raises(ConfigError, match="teacher_layer = 5: the teacher has 4"):

@@ -131,8 +131,7 @@ def folder_of(config: Config) -> Path:
 
 def shapes(config: Config) -> tuple[tuple[tuple[int, ...], np.dtype[Any]], ...]:
     """Shape and dtype of each of `FILES`."""
-    t, k, vocab = config.train, config.distillation.cached_top_k, config.model.vocab_size
-    assert vocab is not None
+    t, k, vocab = config.train, config.distillation.cached_top_k, config.architecture.vocab_size
     tokens = (t.steps, t.batch_size, config.model.context_length)
     small = np.dtype(np.uint16 if vocab <= 1 << 16 else np.uint32)
     return ((*tokens, k), small), ((*tokens, k + 1), np.dtype(np.float16))

@@ -189,7 +189,7 @@ def start_from(teacher: Model, student: ModelConfig, params: Any) -> tuple[Any, 
     Raises:
         UserError: with every reason why the teacher's layers do not fit.
     """
-    theirs = teacher.config.model
+    theirs, student = teacher.config.architecture, student.resolve()
     reasons = _reasons(theirs, student)
     chosen = [] if reasons else chosen_layers(theirs, student)
     if isinstance(chosen, str):
@@ -248,8 +248,8 @@ def _reasons(teacher: ModelConfig, student: ModelConfig) -> list[str]:
     # The pattern is held to block by block.
     adopted["attention"] = student.attention
     adopted["mod_every"] = student.mod_every
-    same_depth = replace(teacher.resolve(), **adopted)
-    return differences(Config(model=same_depth), Config(model=student.resolve()))
+    same_depth = replace(teacher, **adopted)
+    return differences(Config(model=same_depth), Config(model=student))
 
 
 def _taken(params: Any, teacher: ModelConfig, student: ModelConfig, chosen: list[int]) -> Any:
