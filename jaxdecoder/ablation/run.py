@@ -68,9 +68,8 @@ def outcomes_of(ablation: Ablation, results: Sequence[Result]) -> list[Outcome]:
                 "overfitting": validation - train,
             }
         else:
-            vocab_size = runs.read_config(Path(result.config.train.out)).model.vocab_size
-            assert vocab_size is not None
-            metrics = knowing_nothing(vocab_size)
+            model = runs.read_config(Path(result.config.train.out)).architecture
+            metrics = knowing_nothing(model.vocab_size)
         outcomes.append(Outcome(member.arm, member.learning_rate, member.seed, metrics, diverged))
     return outcomes
 

@@ -26,7 +26,7 @@ from jaxdecoder.layers.depth import exits_of
 
 
 def report(config: ModelConfig) -> list[Table]:
-    """The counts as tables for a terminal."""
+    """Return the counts as tables for a terminal."""
     return [_parameter_table(config), _flops_table(config), _bytes_table(config)]
 
 
@@ -89,7 +89,7 @@ def _short(value: float) -> str:
 
 @friendly
 def main() -> None:
-    """Reads a config file and overrides, and prints the tables."""
+    """Read a config file and overrides, and print the tables."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0].startswith("-"):
         raise UserError(

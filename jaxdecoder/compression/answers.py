@@ -133,8 +133,7 @@ def folder_of(config: Config) -> Path:
 
 def shapes(config: Config) -> tuple[tuple[tuple[int, ...], np.dtype], ...]:
     """Return the shape and dtype of each of `FILES`."""
-    t, k, vocab = config.train, config.distillation.cached_top_k, config.model.vocab_size
-    assert vocab is not None
+    t, k, vocab = config.train, config.distillation.cached_top_k, config.architecture.vocab_size
     tokens = (t.steps, t.batch_size, config.model.context_length)
     small = np.dtype(np.uint16 if vocab <= 1 << 16 else np.uint32)
     return ((*tokens, k), small), ((*tokens, k + 1), np.dtype(np.float16))
@@ -185,7 +184,7 @@ def _ask(
         logits: Any = decoder.apply({"params": params}, features, method="logits")
         return answer(logits, top_k, temperature)
 
-    chunk = at_once(tokens.shape[0], decoder.config.vocab_size or 0, current_device().platform)
+    chunk = at_once(tokens.shape[0], decoder.architecture.vocab_size, current_device().platform)
     answers = over_time(some, features, chunk)
     return answers._replace(log_probabilities=jnp.maximum(answers.log_probabilities, LEAST))
 

@@ -157,7 +157,7 @@ def lesson(
                 total += share * (soft * apart + hard * own)
             return total
 
-        chunk = at_once(len(tokens), student.config.vocab_size or 1, current_device().platform)
+        chunk = at_once(len(tokens), student.architecture.vocab_size, current_device().platform)
         heads = [features for _, features in passed.heads]
         losses = over_time(mixed, (heads, said, batch.targets), chunk) + passed.penalty
         if d.matching != "none":
@@ -208,9 +208,9 @@ def check(config: Config, teacher: Model) -> None:
     Raises:
         ConfigError: with the key and a possible value.
     """
-    d, model = config.distillation, config.model
+    d, model = config.distillation, config.architecture
     matching.check(config, teacher.config.architecture)
-    entries = model.vocab_size or 0
+    entries = model.vocab_size
     if d.cached_top_k >= entries:
         raise ConfigError(
             "distillation.cached_top_k",

@@ -190,7 +190,7 @@ def start_from(teacher: Model, student: ModelConfig, params: Params) -> tuple[Pa
     Raises:
         UserError: with every reason why the teacher's layers do not fit.
     """
-    theirs = teacher.config.model
+    theirs, student = teacher.config.architecture, student.resolve()
     reasons = _reasons(theirs, student)
     chosen = [] if reasons else chosen_layers(theirs, student)
     if isinstance(chosen, str):
@@ -249,8 +249,8 @@ def _reasons(teacher: ModelConfig, student: ModelConfig) -> list[str]:
     # The pattern of blocks is compared block by block, in `chosen_layers`.
     adopted["attention"] = student.attention
     adopted["mod_every"] = student.mod_every
-    same_depth = replace(teacher.resolve(), **adopted)
-    return differences(Config(model=same_depth), Config(model=student.resolve()))
+    same_depth = replace(teacher, **adopted)
+    return differences(Config(model=same_depth), Config(model=student))
 
 
 def _taken(params: Params, teacher: ModelConfig, student: ModelConfig, chosen: list[int]) -> Params:

@@ -17,7 +17,7 @@ Check = Callable[["model.ModelConfig"], Iterator[Wrong]]
 
 
 def heads(c: model.ModelConfig) -> Iterator[Wrong]:
-    """Heads divide the width, and groups of keys and values the heads."""
+    """Check that heads divide the width, and groups of keys and values the heads."""
     if c.d_head is None and c.d_model % c.n_heads:
         near = nearest_multiples(c.d_model, c.n_heads)
         why = f"not divisible by model.n_heads = {c.n_heads}; {near} would do, or give model.d_head"
@@ -28,7 +28,7 @@ def heads(c: model.ModelConfig) -> Iterator[Wrong]:
 
 
 def embedding_and_head(c: model.ModelConfig) -> Iterator[Wrong]:
-    """A tied head has no bias, and copying needs one that is asked after all blocks."""
+    """Check that a tied head has no bias, and copying needs one that is asked after all blocks."""
     if c.tie_embeddings and c.head_bias:
         yield "head_bias", "a head tied to the embedding has no bias of its own"
     if c.copying and not c.tie_embeddings:
@@ -46,7 +46,7 @@ def embedding_and_head(c: model.ModelConfig) -> Iterator[Wrong]:
 
 
 def layout(c: model.ModelConfig) -> Iterator[Wrong]:
-    """What needs blocks one above another has them."""
+    """Check that what needs blocks one above another has them."""
     if c.convolution_width and (c.layout != "serial" or c.depth != "fixed"):
         key, value = ("layout", c.layout) if c.depth == "fixed" else ("depth", c.depth)
         yield (
@@ -63,7 +63,7 @@ def layout(c: model.ModelConfig) -> Iterator[Wrong]:
 
 
 def stacks(c: model.ModelConfig) -> Iterator[Wrong]:
-    """Layers share the stacks evenly, and the width within one."""
+    """Check that layers share the stacks evenly, and the width within one."""
     layers = c.layers_side_by_side
     total = c.n_stacks * layers
     if c.layers_per_stack is None and total != c.n_layers:
@@ -95,7 +95,7 @@ def stacks(c: model.ModelConfig) -> Iterator[Wrong]:
 
 
 def pattern(c: model.ModelConfig) -> Iterator[Wrong]:
-    """The mechanisms' pattern repeats a whole number of times."""
+    """Check that the mechanisms' pattern repeats a whole number of times."""
     count, layers = "n_layers", c.n_layers
     if c.layout == "parallel_stacks":
         count, layers = "layers_per_stack", c.layers_side_by_side
@@ -104,7 +104,7 @@ def pattern(c: model.ModelConfig) -> Iterator[Wrong]:
 
 
 def fixed_sparse(c: model.ModelConfig) -> Iterator[Wrong]:
-    """A block has the tokens that later ones see."""
+    """Check that a block has the tokens that later ones see."""
     if c.attention_globals > c.attention_block:
         yield (
             "attention_globals",
@@ -114,7 +114,7 @@ def fixed_sparse(c: model.ModelConfig) -> Iterator[Wrong]:
 
 
 def linformer(c: model.ModelConfig) -> Iterator[Wrong]:
-    """Blocks divide the context, and are no smaller than what they become."""
+    """Check that blocks divide the context, and are no smaller than what they become."""
     block, context = c.attention_block, c.context_length
     if context % block or block == context:
         near = sorted(sorted(divisors(context)[:-1], key=lambda n: abs(n - block))[:2])
@@ -133,7 +133,7 @@ def linformer(c: model.ModelConfig) -> Iterator[Wrong]:
 
 
 def linear(c: model.ModelConfig) -> Iterator[Wrong]:
-    """Positions need no score of a pair of tokens."""
+    """Check that positions need no score of a pair of tokens."""
     if c.position in model.PAIRED:
         would_do = ", ".join(x for x in get_args(model.Position) if x not in model.PAIRED)
         yield (
@@ -144,7 +144,7 @@ def linear(c: model.ModelConfig) -> Iterator[Wrong]:
 
 
 def early_exit(c: model.ModelConfig) -> Iterator[Wrong]:
-    """There is an exit before the last block."""
+    """Check that there is an exit before the last block."""
     if c.exit_minimum >= c.n_layers:
         yield (
             "exit_minimum",
@@ -154,7 +154,7 @@ def early_exit(c: model.ModelConfig) -> Iterator[Wrong]:
 
 
 def mixture_of_depths(c: model.ModelConfig) -> Iterator[Wrong]:
-    """Routers may choose among tokens, and stand at even distances."""
+    """Check that routers may choose among tokens, and stand at even distances."""
     if "linformer" in c.attention_pattern:
         yield (
             "depth",
@@ -167,7 +167,7 @@ def mixture_of_depths(c: model.ModelConfig) -> Iterator[Wrong]:
 
 
 def rope(c: model.ModelConfig) -> Iterator[Wrong]:
-    """An even number of coordinates turns."""
+    """Check that an even number of coordinates turns."""
     head = c.head_width
     exact = head * c.rope_fraction
     if c.rope_width and c.rope_width % 2 == 0 and abs(c.rope_width - exact) < 0.01:
@@ -185,7 +185,7 @@ def rope(c: model.ModelConfig) -> Iterator[Wrong]:
 
 
 def t5(c: model.ModelConfig) -> Iterator[Wrong]:
-    """There are buckets for near distances and for far ones."""
+    """Check that there are buckets for near distances and for far ones."""
     if c.position_buckets < 2:
         yield "position_buckets", "must be at least 2"
     least = c.position_buckets // 2 + 1
@@ -198,7 +198,7 @@ def t5(c: model.ModelConfig) -> Iterator[Wrong]:
 
 
 def projections(c: model.ModelConfig) -> Iterator[Wrong]:
-    """What is not projected is as wide as the stream."""
+    """Check that what is not projected is as wide as the stream."""
     if not c.attention_projection and c.n_heads * c.head_width != c.d_model:
         yield (
             "attention_projection",
@@ -214,7 +214,7 @@ def projections(c: model.ModelConfig) -> Iterator[Wrong]:
 
 
 def parallel(c: model.ModelConfig) -> Iterator[Wrong]:
-    """Both branches have one residual connection."""
+    """Check that both branches have one residual connection."""
     if isinstance(c.residual, str):
         yield (
             "residual",
@@ -238,7 +238,7 @@ OF_COMPONENTS: dict[str, Check] = {
 
 
 def components(c: model.ModelConfig) -> Iterator[Wrong]:
-    """Every component has what it asks for."""
+    """Check that every component has what it asks for."""
     chosen = {c.layout, *c.attention_pattern, c.depth, c.position, c.norm_placement}
     for name, check in OF_COMPONENTS.items():
         if name in chosen:

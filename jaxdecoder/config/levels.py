@@ -18,7 +18,7 @@ Wrong = tuple[str, str]
 
 
 def weight_levels(c: model.ModelConfig) -> Iterator[Wrong]:
-    """The weight format has what is asked of it, and groups fit every kernel."""
+    """Check that the weight format has what is asked of it, and groups fit every kernel."""
     if not c.quantized:
         if c.activation_format != "float":
             yield (

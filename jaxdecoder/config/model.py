@@ -188,7 +188,7 @@ class ModelConfig:
                 raise ConfigError(f"model.{key}", getattr(self, key), why)
 
     def __eq__(self, other: object) -> bool:
-        """Whether all fields are equal, be one of the two resolved or not."""
+        """Say whether all fields are equal, be one of the two resolved or not."""
         return isinstance(other, ModelConfig) and vars(self) == vars(other)
 
     def resolve(self) -> Architecture:
@@ -232,7 +232,7 @@ class ModelConfig:
         return self.layers_per_stack or self.n_layers // self.n_stacks
 
     def has_residual(self, branch: str) -> bool:
-        """Whether this branch, attention or feed_forward, is added to its input."""
+        """Say whether this branch, attention or feed_forward, is added to its input."""
         return self.residual in (True, branch)
 
     @property

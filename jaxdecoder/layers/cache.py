@@ -39,7 +39,7 @@ class Cursor(NamedTuple):
     """Number of each row's first real token."""
 
     def query_positions(self, time: int) -> Int[Array, "batch time"]:
-        """Positions of the next `time` tokens; negative ones are padding."""
+        """Return positions of the next `time` tokens; negative ones are padding."""
         return jnp.arange(time) + self.length - self.start[:, None]
 
 
@@ -70,7 +70,7 @@ class Slots(NamedTuple):
         return self.ring + len(self.pinned)
 
     def held(self, cursor: Cursor, time: int) -> Int[Array, "batch slots"]:
-        """Positions in the slots once the next `time` tokens are written; negative: none."""
+        """Return positions in the slots once `time` more tokens are written; negative: none."""
         newest = jnp.asarray(cursor.length) + time - 1
         number = newest - (newest - jnp.arange(self.ring)) % self.ring
         ring = number - cursor.start[:, None]
@@ -81,14 +81,14 @@ class Slots(NamedTuple):
         return jnp.concatenate([ring, pinned], axis=1)
 
     def visible(self, cursor: Cursor, time: int) -> Int[Array, "batch slots"]:
-        """The same, less what the pinned slots hold of the ring's tokens."""
+        """Return the same, less what the pinned slots hold of the ring's tokens."""
         held = self.held(cursor, time)
         oldest = (cursor.length + time - self.ring - cursor.start)[:, None]
         twice = (jnp.arange(self.size) >= self.ring) & (held >= oldest)
         return jnp.where(twice, -1, held)
 
     def empty(self, config: Architecture, batch: int, dtype: DTypeLike) -> KeysAndValues:
-        """A cache that has seen nothing."""
+        """Return a cache that has seen nothing."""
         shape = (batch, config.n_kv_heads, self.size, config.d_head)
         return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -100,7 +100,7 @@ def extend(
     cursor: Cursor,
     slots: Slots,
 ) -> tuple[KeysAndValues, Int[Array, "batch keys"], KeysAndValues]:
-    """What `time` new tokens attend to, its positions (negative: nothing), and the new cache.
+    """Return what `time` new tokens attend to, its positions (negative: none), and the cache.
 
     One token is written first, and attends to the slots. Several may push out of the ring what the
     first of them still see, so they attend to the slots as they were and to themselves; to
@@ -126,7 +126,7 @@ def _write(
     cursor: Cursor,
     slots: Slots,
 ) -> Float[Array, "batch kv_heads slots width"]:
-    """Puts new tokens into their slots."""
+    """Put new tokens into their slots."""
     time, first = new.shape[2], 0
     if time == 1:
         # In place; only pinned slots have to ask whether the token is theirs.

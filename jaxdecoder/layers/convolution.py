@@ -29,7 +29,7 @@ class ShortConvolution(nn.Module):
         positions: Int[Array, "#batch time"],
         cache: Float[Array, "batch before width"] | None = None,
     ) -> tuple[Float[Array, "batch time width"], Float[Array, "batch before width"] | None]:
-        """The sum and, if one came in, the new cache. Negative positions are padding."""
+        """Return the sum and, if one came in, the new cache. Negative positions are padding."""
         count, time = self.config.convolution_width, x.shape[1]
         init = symmetric_uniform(count**-0.5)
         taps = self.param("taps", init, (x.shape[-1], count), jnp.float32).astype(self.dtype)

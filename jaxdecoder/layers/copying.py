@@ -49,7 +49,7 @@ class Copying(nn.Module):
         cache: KeysAndValues | None = None,
         cursor: Cursor | None = None,
     ) -> tuple[Float[Array, "batch time d_model"], KeysAndValues | None]:
-        """The new features and, if one came in, the extended cache.
+        """Return the new features and, if one came in, the extended cache.
 
         `embedded` are the tokens' rows of the embedding, without their positions.
         """

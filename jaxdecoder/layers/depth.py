@@ -243,7 +243,7 @@ class Routed(nn.Module):
         cursor: Cursor,
         score: Float[Array, "batch time"],
     ) -> tuple[Stream, RoutedCache]:
-        """Tokens that follow what the cache holds; if it takes none of them, nothing is done."""
+        """Take tokens that follow what the cache holds; if it takes none, nothing is done."""
         taken, context = score > 0, cache.taken.shape[1]
         at = (0, cursor.length % context)
         ever_taken = jax.lax.dynamic_update_slice(cache.taken, taken, at)

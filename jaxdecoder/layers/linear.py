@@ -31,7 +31,7 @@ def linear(
     residual_output: bool = False,
     name: str | None = None,
 ) -> nn.Dense | Quantized:
-    """A dense layer d_in -> d_out. `residual_output`: its result is added to the residual stream.
+    """Return a dense layer d_in -> d_out. `residual_output`: the residual stream gets its result.
 
     The fan-in is asked for because PyTorch's default draws the bias from it as well.
     """
@@ -95,7 +95,7 @@ class Weights(nn.Module):
 def _quantized_kernel(
     module: nn.Module, config: Architecture, init: Initializer, d_in: int, d_out: int
 ) -> Kernel:
-    """Packed, a kernel's parts are parameters; else it is one as ever, rounded where it is used."""
+    """Make a kernel: packed, its parts are parameters; else it is one, rounded where it is used."""
     scheme = scheme_of(config)
     if not config.packed:
         kernel = module.param("kernel", init, (d_in, d_out), jnp.float32)
@@ -119,7 +119,7 @@ def scheme_of(config: ModelConfig) -> packing.Scheme:
 def initializers(
     config: Architecture, fan_in: int, *, residual_output: bool
 ) -> tuple[Initializer, Initializer]:
-    """Initialisers of a kernel with this fan-in and of its bias."""
+    """Return initialisers of a kernel with this fan-in and of its bias."""
     if config.initializer == "uniform_fan_in":
         uniform = symmetric_uniform(fan_in**-0.5)
         return uniform, uniform
@@ -130,14 +130,14 @@ def initializers(
 
 
 def embedding_initializer(config: Architecture) -> Initializer:
-    """Initialiser of token and position embeddings."""
+    """Return the initialiser of token and position embeddings."""
     return nn.initializers.normal(
         1.0 if config.initializer == "uniform_fan_in" else config.init_std
     )
 
 
 def symmetric_uniform(bound: float) -> Initializer:
-    """U(-bound, bound)."""
+    """Return an initialiser that draws from U(-bound, bound)."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)

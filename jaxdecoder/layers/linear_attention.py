@@ -27,13 +27,13 @@ class State(NamedTuple):
 
 
 def empty_state(config: Architecture, batch: int, dtype: DTypeLike = jnp.float32) -> State:
-    """The state of one layer that has seen nothing. It is float32 whatever the dtype asked for."""
+    """Return the state of a layer that has seen nothing, float32 whatever the dtype asked for."""
     shape = (batch, config.n_kv_heads, config.d_head)
     return State(jnp.zeros((*shape, config.d_head), jnp.float32), jnp.zeros(shape, jnp.float32))
 
 
 def feature_map(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
-    """phi(x) = elu(x) + 1, which is positive; float32."""
+    """Return phi(x) = elu(x) + 1, which is positive; float32."""
     return jax.nn.elu(x.astype(jnp.float32)) + 1.0
 
 
@@ -77,7 +77,7 @@ def _divisors(
     k: Float[Array, "batch time kv_heads width"],
     before: Float[Array, "batch kv_heads width"],
 ) -> tuple[Float[Array, "batch time heads 1"], Float[Array, "batch kv_heads width"]]:
-    """phi(q_i) sum_j phi(k_j) of every token, and the sum after the last."""
+    """Return phi(q_i) sum_j phi(k_j) of every token, and the sum after the last."""
     sums = before[:, None] + jnp.cumsum(k, axis=1)
     grouped = q.reshape(*k.shape[:3], -1, q.shape[3])
     divisors = jnp.sum(grouped * sums[:, :, :, None], axis=-1)
@@ -91,13 +91,13 @@ def _dividends(
     before: Float[Array, "batch kv_heads width width"],
     chunk: int,
 ) -> tuple[Float[Array, "batch time heads width"], Float[Array, "batch kv_heads width width"]]:
-    """phi(q_i) sum_j phi(k_j) v_j^T of every token, and the sum after the last."""
+    """Return phi(q_i) sum_j phi(k_j) v_j^T of every token, and the sum after the last."""
     batch, time, n_heads, width = q.shape
     kv_heads = k.shape[2]
     causal = jnp.tril(jnp.ones((chunk, chunk), bool))
 
     def chunks(x: jax.Array) -> jax.Array:
-        """(chunks, batch, kv_heads, heads that share one, chunk, width); padded by zeros."""
+        """Return (chunks, batch, kv_heads, heads that share one, chunk, width), padded by zeros."""
         x = jnp.pad(x, ((0, 0), (0, -time % chunk), (0, 0), (0, 0)))
         x = x.reshape(batch, -1, chunk, kv_heads, x.shape[2] // kv_heads, width)
         return x.transpose(1, 0, 3, 4, 2, 5)

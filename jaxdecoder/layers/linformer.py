@@ -37,12 +37,12 @@ class Memory(NamedTuple):
 
 
 def exact_slots(config: Architecture) -> Slots:
-    """A block of tokens is all that is seen exactly."""
+    """Return the slots of what is seen exactly: a block of tokens."""
     return Slots(config.attention_block)
 
 
 def empty_memory(config: Architecture, batch: int, dtype: DTypeLike) -> Memory:
-    """The cache of one layer that has seen nothing; its sums are float32 whatever the dtype."""
+    """Return the cache of a layer that has seen nothing; its sums are always float32."""
     compressed = Slots(config.attention_rank * blocks(config))
     return Memory(
         exact_slots(config).empty(config, batch, dtype),
@@ -51,17 +51,17 @@ def empty_memory(config: Architecture, batch: int, dtype: DTypeLike) -> Memory:
 
 
 def blocks(config: Architecture) -> int:
-    """Blocks that a context has."""
+    """Count the blocks of a context."""
     return config.context_length // config.attention_block
 
 
 def own_block(config: Architecture) -> masks.Mask:
-    """The own block up to the query: what is seen exactly."""
+    """Return the mask of what is seen exactly: the own block up to the query."""
     return masks.causal() & masks.fixed_blocks(config.attention_block, 0)
 
 
 def mask(config: Architecture, time: int) -> masks.Mask:
-    """Of `time` exact keys and the compressed ones after them, which stand for earlier blocks."""
+    """Return that of `time` exact keys and, after them, compressed ones of earlier blocks."""
     earlier = masks.summaries(config.attention_block, config.attention_rank, time)
     return own_block(config) | earlier
 
@@ -142,10 +142,10 @@ class LinformerMixing(nn.Module):
     def _extend(
         self, heads: Heads, cache: Memory, cursor: Cursor, projections: list[jax.Array]
     ) -> tuple[Float[Array, "batch time heads width"], Memory]:
-        """Tokens that follow what the cache holds."""
+        """Attend from tokens that follow what the cache holds."""
         c, positions = self.config, heads.positions
         span = spans(positions, blocks(c), c.attention_block)
-        (k, v), held, exact = extend(cache.exact, heads.k, heads.v, cursor, exact_slots(c))
+        (k, v), at, exact = extend(cache.exact, heads.k, heads.v, cursor, exact_slots(c))
         parts = [
             _add(old, x, projection, span)
             for old, x, projection in zip(
@@ -160,7 +160,7 @@ class LinformerMixing(nn.Module):
         block = jnp.repeat(span.seen, c.attention_rank, axis=1)[:, None]
         own = span.own[:, :, None]
         allowed = (block >= 0) & (block < own) & (block > own - blocks(c))
-        exactly = own_block(c)(positions[:, :, None], held[:, None]) & (held >= 0)[:, None]
+        exactly = own_block(c)(positions[:, :, None], at[:, None]) & (at >= 0)[:, None]
         ends = (block[:, 0] + 1) * c.attention_block - 1
         mixed = attention(
             heads.q,
@@ -170,7 +170,7 @@ class LinformerMixing(nn.Module):
             scale=heads.q.shape[-1] ** -0.5,
             score=heads.score,
             q_index=positions,
-            k_index=jnp.concatenate([ends, held], axis=1),
+            k_index=jnp.concatenate([ends, at], axis=1),
         )
         return mixed, Memory(exact, KeysAndValues(*compressed))
 
@@ -218,7 +218,7 @@ def _add(
     projection: Float[Array, "rank block"],
     span: Spans,
 ) -> tuple[Float[Array, "batch kv_heads seen width"], Float[Array, "batch kv_heads slots width"]]:
-    """The sums of the blocks `span.seen`, and the slots with new tokens added to their blocks'."""
+    """Return the sums of the blocks `span.seen`, and the slots with new tokens added to theirs."""
     batch, kv_heads, _, width = old.shape
     rank = projection.shape[0]
     old = old.reshape(batch, kv_heads, -1, rank, width)
@@ -244,7 +244,7 @@ def _add(
 def _compressed(
     x: Float[Array, "batch time kv_heads width"], projection: Float[Array, "rank block"]
 ) -> Float[Array, "batch slots kv_heads width"]:
-    """The sums of all blocks but the last, which no query sees."""
+    """Return the sums of all blocks but the last, which no query sees."""
     batch, time, kv_heads, width = x.shape
     rank, block = projection.shape
     n = (time - 1) // block

@@ -61,22 +61,23 @@ def _first(n: int) -> masks.Mask:
 
 
 def context(config: Architecture) -> Slots:
-    """All that a query may see of the last context_length tokens."""
+    """Keep all that a query may see of the last context_length tokens."""
     return Slots(config.context_length)
 
 
 def window(config: Architecture) -> Slots:
+    """Keep the last attention_window tokens."""
     return Slots(min(config.attention_window, config.context_length))
 
 
 def window_and_first(config: Architecture) -> Slots:
-    """Every token of a dilated window's span: the next token's window stands between them."""
+    """Keep a dilated window's whole span: the next token's window stands between its tokens."""
     span = (config.attention_window - 1) * config.attention_dilation + 1
     return _within_context(config, Slots(span, tuple(range(config.attention_globals))))
 
 
 def block_and_summaries(config: Architecture) -> Slots:
-    """As many tokens as a block has, and the last ones of all blocks of a context."""
+    """Keep as many tokens as a block has, and the last ones of all blocks of a context."""
     block, count = config.attention_block, config.attention_globals
     period = -(-config.context_length // block) * block
     last = (p for p in range(period) if p % block >= block - count)

@@ -28,7 +28,7 @@ def _standardised(
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def standardise(x: Float[Array, "*rows width"], epsilon: float) -> Float[Array, "*rows width"]:
-    """x with mean 0 and variance 1 over its last axis, in float32.
+    """Give x mean 0 and variance 1 over its last axis, in float32.
 
     The gradient rule is by hand, for it needs less than what automatic differentiation keeps: the
     result itself and one number a row, or of x in half precision, which is smaller than the result,
@@ -49,11 +49,11 @@ def _standardise_forward(x: jax.Array, epsilon: float) -> tuple[jax.Array, _Kept
 
 
 def _standardise_backward(epsilon: float, kept: _Kept, g: jax.Array) -> tuple[jax.Array]:
-    held, mean, inverse = kept
-    out = held if mean is None else (held.astype(jnp.float32) - mean) * inverse
+    saved, mean, inverse = kept
+    out = saved if mean is None else (saved.astype(jnp.float32) - mean) * inverse
     slope = jnp.mean(g * out, axis=-1, keepdims=True)
     d_x = inverse * (g - jnp.mean(g, axis=-1, keepdims=True) - out * slope)
-    return (d_x.astype(held.dtype),)
+    return (d_x.astype(saved.dtype),)
 
 
 standardise.defvjp(_standardise_forward, _standardise_backward)
