@@ -33,7 +33,7 @@ from test_flash_attention import (
 from jaxdecoder.kernels import flash, hopper, masks, scores
 from jaxdecoder.kernels.device import Device
 from jaxdecoder.kernels.dropout import scaled
-from jaxdecoder.kernels.hopper import tiles
+from jaxdecoder.kernels.hopper import lowering
 from jaxdecoder.kernels.hopper.launch import Launch, Sizes
 
 H200 = Device("gpu", "NVIDIA H200")
@@ -188,7 +188,7 @@ def test_tanh_is_exact_enough_for_a_soft_cap():
     """Of a cap of 50, 50 times the error is all that a score is off by."""
     x = np.concatenate([np.linspace(-12, 12, 100_001), [-1e30, -200.0, 200.0, 1e30]])
     x = np.float32(x)
-    found = jax.jit(tiles.tanh)(x)
+    found = jax.jit(lowering.tanh)(x)
     np.testing.assert_allclose(found, np.tanh(np.float64(x)), rtol=0, atol=2e-7)
 
 

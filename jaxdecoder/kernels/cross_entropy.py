@@ -17,16 +17,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from jaxdecoder.kernels import online
 from jaxdecoder.kernels.device import current_device
 from jaxdecoder.kernels.packing import Packed
+from jaxdecoder.kernels.padding import padded, round_up
 from jaxdecoder.kernels.quantized import packed_product
+from jaxdecoder.kernels.typing import Carry
 from jaxdecoder.typing import Index
 
 
@@ -52,14 +55,14 @@ USUAL_MEMORY = 60_000_000_000
 
 
 def device_tile() -> int:
-    """What the columns of a product should be a multiple of, on the device that is traced for."""
+    """Return what the columns of a product should be a multiple of, on the current device."""
     return TILE if current_device().platform == "gpu" else 1
 
 
 def device_limits() -> Limits:
-    """Those of the device that is traced for; a GPU's by the memory that JAX may use of it.
+    """Return the limits of the current device; a GPU's go by the memory that JAX may use of it.
 
-    Kept logits and their gradients, 6 bytes each, are a tenth of it at most.
+    Kept logits and their gradients, 6 bytes each, take a tenth of it at most.
     """
     platform = current_device().platform
     if platform != "gpu":
@@ -77,7 +80,7 @@ def head_logits(
     *,
     logit_softcap: float | None = None,
 ) -> Float[Array, "*batch vocab"]:
-    """features @ kernel + bias, factors in the type of the features and sums in float32.
+    """Compute features @ kernel + bias: factors in the type of the features, sums in float32.
 
     `logit_softcap` bounds them to (-c, c) by c tanh(logits / c) (arXiv 2408.00118).
     """
@@ -85,7 +88,7 @@ def head_logits(
     many = math.prod(features.shape[:-1]) >= TILE
     if many and vocab % TILE and device_tile() > 1 and not isinstance(kernel, Packed):
         # Few rows, as in decoding, are not worth a copy of the kernel.
-        wide = _widened(kernel.astype(dtype), _up(vocab, TILE))
+        wide = padded(kernel.astype(dtype), -1, round_up(vocab, TILE))
         logits = packed_product(features, wide, preferred_element_type=jnp.float32)[..., :vocab]
     else:
         logits = packed_product(features, kernel, preferred_element_type=jnp.float32)
@@ -106,7 +109,7 @@ def cross_entropy(
     chunk: int | None = None,
     tile: int | None = None,
 ) -> Float[Array, "batch time"]:
-    """-log softmax(`head_logits`)[target] for each token, in nats, float32.
+    """Compute -log softmax(`head_logits`)[target] for each token, in nats, float32.
 
     `chunk`: entries of the vocabulary whose logits exist at a time; left out, all of them where
     they are few enough. `tile`: what the columns of every product are a multiple of; left out,
@@ -126,161 +129,147 @@ def cross_entropy(
     if tile > 1:
         # Equal chunks, so that the last one is no waste.
         count = -(-vocab // chunk)
-        chunk = _up(-(-vocab // count), tile)
-        columns = _up(vocab, chunk)
-    rows = features.reshape(-1, features.shape[-1])
-    losses = _chunked(rows, kernel, bias, targets.reshape(-1), logit_softcap, chunk, columns)
+        chunk = round_up(-(-vocab // count), tile)
+        columns = round_up(vocab, chunk)
+    rows, cut = features.reshape(-1, features.shape[-1]), _Cut(logit_softcap, chunk, columns)
+    losses = _chunked(_Head(rows, kernel, bias), targets.reshape(-1), cut)
     return losses.reshape(targets.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _chunked(
-    features: Float[Array, "tokens width"],
-    kernel: Float[Array, "width vocab"],
-    bias: Float[Array, " vocab"] | None,
-    targets: Int[Array, " tokens"],
-    logit_softcap: float | None,
-    chunk: int,
-    columns: int,
-) -> Float[Array, " tokens"]:
-    """`columns`: those of the kernel once it is filled up with zeros."""
-    return _forward(features, kernel, bias, targets, logit_softcap, chunk, columns)[0]
+class _Head(NamedTuple):
+    """What logits are made of; and the gradients of it."""
+
+    features: Float[Array, "tokens width"]
+    kernel: Float[Array, "width vocab"]
+    bias: Float[Array, " vocab"] | None
 
 
-_Carry = TypeVar("_Carry")
-_Kept = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array, Any]
-"""For the backward pass; the last is all logits, where they are kept."""
+class _Cut(NamedTuple):
+    """How logits are computed; static."""
 
-_Sums = tuple[jax.Array, jax.Array, jax.Array]
-"""Of each token the largest logit, the sum of exponentials and the target's logit."""
+    logit_softcap: float | None
+    chunk: int
+    """Columns at a time."""
+    columns: int
+    """Columns of the kernel once it is filled up with zeros."""
 
-_Gradients = tuple[jax.Array, jax.Array, Any]
-"""Of features, kernel and bias, which may be None."""
+    def logits(self, head: _Head, start: Index, size: int) -> jax.Array:
+        """Compute the logits of `size` columns, from `start` on."""
+        bias = None if head.bias is None else _columns(head.bias, start, size, axis=0)
+        kernel = _columns(head.kernel, start, size, axis=1)
+        return head_logits(head.features, kernel, bias, logit_softcap=self.logit_softcap)
+
+    def filled_up(self, head: _Head) -> _Head:
+        """Fill the vocabulary up; the kernel is converted before it is copied."""
+        if self.columns == head.kernel.shape[1]:
+            return head
+        kernel = padded(head.kernel.astype(head.features.dtype), -1, self.columns)
+        bias = None if head.bias is None else padded(head.bias, -1, self.columns)
+        return _Head(head.features, kernel, bias)
+
+    def within(self, x: jax.Array, start: Index, vocab: int, else_: float) -> jax.Array:
+        """Return x of the columns from `start` on, with `else_` beyond the vocabulary."""
+        if self.columns == vocab:
+            return x
+        return jnp.where(start + jnp.arange(x.shape[-1]) < vocab, x, else_)
+
+    def over_chunks(self, add: Callable[[Carry, Index, int], Carry], carry: Carry) -> Carry:
+        """Run add(carry, start, size) over the vocabulary; the last chunk has what is left."""
+        full, rest = divmod(self.columns, self.chunk)
+        carry = jax.lax.fori_loop(
+            0, full, lambda i, carry: add(carry, i * self.chunk, self.chunk), carry
+        )
+        return add(carry, full * self.chunk, rest) if rest else carry
+
+
+class _Kept(NamedTuple):
+    """What the forward pass keeps for the backward pass."""
+
+    head: _Head
+    targets: jax.Array
+    logsumexp: jax.Array
+    whole: jax.Array | None
+    """All logits, if they are computed in one piece."""
+
+
+_Sums = tuple[online.Sums, jax.Array]
+"""The softmax of each token, and its target's logit."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _chunked(head: _Head, targets: Int[Array, " tokens"], cut: _Cut) -> Float[Array, " tokens"]:
+    return _forward(head, targets, cut)[0]
 
 
 def _forward(
-    features: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array | None,
-    targets: jax.Array,
-    logit_softcap: float | None,
-    chunk: int,
-    columns: int,
-) -> tuple[jax.Array, _Kept]:
-    vocab = kernel.shape[1]
-    head = _filled_up(features, kernel, bias, columns)
+    given: _Head, targets: Int[Array, " tokens"], cut: _Cut
+) -> tuple[Float[Array, " tokens"], _Kept]:
+    vocab, head = given.kernel.shape[1], cut.filled_up(given)
 
     def add(carry: _Sums, start: Index, size: int, logits: jax.Array | None = None) -> _Sums:
-        largest, total, chosen = carry
+        sums, chosen = carry
         if logits is None:
-            logits = _logits_of(*head, logit_softcap, start, size)
-        real = _within(logits, start, vocab, columns, -jnp.inf)
-        higher = jnp.maximum(largest, jnp.max(real, axis=-1))
-        total = total * jnp.exp(largest - higher)
-        total = total + jnp.sum(jnp.exp(real - higher[:, None]), axis=-1)
+            logits = cut.logits(head, start, size)
+        real = cut.within(logits, start, vocab, -jnp.inf)
+        sums = online.add(sums, real, may_be_empty=False).sums
         place = targets - start
         own = jnp.take_along_axis(logits, jnp.clip(place, 0, size - 1)[:, None], axis=-1)[:, 0]
-        return higher, total, jnp.where((place >= 0) & (place < size), own, chosen)
+        return sums, jnp.where((place >= 0) & (place < size), own, chosen)
 
-    zeros = jnp.zeros_like(features[:, 0], jnp.float32)
-    empty, whole = (zeros - jnp.inf, zeros, zeros), None
-    if chunk >= columns:
-        whole = _logits_of(*head, logit_softcap, 0, columns)
-        largest, total, chosen = add(empty, 0, columns, whole)
+    zeros = jnp.zeros_like(head.features[:, 0], jnp.float32)
+    empty, whole = (online.Sums(zeros - jnp.inf, zeros), zeros), None
+    if cut.chunk >= cut.columns:
+        whole = cut.logits(head, 0, cut.columns)
+        sums, chosen = add(empty, 0, cut.columns, whole)
     else:
-        largest, total, chosen = _over_chunks(add, empty, columns, chunk)
-    logsumexp = largest + jnp.log(total)
-    return logsumexp - chosen, (features, kernel, bias, targets, logsumexp, whole)
+        sums, chosen = cut.over_chunks(add, empty)
+    # Not `finish`: every token has logits, and a NaN among them shall stay one.
+    logsumexp = sums.largest + jnp.log(sums.total)
+    return logsumexp - chosen, _Kept(given, targets, logsumexp, whole)
 
 
-def _backward(
-    logit_softcap: float | None, chunk: int, columns: int, kept: _Kept, g: jax.Array
-) -> tuple[jax.Array | None, ...]:
-    features, kernel, bias, targets, logsumexp, whole = kept
-    dtype, vocab = features.dtype, kernel.shape[1]
-    head = _filled_up(features, kernel, bias, columns)
+def _backward(cut: _Cut, kept: _Kept, g: jax.Array) -> tuple[_Head, None]:
+    features, kernel, bias = kept.head
+    dtype, vocab, logit_softcap = features.dtype, kernel.shape[1], cut.logit_softcap
+    head = cut.filled_up(kept.head)
 
-    def of(start: Index, size: int, logits: jax.Array) -> _Gradients:
-        """The gradients that these logits give: of features, kernel and bias."""
-        chosen = (targets - start)[:, None] == jnp.arange(size)
-        odds = _within(jnp.exp(logits - logsumexp[:, None]), start, vocab, columns, 0.0)
+    def of(start: Index, size: int, logits: jax.Array) -> _Head:
+        """Return the gradients that the logits of some columns give."""
+        chosen = (kept.targets - start)[:, None] == jnp.arange(size)
+        odds = jnp.exp(logits - kept.logsumexp[:, None])
+        odds = cut.within(odds, start, vocab, 0.0)
         d_logits = (odds - chosen) * g[:, None]
         if logit_softcap is not None:
             d_logits = d_logits * (1 - jnp.square(logits / logit_softcap))
         factor = d_logits.astype(dtype)
         d_bias = None if bias is None else jnp.sum(d_logits, axis=0).astype(bias.dtype)
         d_kernel = _dot(features, factor, (0, 0)).astype(kernel.dtype)
-        part = _columns(head[1], start, size, axis=1).astype(dtype)
-        return _dot(factor, part, (1, 1)), d_kernel, d_bias
+        part = _columns(head.kernel, start, size, axis=1).astype(dtype)
+        return _Head(_dot(factor, part, (1, 1)), d_kernel, d_bias)
 
-    def add(carry: _Gradients, start: Index, size: int) -> _Gradients:
-        d_features, d_kernel, d_bias = carry
-        parts = of(start, size, _logits_of(*head, logit_softcap, start, size))
-        d_kernel = jax.lax.dynamic_update_slice_in_dim(d_kernel, parts[1], start, axis=1)
-        if bias is not None:
-            d_bias = jax.lax.dynamic_update_slice_in_dim(d_bias, parts[2], start, axis=0)
-        return d_features + parts[0], d_kernel, d_bias
+    def add(carry: _Head, start: Index, size: int) -> _Head:
+        d_features, d_kernel, d_bias = of(start, size, cut.logits(head, start, size))
+        whole = jax.tree.map(
+            lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=-1),
+            (carry.kernel, carry.bias),
+            (d_kernel, d_bias),
+        )
+        return _Head(carry.features + d_features, *whole)
 
-    if chunk >= columns:
-        d_features, d_kernel, d_bias = of(0, columns, whole)
+    if kept.whole is not None:
+        found = of(0, cut.columns, kept.whole)
     else:
-        empty = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], columns), x.dtype), (kernel, bias))
-        sums = jnp.zeros_like(features, jnp.float32), *empty
-        d_features, d_kernel, d_bias = _over_chunks(add, sums, columns, chunk)
-    if columns > vocab:
-        d_kernel, d_bias = jax.tree.map(lambda x: x[..., :vocab], (d_kernel, d_bias))
-    return d_features.astype(dtype), d_kernel, d_bias, None
+        empty = jax.tree.map(
+            lambda x: jnp.zeros((*x.shape[:-1], cut.columns), x.dtype), (kernel, bias)
+        )
+        found = cut.over_chunks(add, _Head(jnp.zeros_like(features, jnp.float32), *empty))
+    rest = found.kernel, found.bias
+    if cut.columns > vocab:
+        rest = jax.tree.map(lambda x: x[..., :vocab], rest)
+    return _Head(found.features.astype(dtype), *rest), None
 
 
 _chunked.defvjp(_forward, _backward)
-
-
-def _filled_up(
-    features: jax.Array, kernel: jax.Array, bias: jax.Array | None, columns: int
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The head with so many columns; converted before it is copied."""
-    if columns == kernel.shape[1]:
-        return features, kernel, bias
-    wide = _widened(kernel.astype(features.dtype), columns)
-    return features, wide, None if bias is None else _widened(bias, columns)
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def _widened(x: jax.Array, columns: int) -> jax.Array:
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, columns - x.shape[-1])])
-
-
-def _logits_of(
-    features: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array | None,
-    logit_softcap: float | None,
-    start: Index,
-    size: int,
-) -> jax.Array:
-    """The logits of `size` columns of the head, from `start` on."""
-    part = None if bias is None else _columns(bias, start, size, axis=0)
-    columns = _columns(kernel, start, size, axis=1)
-    return head_logits(features, columns, part, logit_softcap=logit_softcap)
-
-
-def _within(x: jax.Array, start: Index, vocab: int, columns: int, else_: float) -> jax.Array:
-    """x of the columns from `start` on, but for those that fill the vocabulary up."""
-    if columns == vocab:
-        return x
-    return jnp.where(start + jnp.arange(x.shape[-1]) < vocab, x, else_)
-
-
-def _over_chunks(
-    add: Callable[[_Carry, Index, int], _Carry], carry: _Carry, vocab: int, chunk: int
-) -> _Carry:
-    """`add`(carry, start, size) over the vocabulary; the last chunk has what is left."""
-    full, rest = divmod(vocab, chunk)
-    carry = jax.lax.fori_loop(0, full, lambda i, carry: add(carry, i * chunk, chunk), carry)
-    return add(carry, full * chunk, rest) if rest else carry
 
 
 def _columns(x: jax.Array, start: Index, size: int, axis: int) -> jax.Array:
@@ -288,6 +277,6 @@ def _columns(x: jax.Array, start: Index, size: int, axis: int) -> jax.Array:
 
 
 def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """The product over one axis of each, summed in float32."""
+    """Return the product over one axis of each, summed in float32."""
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)

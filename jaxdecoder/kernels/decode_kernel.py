@@ -1,24 +1,30 @@
 """The kernel of `decode_attention`, for NVIDIA GPUs, through Triton; on a CPU it is interpreted.
 
-There are too few queries to keep a GPU busy, so the keys are split over its processors: each part
-gives its own softmax and the logarithm of its sum, and those join exactly (Flash-Decoding, arXiv
-2311.01282). The queries of all heads that share a key head read it once.
+There are too few queries to keep a GPU busy, so the keys are split over its processors. Each part
+gives its own softmax and the logarithm of its sum, and these are joined exactly (Flash-Decoding,
+arXiv 2311.01282). All query heads that share a key head read it together, once.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.tree_util import KeyPath
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdecoder.kernels import portable, portable_launch
+from jaxdecoder.kernels import online, portable, scores
 from jaxdecoder.kernels.device import Device
+from jaxdecoder.kernels.padding import padded
+from jaxdecoder.kernels.portable_launch import Sizes, launched, of_entry, triton, whole
+from jaxdecoder.kernels.problem import field, holds_arrays
 from jaxdecoder.kernels.scores import Score
+from jaxdecoder.kernels.typing import Ref
+from jaxdecoder.typing import Index
 
 BLOCK, WARPS, STAGES = 64, 4, 3
 # Parts of the cache, so that there are some programs for each of a large card's processors.
@@ -46,18 +52,17 @@ def attention(
     plan = _plan(batch, q_time, heads, kv_heads, width, k_time, scale)
     grouped = q.reshape(batch, q_time, kv_heads, plan.group, width).transpose(0, 2, 3, 1, 4)
     rows = grouped.reshape(batch, kv_heads, -1, width)
-    filling = plan.rows - rows.shape[2]
     out, logsumexp = _parts(
         plan,
         score,
         _Inputs(
-            jnp.pad(rows, ((0, 0), (0, 0), (0, filling), (0, 0))),
-            _at_least_a_block(k.swapaxes(1, 2), 2),
-            _at_least_a_block(v.swapaxes(1, 2), 2),
-            _at_least_a_block(allowed.astype(jnp.int8), 3),
-            q_index,
-            _at_least_a_block(k_index, 1),
-            () if score is None else tuple(map(jnp.asarray, score.operands)),
+            q=padded(rows, 2, plan.rows),
+            k=padded(k.swapaxes(1, 2), 2, plan.k_time),
+            v=padded(v.swapaxes(1, 2), 2, plan.k_time),
+            allowed=padded(allowed.astype(jnp.int8), 3, plan.k_time),
+            q_index=q_index,
+            k_index=padded(k_index, 1, plan.k_time),
+            score=() if score is None else tuple(map(jnp.asarray, score.operands)),
         ),
     )
     mixed = join(out, logsumexp)[:, :, : rows.shape[2]]
@@ -68,7 +73,7 @@ def attention(
 def join(
     out: Float[Array, "parts *rows width"], logsumexp: Float[Array, "parts *rows"]
 ) -> Float[Array, "*rows width"]:
-    """The softmax over all keys, from those over parts of them."""
+    """Return the softmax over all keys, from those over parts of them."""
     largest = jnp.max(logsumexp, axis=0)
     weights = jnp.exp(logsumexp - jnp.where(largest == -jnp.inf, 0.0, largest))
     total = jnp.sum(weights, axis=0)
@@ -82,9 +87,10 @@ class _Plan(NamedTuple):
     q_time: int
     group: int
     rows: int
-    """Queries of a key head, those of all its query heads, padded to a tile."""
+    """The queries of all heads that share a key head, padded to a tile."""
     width: int
     k_time: int
+    """Keys, at least a block of them."""
     n_blocks: int
     blocks_per_part: int
     scale: float
@@ -93,13 +99,16 @@ class _Plan(NamedTuple):
 class _Inputs(NamedTuple):
     """The arrays of a launch, and inside the kernel their parts for a batch entry and key head."""
 
-    q: Any
-    k: Any
-    v: Any
-    allowed: Any
-    q_index: Any
-    k_index: Any
-    score: tuple[Any, ...]
+    q: jax.Array
+    """(batch, kv_heads, rows, width)"""
+    k: jax.Array
+    """(batch, kv_heads, k_time, width)"""
+    v: jax.Array
+    allowed: jax.Array
+    """int8 (batch or 1, heads or 1, q_time, k_time)"""
+    q_index: jax.Array
+    k_index: jax.Array
+    score: tuple[scores.Operand, ...]
 
 
 def _plan(
@@ -110,70 +119,53 @@ def _plan(
     n_blocks = math.ceil(k_time / BLOCK)
     parts = min(n_blocks, math.ceil(PROGRAMS / (batch * kv_heads)))
     return _Plan(
-        q_time, group, rows, width, max(k_time, BLOCK), n_blocks, math.ceil(n_blocks / parts), scale
+        q_time=q_time,
+        group=group,
+        rows=rows,
+        width=width,
+        k_time=max(k_time, BLOCK),
+        n_blocks=n_blocks,
+        blocks_per_part=math.ceil(n_blocks / parts),
+        scale=scale,
     )
 
 
-def _at_least_a_block(x: jax.Array, axis: int) -> jax.Array:
-    """Pads the keys of a cache shorter than a block; longer ones are read as they are."""
-    missing = max(0, BLOCK - x.shape[axis])
-    return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)])
-
-
-def _parts(plan: _Plan, score: Score | None, inputs: _Inputs) -> Any:
+def _parts(plan: _Plan, score: Score | None, inputs: _Inputs) -> list[jax.Array]:
+    """Return the softmax over each part of the keys, and the logarithm of its sum."""
     batch, kv_heads = inputs.q.shape[:2]
     n_parts = math.ceil(plan.n_blocks / plan.blocks_per_part)
 
-    def of_head(size: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, size, plan.width), lambda n, h, b: (b, h, 0, 0))
+    def of_head(x: jax.Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, *x.shape[2:]), lambda n, h, b: (b, h, 0, 0))
 
-    def of_entry(x: Any) -> pl.BlockSpec:
-        rest = (0,) * (x.ndim - 1)
-        return pl.BlockSpec(
-            (None, *x.shape[1:]), lambda n, h, b: (b if x.shape[0] > 1 else 0, *rest)
-        )
-
-    def whole(x: Any) -> pl.BlockSpec:
-        return pl.BlockSpec(x.shape, lambda n, h, b: (0,) * x.ndim)
+    def spec(path: KeyPath, x: jax.Array) -> pl.BlockSpec:
+        name = field(path)
+        return (of_head if name in "qkv" else whole if name == "score" else of_entry)(x)
 
     shape = (n_parts, batch, kv_heads, plan.rows)
-    launch = functools.partial(
-        pl.pallas_call,
-        functools.partial(_decode_kernel, plan, score),
-        grid=(n_parts, kv_heads, batch),
-        in_specs=(
-            _Inputs(
-                of_head(plan.rows),
-                of_head(plan.k_time),
-                of_head(plan.k_time),
-                of_entry(inputs.allowed),
-                of_entry(inputs.q_index),
-                of_entry(inputs.k_index),
-                tuple(map(whole, inputs.score)),
-            ),
-        ),
-        out_specs=[
-            pl.BlockSpec(
-                (None, None, None, plan.rows, plan.width), lambda n, h, b: (n, b, h, 0, 0)
-            ),
-            pl.BlockSpec((None, None, None, plan.rows), lambda n, h, b: (n, b, h, 0)),
-        ],
-        out_shape=[
+    of_rows = None, None, None, plan.rows
+    results = [
+        (
             jax.ShapeDtypeStruct((*shape, plan.width), jnp.float32),
+            pl.BlockSpec((*of_rows, plan.width), lambda n, h, b: (n, b, h, 0, 0)),
+        ),
+        (
             jax.ShapeDtypeStruct(shape, jnp.float32),
-        ],
-        name="decode_kernel",
-    )
-    chosen = portable_launch.Sizes(plan.rows, BLOCK, WARPS, STAGES)
-    return jax.lax.platform_dependent(
-        inputs,
-        cpu=launch(interpret=True),
-        default=launch(compiler_params=portable_launch.compiler_params(chosen)),
+            pl.BlockSpec(of_rows, lambda n, h, b: (n, b, h, 0)),
+        ),
+    ]
+    return launched(
+        functools.partial(_decode_kernel, plan, score),
+        Sizes(plan.rows, BLOCK, WARPS, STAGES),
+        (n_parts, kv_heads, batch),
+        (inputs,),
+        (jax.tree_util.tree_map_with_path(spec, inputs),),
+        results,
     )
 
 
 def _decode_kernel(
-    plan: _Plan, score: Score | None, refs: _Inputs, out: Any, logsumexp: Any
+    plan: _Plan, score: Score | None, refs: _Inputs, out: Ref, logsumexp: Ref
 ) -> None:
     part, kv_head, batch = (pl.program_id(axis) for axis in range(3))
     row = jax.lax.broadcasted_iota(jnp.int32, (plan.rows,), 0)
@@ -188,8 +180,8 @@ def _decode_kernel(
             a, b, axes, precision=precision, preferred_element_type=jnp.float32
         )
 
-    def step(n: Any, carry: Any) -> Any:
-        largest, total, mixed = carry
+    def step(n: Index, carry: tuple[online.Sums, jax.Array]) -> tuple[online.Sums, jax.Array]:
+        sums, mixed = carry
         # The last block begins early enough to end in time, and leaves out what it has in common
         # with the one before.
         start = jnp.minimum(n * BLOCK, plan.k_time - BLOCK)
@@ -198,32 +190,29 @@ def _decode_kernel(
         s = dot(q, refs.k[keys, :], 1) * plan.scale
         if score is not None:
             index = (batch, head[:, None], q_at[:, None], refs.k_index[keys][None, :])
-            s = score.function(s, *index, *score.parameters(refs.score, head[:, None]))
+            s = score.function(s, *index, *Score.parameters(refs.score, head[:, None]))
         allowed_head = head[:, None] if refs.allowed.shape[0] > 1 else 0
         allowed = refs.allowed[allowed_head, query[:, None], slot[None, :]]
         s = jnp.where((allowed != 0) & (slot >= n * BLOCK)[None, :], s, -jnp.inf)
-        higher = jnp.maximum(largest, jnp.max(s, axis=1))
-        base = jnp.where(higher == -jnp.inf, 0.0, higher)
-        weights, shrink = jnp.exp(s - base[:, None]), jnp.exp(largest - base)
-        total = total * shrink + jnp.sum(weights, axis=1)
+        sums, weights, shrink = online.add(sums, s)
         v = refs.v[keys, :]
-        return higher, total, mixed * shrink[:, None] + dot(weights.astype(v.dtype), v, 0)
+        more = dot(weights.astype(v.dtype), v, 0)
+        return sums, mixed * online.spread(shrink, mixed.shape) + more
 
     zeros = jnp.zeros((plan.rows,), jnp.float32)
     mixed = jnp.zeros((plan.rows, plan.width), jnp.float32)
     first = part * plan.blocks_per_part
     end = jnp.minimum(first + plan.blocks_per_part, plan.n_blocks)
-    largest, total, mixed = jax.lax.fori_loop(first, end, step, (zeros - jnp.inf, zeros, mixed))
-    some = total > 0
-    divisor = jnp.where(some, total, 1.0)
+    start = online.Sums(zeros - jnp.inf, zeros), mixed
+    sums, mixed = jax.lax.fori_loop(first, end, step, start)
+    divisor, logsumexp[...] = online.finish(sums)
     out[...] = mixed / divisor[:, None]
-    logsumexp[...] = jnp.where(some, largest + jnp.log(divisor), -jnp.inf)
 
 
-def refuses(q: Any, k: Any, score: Score | None, device: Device) -> str | None:
-    """Why it cannot do this, as the end of a sentence, or None."""
+def refuses(q: jax.Array, k: jax.Array, score: Score | None, device: Device) -> str | None:
+    """Return why it cannot do this, as the end of a sentence, or None if it can."""
     width, rows = q.shape[-1], q.shape[1] * (q.shape[2] // k.shape[2])
-    if device.platform == "gpu" and portable_launch.triton is None:
+    if device.platform == "gpu" and triton is None:
         return f"jax {jax.__version__} no longer compiles Pallas kernels with Triton"
     if device.platform not in ("cpu", "gpu"):
         return f"it is for NVIDIA GPUs, and on a CPU for tests, not for a {device.kind}"
@@ -241,5 +230,4 @@ def refuses(q: Any, k: Any, score: Score | None, device: Device) -> str | None:
 def _captures(score: Score, heads: int) -> bool:
     index = jax.ShapeDtypeStruct((), jnp.int32)
     s = jax.ShapeDtypeStruct((), jnp.float32)
-    jaxpr = jax.make_jaxpr(score.apply)(score.operands, s, index, index, index, index)
-    return any(jnp.ndim(const) > 0 for const in jaxpr.consts)
+    return holds_arrays(score.apply, score.operands, s, index, index, index, index)

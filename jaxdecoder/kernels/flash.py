@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import Any, NamedTuple, no_type_check
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,15 @@ from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import masks, scores
 from jaxdecoder.kernels.device import Device, current_device
 from jaxdecoder.kernels.dropout import Rate, drops, scaled, threshold
-from jaxdecoder.kernels.problem import Gradients, Implementation, Operands, Problem, alike
+from jaxdecoder.kernels.masks import MaskFunction
+from jaxdecoder.kernels.problem import Implementation, LogSumExp, Operands, Problem, alike
+from jaxdecoder.kernels.typing import AnyArray, Unchecked
 
 
 class Implementations(Mapping[str, Implementation]):
-    """Modules beside this one, by name, each loaded when it is first asked for.
+    """Modules beside this one, by name, each imported when it is first asked for.
 
-    So no CPU run loads the kernels of a GPU, which need corners of JAX that change.
+    So a run on a CPU never imports the kernels for GPUs, which need parts of JAX that change.
     """
 
     def __init__(self, *names: str):
@@ -52,15 +54,15 @@ SHORT = 128
 log = logging.getLogger(__name__)
 
 
-# Types are left unchecked here so that the messages below, which say more, are seen.
+# Types are not checked here, because the checks below have clearer messages.
 @no_type_check
 def flash_attention(
     q: Float[Array, "batch q_time heads width"],
     k: Float[Array, "batch k_time kv_heads width"],
     v: Float[Array, "batch k_time kv_heads width"],
     *,
-    mask: masks.Mask | Callable[[Any, Any], Any],
-    score: scores.Score | Callable[..., Any] | None = None,
+    mask: masks.Mask | MaskFunction,
+    score: scores.Score | scores.ScoreFunction | None = None,
     scale: float | None = None,
     segment_ids: Int[Array, "batch time"] | tuple[Array, Array] | None = None,
     dropout_rate: Rate = 0.0,
@@ -68,10 +70,10 @@ def flash_attention(
     implementation: str = "auto",
     explain: bool = False,
 ) -> Float[Array, "batch q_time heads width"]:
-    """softmax(score(scale q k^T)) v over the keys `mask` allows; a query with none gives zeros.
+    """Compute softmax(score(scale q k^T)) v over the keys that `mask` allows.
 
-    Consecutive groups of heads / kv_heads query heads share a key head (arXiv 2305.13245). The
-    softmax is float32; the output has the type of q.
+    A query without keys gives zeros. Consecutive groups of heads / kv_heads query heads share a key
+    head (arXiv 2305.13245). The softmax is float32; the output has the type of q.
 
     Args:
         mask: a mask of `masks`, or a pure function (q_index, k_index) -> bool.
@@ -80,11 +82,11 @@ def flash_attention(
         scale: 1 / sqrt(width) when left out.
         segment_ids: integers, one a position, or a pair of such arrays for queries and for keys: a
             query sees only keys of its own segment. Unlike `masks.documents` they may be traced.
-        dropout_rate: the share of attention weights dropped, where there is a `dropout_seed`; it
-            may be traced. Which ones is a hash of (seed, batch, head, query, key), the same in
-            every implementation; under `shard_map` these count from the start of the shard.
-        implementation: a name of `IMPLEMENTATIONS`, or "auto", which takes the first one that can
-            by device, shapes and mask.
+        dropout_rate: the share of attention weights to drop, if there is a `dropout_seed`. It may
+            be traced. A hash of (seed, batch, head, query, key) says which, the same in every
+            implementation; under `shard_map` these count from the start of the shard.
+        implementation: a name of `IMPLEMENTATIONS`, or "auto", which takes the first one that
+            device, shapes and mask allow.
         explain: print which implementation was chosen, and why, when the call is traced.
 
     Raises:
@@ -114,28 +116,33 @@ def flash_attention(
     return scaled(out, dropout_rate) if problem.dropout else out
 
 
+class _Kept(NamedTuple):
+    """What the forward pass keeps for the backward pass."""
+
+    operands: Operands
+    out: jax.Array
+    logsumexp: LogSumExp
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(name: str, problem: Problem, operands: Operands) -> jax.Array:
     return IMPLEMENTATIONS[name].forward(problem, operands)[0]
 
 
-def _forward(name: str, problem: Problem, operands: Operands) -> tuple[jax.Array, Any]:
+def _forward(name: str, problem: Problem, operands: Operands) -> tuple[jax.Array, _Kept]:
     out, logsumexp = IMPLEMENTATIONS[name].forward(problem, operands)
-    return out, (operands, out, logsumexp)
+    assert logsumexp is not None
+    return out, _Kept(operands, out, logsumexp)
 
 
-def _backward(name: str, problem: Problem, residuals: Any, dout: jax.Array) -> tuple[Any]:
-    operands, out, logsumexp = residuals
-    backward = IMPLEMENTATIONS[name].backward
+def _backward(name: str, problem: Problem, kept: _Kept, dout: jax.Array) -> tuple[Operands]:
+    operands, backward = kept.operands, IMPLEMENTATIONS[name].backward
     assert backward is not None
-    gradients: Gradients = backward(problem, operands, out, logsumexp, dout)
-    score = tuple(
-        gradient.astype(operand.dtype) if learned else jnp.zeros_like(operand)
-        for gradient, operand, learned in zip(
-            gradients.score, operands.score, problem.learned, strict=True
-        )
-    )
-    return (Operands(gradients.q, gradients.k, gradients.v, score),)
+    gradients = backward(problem, operands, kept.out, kept.logsumexp, dout)
+    learned = scores.chosen(operands.score, problem.learned)
+    found = (x.astype(like.dtype) for x, like in zip(gradients.score, learned, strict=True))
+    score = scores.put_back(found, map(jnp.zeros_like, operands.score), problem.learned)
+    return (Operands(q=gradients.q, k=gradients.k, v=gradients.v, score=tuple(score)),)
 
 
 _attention.defvjp(_forward, _backward)
@@ -155,7 +162,7 @@ def choose(
     implementation: str = "auto",
     device: Device | None = None,
 ) -> Choice:
-    """The implementation that will run, and why; `device` is the current one when left out."""
+    """Choose the implementation that will run; `device` is the current one when left out."""
     device = current_device() if device is None else device
     if implementation == "auto":
         refused: list[str] = []
@@ -185,7 +192,7 @@ def choose(
 
 
 def _candidates(operands: Operands, device: Device) -> list[tuple[str, str]]:
-    """Implementations to try on a device, the best first, with the reason to take each."""
+    """Return implementations to try on a device, the best first, with a reason to take each."""
     q_time, k_time = operands.q.shape[1], operands.k.shape[1]
     if max(q_time, k_time) < SHORT or q_time == 1:
         return [("reference", f"{q_time} queries of {k_time} keys are quickest in one piece")]
@@ -206,18 +213,18 @@ def _candidates(operands: Operands, device: Device) -> list[tuple[str, str]]:
 
 @no_type_check
 def state(
-    q: Any,
-    k: Any,
-    v: Any,
+    q: Float[Array, "batch q_time heads width"],
+    k: Float[Array, "batch k_time kv_heads width"],
+    v: Float[Array, "batch k_time kv_heads width"],
     *,
-    mask: Any,
-    score: Any = None,
+    mask: masks.Mask | MaskFunction,
+    score: scores.Score | scores.ScoreFunction | None = None,
     scale: float | None = None,
-    segment_ids: Any = None,
+    segment_ids: Int[Array, "batch time"] | tuple[Array, Array] | None = None,
     dropout_rate: Rate = 0.0,
-    dropout_seed: Any = None,
+    dropout_seed: UInt32[Array, ""] | None = None,
 ) -> tuple[Problem, Operands]:
-    """Checks the arguments of `flash_attention` and takes them apart into static and traced."""
+    """Check the arguments of `flash_attention`, and divide them into static and traced ones."""
     _check_shapes(q, k, v)
     batch, q_time, heads, width = q.shape
     k_time = k.shape[1]
@@ -249,12 +256,20 @@ def state(
         dropout=dropout is not None,
         segments_vary=varying is not None,
     )
-    parameters = () if score is None else tuple(map(jnp.asarray, score.operands))
-    return problem, Operands(q, k, v, parameters, q_segments, k_segments, dropout)
+    operands = Operands(
+        q=q,
+        k=k,
+        v=v,
+        score=() if score is None else tuple(map(jnp.asarray, score.operands)),
+        q_segments=q_segments,
+        k_segments=k_segments,
+        dropout=dropout,
+    )
+    return problem, operands
 
 
-def _dropout(rate: Rate, seed: Any) -> UInt32[Array, "2"] | None:
-    """Seed and threshold, if anything is to be dropped."""
+def _dropout(rate: Rate, seed: Unchecked) -> UInt32[Array, "2"] | None:
+    """Return seed and threshold, or None if nothing is to be dropped."""
     if not isinstance(rate, jax.Array) and not 0.0 <= rate < 1.0:
         raise UserError(f"attention: dropout_rate must lie in [0, 1), not {rate}")
     if seed is None or not drops(rate):
@@ -264,7 +279,7 @@ def _dropout(rate: Rate, seed: Any) -> UInt32[Array, "2"] | None:
     return jnp.stack([seed.astype(jnp.uint32), threshold(rate)])
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: Unchecked) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
@@ -273,7 +288,7 @@ def _number(name: str, value: Any) -> float:
         ) from error
 
 
-def _check_shapes(q: Any, k: Any, v: Any) -> None:
+def _check_shapes(q: Unchecked, k: Unchecked, v: Unchecked) -> None:
     arrays = {"q": q, "k": k, "v": v}
     for name, array in arrays.items():
         if getattr(array, "ndim", None) != 4:
@@ -300,7 +315,11 @@ def _check_shapes(q: Any, k: Any, v: Any) -> None:
         )
 
 
-def _segments(segment_ids: Any, batch: int, q_time: int, k_time: int) -> Any:
+_Segments = tuple[AnyArray, AnyArray] | None
+"""Those of queries, (batch or 1, q_time), and those of keys, (batch or 1, k_time)."""
+
+
+def _segments(segment_ids: Unchecked, batch: int, q_time: int, k_time: int) -> _Segments:
     if segment_ids is None:
         return None
     pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
@@ -312,14 +331,15 @@ def _segments(segment_ids: Any, batch: int, q_time: int, k_time: int) -> Any:
                 f"attention: segment_ids must be integers ({batch}, {time}), not {dtype} {shape}; "
                 "for queries and keys of different lengths pass a pair"
             )
-    return tuple(jnp.asarray(ids).astype(jnp.int32) for ids in pair)
+    q_ids, k_ids = (jnp.asarray(ids).astype(jnp.int32) for ids in pair)
+    return q_ids, k_ids
 
 
-def _joint(varying: Any, constant: Any) -> tuple[Any, Any]:
-    """Segments that are equal where both of the given ones are."""
+def _joint(varying: _Segments, constant: _Segments) -> tuple[jax.Array | None, jax.Array | None]:
+    """Join two pairs of segments: positions share a segment if they do in both pairs."""
     if varying is None or constant is None:
-        q_ids, k_ids = varying or constant or (None, None)
-        return (None, None) if q_ids is None else (jnp.asarray(q_ids), jnp.asarray(k_ids))
+        given = varying or constant
+        return (None, None) if given is None else (jnp.asarray(given[0]), jnp.asarray(given[1]))
     q_time = varying[0].shape[1]
     ids = jnp.concatenate(varying, 1)
     labels = jnp.broadcast_to(np.concatenate(constant, 1), ids.shape)
@@ -330,7 +350,7 @@ def _joint(varying: Any, constant: Any) -> tuple[Any, Any]:
 
 
 def _freeze(problem: Problem, operands: Operands) -> Operands:
-    """Stops the gradients that the custom rule would not give either."""
-    pairs = zip(operands.score, problem.learned, strict=True)
-    stopped = (x if learned else jax.lax.stop_gradient(x) for x, learned in pairs)
-    return operands._replace(score=tuple(stopped))
+    """Stop the gradients of operands that are not learned, as the custom rule does."""
+    learned = scores.chosen(operands.score, problem.learned)
+    stopped = map(jax.lax.stop_gradient, operands.score)
+    return operands._replace(score=tuple(scores.put_back(learned, stopped, problem.learned)))

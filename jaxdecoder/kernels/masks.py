@@ -28,8 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int8, Int32
+from numpy.typing import ArrayLike
 
 from jaxdecoder.errors import UserError
+from jaxdecoder.kernels.typing import AnyArray, Indices
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -39,12 +41,16 @@ CHUNK_ENTRIES = 2**21
 TILE = 512
 EXACT_ENTRIES = 2**28
 
-Positions = Any  # a Python integer, or a NumPy or JAX array of integers (also inside a kernel)
+Answers = bool | np.bool_ | AnyArray
+"""Whether pairs of positions are allowed: one answer for all of them, or an array of answers."""
+
+MaskFunction = Callable[[Indices, Indices], Answers]
+"""(q_index, k_index) -> answers"""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Mask:
-    """One node of a mask expression: a rule's name and its arguments.
+    """A node of a mask expression: the name of a rule and its arguments.
 
     Make one with the constructors below and the operators `&`, `|` and `~`.
     """
@@ -52,8 +58,11 @@ class Mask:
     rule: str
     arguments: tuple[Any, ...] = ()
 
-    def __call__(self, q_index: Positions, k_index: Positions) -> Any:
-        """Whether each query position may see each key position, in their broadcast shape."""
+    def __call__(self, q_index: Indices, k_index: Indices) -> Any:
+        """Return whether each query may see each key, in the broadcast shape of the positions.
+
+        It is a JAX array if they are, and else a NumPy array, or one answer for two numbers.
+        """
         allowed = _allowed(self, q_index, k_index)
         shape = np.broadcast_shapes(np.shape(q_index), np.shape(k_index))
         if np.shape(allowed) == shape:
@@ -61,8 +70,10 @@ class Mask:
         on_device = any(isinstance(x, jax.Array) for x in (allowed, q_index, k_index))
         return (jnp if on_device else np).broadcast_to(allowed, shape)
 
-    def block(self, q_lo: Any, q_hi: Any, k_lo: Any, k_hi: Any) -> np.ndarray:
-        """EMPTY, PARTIAL or FULL for the blocks q_lo <= q < q_hi, k_lo <= k < k_hi.
+    def block(
+        self, q_lo: ArrayLike, q_hi: ArrayLike, k_lo: ArrayLike, k_hi: ArrayLike
+    ) -> np.ndarray:
+        """Return EMPTY, PARTIAL or FULL for the blocks q_lo <= q < q_hi, k_lo <= k < k_hi.
 
         The bounds are integers or NumPy arrays that broadcast; no block may be void. EMPTY and
         FULL are always true. PARTIAL may be an EMPTY or FULL block that was not recognised.
@@ -110,55 +121,55 @@ def _shown(argument: Any) -> str:
 
 
 def everything() -> Mask:
-    """Every query sees every key."""
+    """Let every query see every key."""
     return Mask("everything")
 
 
 def nothing() -> Mask:
-    """No query sees any key."""
+    """Let no query see any key."""
     return Mask("nothing")
 
 
 def causal() -> Mask:
-    """A query sees itself and the past: k <= q."""
+    """Let a query see itself and the past: k <= q."""
     return Mask("causal")
 
 
 def diagonal() -> Mask:
-    """A query sees itself: k = q."""
+    """Let a query see itself: k = q."""
     return Mask("diagonal")
 
 
 def future() -> Mask:
-    """A query sees itself and the future, the upper triangle: k >= q."""
+    """Let a query see itself and the future, the upper triangle: k >= q."""
     return diagonal() | ~causal()
 
 
 def sliding_window(n: SupportsIndex) -> Mask:
-    """No further back than the last n positions, the query's own among them: q - k < n.
+    """Let a query see no further back than n positions, its own among them: q - k < n.
 
-    It says nothing of the future: `causal() & sliding_window(n)` allows exactly n keys.
+    The future is allowed: `causal() & sliding_window(n)` allows exactly n keys.
     """
     return Mask("sliding_window", (_positive("sliding_window", "n", n),))
 
 
 def first(n: SupportsIndex) -> Mask:
-    """Every query sees the first n keys (global tokens, attention sinks): k < n."""
+    """Let every query see the first n keys (global tokens, attention sinks): k < n."""
     return Mask("first", (_positive("first", "n", n),))
 
 
 def prefix(n: SupportsIndex) -> Mask:
-    """The first n positions see one another, in both directions: q < n and k < n.
+    """Let the first n positions see one another, in both directions: q < n and k < n.
 
-    `causal() | prefix(n)` is the prefix language model (arXiv 1910.10683). It differs from
-    `causal() | first(n)` by nothing, because later queries see the prefix anyway; on its own, or
-    under `&`, `prefix` keeps later queries out where `first` lets them in.
+    `causal() | prefix(n)` is the prefix language model (arXiv 1910.10683). It equals
+    `causal() | first(n)`, because later queries see the prefix anyway. Alone or under `&`, `prefix`
+    excludes later queries and `first` does not.
     """
     return Mask("prefix", (_positive("prefix", "n", n),))
 
 
 def strided(n: SupportsIndex) -> Mask:
-    """Every n-th position, counted from the query: (q - k) mod n = 0.
+    """Let a query see every n-th position, counted from its own: (q - k) mod n = 0.
 
     The column term of the strided Sparse Transformer (arXiv 1904.10509), which is
     `causal() & (sliding_window(n) | strided(n))`.
@@ -167,13 +178,13 @@ def strided(n: SupportsIndex) -> Mask:
 
 
 def dilated(window: SupportsIndex, dilation: SupportsIndex) -> Mask:
-    """Longformer's dilated window (arXiv 2004.05150): the last `window` keys, `dilation` apart."""
+    """Let a query see the last `window` keys that are `dilation` apart (arXiv 2004.05150)."""
     lengths = _positive("dilated", "window", window), _positive("dilated", "dilation", dilation)
     return Mask("dilated", lengths)
 
 
 def fixed_blocks(block: SupportsIndex, summary: SupportsIndex = 1) -> Mask:
-    """The Sparse Transformer's fixed pattern (arXiv 1904.10509), to be used with `causal()`.
+    """Return the Sparse Transformer's fixed pattern (arXiv 1904.10509), for use with `causal()`.
 
     A query sees its own block of `block` positions, and the last `summary` positions of each.
     """
@@ -185,16 +196,17 @@ def fixed_blocks(block: SupportsIndex, summary: SupportsIndex = 1) -> Mask:
 
 
 def summaries(block: SupportsIndex, rank: SupportsIndex, start: SupportsIndex) -> Mask:
-    """Keys from `start` on that stand for blocks of positions, `rank` keys for each block in turn.
+    """Let a query see keys that stand for earlier blocks of positions.
 
-    A query sees those of the blocks before its own: 0 <= k - start < rank * (q // block).
+    From `start` on, every block in turn has `rank` such keys. A query sees those of the blocks
+    before its own: 0 <= k - start < rank * (q // block).
     """
     sizes = _positive("summaries", "block", block), _positive("summaries", "rank", rank)
     return Mask("summaries", (*sizes, _positive("summaries", "start", start)))
 
 
-def documents(segment_ids: Any) -> Mask:
-    """Positions of the same document see one another: segment_ids[q] = segment_ids[k].
+def documents(segment_ids: ArrayLike | AnyArray) -> Mask:
+    """Let positions of the same document see one another: segment_ids[q] = segment_ids[k].
 
     `segment_ids` is a constant, one integer for every position of the sequence. Only equality
     counts, so the ids are relabelled by first appearance, and masks that agree are equal. It is
@@ -217,8 +229,8 @@ def documents(segment_ids: Any) -> Mask:
     return Mask("documents", (rank[label].astype(np.int32).tobytes(),))
 
 
-def from_function(function: Callable[[Positions, Positions], Any]) -> Mask:
-    """The mask of any pure function (q_index, k_index) -> bool that broadcasts its arguments.
+def from_function(function: MaskFunction) -> Mask:
+    """Return the mask of a pure function (q_index, k_index) -> bool that broadcasts its arguments.
 
     Its blocks are found by evaluating it, in chunks, wherever the rest of the expression leaves
     the answer open. Two masks are equal if they wrap the same function object, so define the
@@ -228,7 +240,7 @@ def from_function(function: Callable[[Positions, Positions], Any]) -> Mask:
     return Mask("from_function", (function,))
 
 
-# --- What the masks mean -----------------------------------------------------------------------
+# --- Rules -------------------------------------------------------------------------------------
 
 
 class Bounds(NamedTuple):
@@ -241,23 +253,24 @@ class Bounds(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What a mask means: `allowed(q, k, *arguments)` for entries, and how its blocks are known.
+    """The meaning of a mask: `allowed(q, k, *arguments)` for entries, and how blocks are decided.
 
-    `axis` names the one quantity that the answer depends on, if there is one; otherwise `blocks`
-    is `(bounds, *arguments) -> states`; with neither, blocks are evaluated entry by entry.
+    `axis` names the one quantity that the answer depends on, if there is one. Otherwise `blocks` is
+    `(bounds, *arguments) -> states`. Without either, blocks are evaluated entry by entry.
     """
 
-    allowed: Callable[..., Any]
+    allowed: Callable[..., Answers]
     axis: str | None = None
     blocks: Callable[..., np.ndarray] | None = None
 
 
-def _modulo(x: Positions, n: int) -> Positions:
-    """x mod n, never negative; for a power of two without the slow integer division of a GPU."""
+def _modulo(x: Indices, n: int) -> Indices:
+    """Return x mod n, never negative; for a power of two without a GPU's slow integer division."""
     return x & (n - 1) if n & (n - 1) == 0 else x % n
 
 
-def _quotient(x: Positions, n: int) -> Positions:
+def _quotient(x: Indices, n: int) -> Indices:
+    """Return x // n, likewise."""
     return x >> (n.bit_length() - 1) if n & (n - 1) == 0 else x // n
 
 
@@ -265,7 +278,7 @@ def _labels(data: bytes) -> np.ndarray:
     return np.frombuffer(data, np.int32)
 
 
-def _same_document(q: Positions, k: Positions, data: bytes) -> Any:
+def _same_document(q: Indices, k: Indices, data: bytes) -> Answers:
     labels = _labels(data)
     if any(isinstance(index, jax.Array) for index in (q, k)):
         return jnp.asarray(labels)[q] == jnp.asarray(labels)[k]
@@ -349,9 +362,9 @@ RULES = {
 
 
 class Operator(NamedTuple):
-    """An operator on answers, the same on block states, and the state that decides the result."""
+    """An operator on answers, the like on block states, and the state that decides the result."""
 
-    answers: Callable[[Any, Any], Any]
+    answers: Callable[[Answers, Answers], Answers]
     states: Callable[..., np.ndarray]
     decisive: int
 
@@ -363,7 +376,7 @@ OPERATORS = {
 PRECEDENCE = {"|": 1, "&": 2, "~": 3}
 
 
-def _allowed(mask: Mask, q: Positions, k: Positions) -> Any:
+def _allowed(mask: Mask, q: Indices, k: Indices) -> Answers:
     if mask.rule == "~":
         allowed = _allowed(mask.arguments[0], q, k)
         return not allowed if isinstance(allowed, bool) else ~allowed  # ~True is the number -2
@@ -382,7 +395,7 @@ def _leaves(mask: Mask) -> Iterator[Mask]:
 
 
 def _chain(mask: Mask, rule: str) -> Iterator[Mask]:
-    """The operands of a & b & c, however it is bracketed."""
+    """Yield the operands of a & b & c, in whatever way it is bracketed."""
     if mask.rule == rule:
         for operand in mask.arguments:
             yield from _chain(operand, rule)
@@ -403,7 +416,7 @@ def _is_evaluated(mask: Mask) -> bool:
 
 
 def _states(mask: Mask, bounds: Bounds, wanted: np.ndarray) -> np.ndarray:
-    """The states of blocks; where `wanted` is false, any state will do."""
+    """Return the states of blocks; where `wanted` is false, any state will do."""
     axis = _axis(mask)
     if axis is not None:
         return _states_along(axis, mask, bounds)
@@ -425,17 +438,17 @@ def _states(mask: Mask, bounds: Bounds, wanted: np.ndarray) -> np.ndarray:
 
 
 def _operands_cheapest_first(mask: Mask) -> list[Mask]:
-    """A chain's operands, those along one axis joined: together they are decided exactly."""
-    joined: dict[Any, Mask] = {}
+    """Return a chain's operands, joining those along one axis, which decides them exactly."""
+    joined: dict[str | Mask, Mask] = {}
     for operand in _chain(mask, mask.rule):
         axis = _axis(operand)
-        fits = axis is not None and axis in joined
-        joined[axis or operand] = Mask(mask.rule, (joined[axis], operand)) if fits else operand
+        key = axis or operand
+        joined[key] = Mask(mask.rule, (joined[key], operand)) if axis in joined else operand
     return sorted(joined.values(), key=_is_evaluated)
 
 
 def _states_along(axis: str, mask: Mask, bounds: Bounds) -> np.ndarray:
-    """The exact states of blocks of a mask that depends on one axis, by counting along it."""
+    """Return the exact states of a mask that depends on one axis, by counting along it."""
     q_lo, q_hi, k_lo, k_hi = bounds
     # Every distance q - k between a block's least and greatest occurs in it.
     lo, hi = (q_lo - k_hi + 1, q_hi - k_lo) if axis == "distance" else (k_lo, k_hi)
@@ -448,7 +461,7 @@ def _states_along(axis: str, mask: Mask, bounds: Bounds) -> np.ndarray:
 
 
 def _evaluated_states(mask: Mask, bounds: Bounds, wanted: np.ndarray) -> np.ndarray:
-    """The exact states of the wanted blocks, by looking at every entry; PARTIAL elsewhere."""
+    """Return the exact states of the wanted blocks by evaluating entries; PARTIAL elsewhere."""
     *flat, chosen = np.broadcast_arrays(*bounds, wanted)
     states = np.full(chosen.shape, PARTIAL, np.int8)
     q_lo, q_hi, k_lo, k_hi = chosen_bounds = Bounds(*(bound[chosen] for bound in flat))
@@ -459,7 +472,7 @@ def _evaluated_states(mask: Mask, bounds: Bounds, wanted: np.ndarray) -> np.ndar
 
 
 def _counts(mask: Mask, bounds: Bounds) -> np.ndarray:
-    """How many entries of each block (bounds in one dimension) are allowed, in bounded memory."""
+    """Count the allowed entries of each block (bounds in one dimension), in bounded memory."""
     counts = np.zeros(bounds.q_lo.shape, np.int64)
     if counts.size == 0:
         return counts
@@ -481,7 +494,7 @@ def _counts(mask: Mask, bounds: Bounds) -> np.ndarray:
 def _tiles(
     bounds: Bounds, q_tile: int, k_tile: int, step: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Tiles that cover blocks, at most `step` at a time: (their block, first q, first k)."""
+    """Yield tiles that cover blocks, at most `step` at a time: (their block, first q, first k)."""
     q_tiles = -(-(bounds.q_hi - bounds.q_lo) // q_tile)
     k_tiles = -(-(bounds.k_hi - bounds.k_lo) // k_tile)
     ends = np.cumsum(q_tiles.astype(np.int64) * k_tiles)
@@ -522,11 +535,11 @@ def block_map(
     q_offset: int = 0,
     exact: bool = False,
 ) -> Int8[np.ndarray, "q_blocks k_blocks"]:
-    """EMPTY, PARTIAL or FULL for every block of an attention matrix; the last may be ragged.
+    """Return EMPTY, PARTIAL or FULL for every block of an attention matrix.
 
-    Query i stands at position q_offset + i, key j at j. With `exact`, blocks left PARTIAL are
-    evaluated entry by entry, unless that means more than EXACT_ENTRIES entries. The result is
-    shared by all callers and read-only.
+    The last blocks may be ragged. Query i has position q_offset + i, key j has j. With `exact`,
+    blocks left PARTIAL are evaluated entry by entry, unless that means more than EXACT_ENTRIES
+    entries. The result is shared by all callers and read-only.
     """
     bounds = _grid(q_length, k_length, block_q, block_k, q_offset)
     states = mask.block(*bounds)
@@ -542,7 +555,7 @@ class BlockLists(NamedTuple):
 
     Of row i, `indices[i, :full_counts[i]]` are FULL and need no mask,
     `indices[i, full_counts[i]:counts[i]]` are PARTIAL, and the rest repeats the last of them, so
-    that a kernel that reads ahead reads a block it has.
+    that a kernel that reads ahead reads a block that exists.
     """
 
     counts: Int32[Array | np.ndarray, "*batch rows"]
@@ -551,8 +564,11 @@ class BlockLists(NamedTuple):
 
 
 def block_lists(states: Int8[np.ndarray, "rows columns"]) -> BlockLists:
-    """The lists that a kernel walks: of a block map for the forward pass, where rows are queries,
-    and of its transpose for the gradients of keys and values."""
+    """Return the lists that a kernel visits.
+
+    The forward pass takes them of a block map, where rows are queries; the gradients of keys and
+    values take them of its transpose.
+    """
     counts = np.count_nonzero(states, axis=1)
     longest = max(1, int(counts.max()))
     # A stable sort by state keeps columns of the same state in ascending order.
@@ -568,9 +584,9 @@ def block_lists(states: Int8[np.ndarray, "rows columns"]) -> BlockLists:
 
 @functools.lru_cache(maxsize=256)
 def allowed_entries(mask: Mask, q_length: int, k_length: int, q_offset: int = 0) -> int:
-    """The number of (query, key) pairs that the mask allows: what attention really computes.
+    """Count the (query, key) pairs that the mask allows, which attention really computes.
 
-    Only blocks that are PARTIAL are looked into, and for a mask of the distance alone none.
+    Only PARTIAL blocks are evaluated, and none for a mask that depends on the distance alone.
     """
     if _axis(mask) == "distance":
         start = q_offset - k_length + 1
@@ -590,18 +606,17 @@ def allowed_entries(mask: Mask, q_length: int, k_length: int, q_offset: int = 0)
 
 
 def is_positional(mask: Mask) -> bool:
-    """Whether the mask is arithmetic on positions, with no `documents` to look up in an array."""
+    """Return whether the mask is arithmetic on positions, without `documents` to look up."""
     return all(leaf.rule != "documents" for leaf in _leaves(mask))
 
 
 def is_simple(mask: Mask) -> bool:
-    """Whether every rule of the mask looks at the distance alone, or at the key: little to compute
-    for an entry."""
+    """Return whether every rule is quick to compute: on the distance or on the key alone."""
     return all(RULES[leaf.rule].axis is not None for leaf in _leaves(mask))
 
 
 def split_documents(mask: Mask) -> tuple[Mask, Int32[np.ndarray, " time"] | None]:
-    """A mask m & documents(ids) as (m, ids), so that a kernel can take the ids as an operand.
+    """Divide a mask m & documents(ids) into (m, ids), for a kernel that takes the ids as operand.
 
     Without a `documents` among the operands of `&`, the ids are None. A `documents` under `|` or
     `~` stays where it is: see `is_positional`.
@@ -622,7 +637,7 @@ def split_documents(mask: Mask) -> tuple[Mask, Int32[np.ndarray, " time"] | None
 # --- Checks ------------------------------------------------------------------------------------
 
 
-def _integer(mask: str, name: str, value: Any) -> int:
+def _integer(mask: str, name: str, value: SupportsIndex) -> int:
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
@@ -633,14 +648,14 @@ def _integer(mask: str, name: str, value: Any) -> int:
         ) from error
 
 
-def _positive(mask: str, name: str, value: Any) -> int:
-    value = _integer(mask, name, value)
-    if value <= 0:
-        raise UserError(f"{mask}: {name} must be at least 1, not {value}")
-    return value
+def _positive(mask: str, name: str, value: SupportsIndex) -> int:
+    number = _integer(mask, name, value)
+    if number <= 0:
+        raise UserError(f"{mask}: {name} must be at least 1, not {number}")
+    return number
 
 
-def _check_is_a_mask(function: Callable[[Positions, Positions], Any]) -> None:
+def _check_is_a_mask(function: MaskFunction) -> None:
     def fail(what: str) -> UserError:
         return UserError(
             f"from_function({getattr(function, '__qualname__', repr(function))}): {what}. A mask "

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxdecoder.kernels.typing import Leaf
 from jaxdecoder.typing import Params
 
 GRANULARITIES = ("tensor", "channel", "group")
@@ -137,9 +138,9 @@ class Packed:
         group's inputs are in the low nibbles.
     """
 
-    codes: Any
-    scales: Any
-    zeros: Any
+    codes: Leaf
+    scales: Leaf
+    zeros: Leaf | None
     scheme: Scheme = field(metadata={"static": True})
 
     @property
@@ -274,8 +275,13 @@ def parameters_of(packed: Packed) -> dict[str, jax.Array]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def over_layers(function: Callable[..., Any], kernel: jax.Array, *others: Any) -> Any:
-    """The function of each of the kernels that leading axes stack."""
+Result = TypeVar("Result")
+
+
+def over_layers(
+    function: Callable[..., Result], kernel: jax.Array, *others: jax.Array | Steps
+) -> Result:
+    """Map the function over the kernels that leading axes stack."""
     for _ in range(kernel.ndim - 2):
         function = jax.vmap(function)
     return function(kernel, *others)

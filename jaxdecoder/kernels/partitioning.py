@@ -1,8 +1,8 @@
 """Kernels over many devices: under `jit`, each device computes its own batch entries and heads.
 
-XLA cannot look into a kernel. Left alone it would gather every array on every device; told that a
-kernel treats batch entries and heads apart, it leaves the arrays where they are. (Under
-`shard_map` they are local to begin with.)
+XLA cannot look into a kernel, and would gather every array on every device. Here it is told that a
+kernel computes batch entries and heads independently, and so leaves the arrays where they are.
+Under `shard_map` they are local to begin with.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import string
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,13 @@ from jax.experimental.custom_partitioning import (
     SdyShardingRule,
     custom_partitioning,
 )
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath, PyTreeDef
+from jaxtyping import PyTree
 
-from jaxdecoder.kernels.problem import Gradients, LogSumExp, Operands, Problem
+from jaxdecoder.kernels import scores
+from jaxdecoder.kernels.problem import Gradients, LogSumExp, Operands, Problem, field
+from jaxdecoder.kernels.typing import AnyArray
 
 # A layout has a letter for every axis of an array: batch entries, query heads, key heads, or an
 # axis that is whole on every device. Any other letter is an axis that `vmap` has added.
@@ -31,101 +35,107 @@ BATCH, HEADS, KV_HEADS, WHOLE = "bhk."
 MAPPED = sorted(set(string.ascii_letters) - {BATCH, HEADS, KV_HEADS})
 OF_QUERIES, OF_KEYS, OF_ROWS = "b.h.", "b.k.", "bh."
 
+Forward = Callable[[Problem, Operands], tuple[jax.Array, LogSumExp]]
+Backward = Callable[[Problem, Operands, jax.Array, LogSumExp, jax.Array], Gradients]
 
-def over_devices(
-    forward: Callable[..., Any], backward: Callable[..., Any]
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Partitions the two functions of a `problem.Implementation` by batch entries and heads.
+Flat = Callable[..., list[jax.Array]]
+"""A function of arrays that gives a list of arrays."""
+
+Shaped = Sequence[jax.ShapeDtypeStruct]
+"""Shapes and shardings of the arguments or results of a `Flat` function."""
+
+Results = TypeVar("Results")
+
+
+def over_devices(forward: Forward, backward: Backward) -> tuple[Forward, Backward]:
+    """Partition the two functions of a `problem.Implementation` by batch entries and heads.
 
     The operands gain `batch_index` and `head_index` where the problem depends on them.
     """
 
-    def only_learned(problem: Problem, *arguments: Any) -> Gradients:
-        gradients = backward(problem, *arguments)
-        pairs = zip(gradients.score, problem.learned, strict=True)
-        return gradients._replace(score=tuple(x if learned else None for x, learned in pairs))
-
     def partitioned_forward(problem: Problem, operands: Operands) -> tuple[jax.Array, LogSumExp]:
-        operands, layouts = _laid_out(problem, operands)
-        return _call(forward, problem, (operands,), (layouts,), (OF_QUERIES, OF_ROWS))
+        operands = _numbered(problem, operands)
+        return _call(forward, problem, (operands,), (_layouts(operands),), (OF_QUERIES, OF_ROWS))
 
     def partitioned_backward(
         problem: Problem, operands: Operands, out: jax.Array, logsumexp: jax.Array, dout: jax.Array
     ) -> Gradients:
-        operands, layouts = _laid_out(problem, operands)
-        pairs = zip(layouts.score, problem.learned, strict=True)
-        score = tuple(layout if learned else None for layout, learned in pairs)
+        operands = _numbered(problem, operands)
+        learned = scores.chosen(operands.score, problem.learned)
         return _call(
-            only_learned,
+            backward,
             problem,
             (operands, out, logsumexp, dout),
-            (layouts, OF_QUERIES, OF_ROWS, OF_QUERIES),
-            Gradients(OF_QUERIES, OF_KEYS, OF_KEYS, score),
+            (_layouts(operands), OF_QUERIES, OF_ROWS, OF_QUERIES),
+            _layouts(Gradients(operands.q, operands.k, operands.v, learned)),
         )
 
     return partitioned_forward, partitioned_backward
 
 
-def _laid_out(problem: Problem, operands: Operands) -> tuple[Operands, Operands]:
-    """The operands, numbered if need be, and their layouts."""
+def _numbered(problem: Problem, operands: Operands) -> Operands:
+    """Number the batch entries and heads, if the problem depends on their numbers."""
+    if problem.score is None and not problem.dropout:
+        return operands
     batch, _, heads, _ = operands.q.shape
-    if problem.score is not None or problem.dropout:
-        operands = operands._replace(
-            batch_index=jnp.arange(batch, dtype=jnp.int32),
-            head_index=jnp.arange(heads, dtype=jnp.int32),
-        )
-
-    def segments(x: Any) -> str:
-        return BATCH + WHOLE if x.shape[0] == batch else WHOLE * 2
-
-    layouts = Operands(
-        OF_QUERIES,
-        OF_KEYS,
-        OF_KEYS,
-        tuple(HEADS + WHOLE * (x.ndim - 1) for x in operands.score),
-        segments,
-        segments,
-        WHOLE,
-        BATCH,
-        HEADS,
+    return operands._replace(
+        batch_index=jnp.arange(batch, dtype=jnp.int32),
+        head_index=jnp.arange(heads, dtype=jnp.int32),
     )
-    present = {
-        name: layout(x) if callable(layout) else layout
-        for name, x, layout in zip(Operands._fields, operands, layouts, strict=True)
-        if x is not None
-    }
-    return operands, Operands(**present)
+
+
+def _layouts(bundle: Operands | Gradients) -> PyTree[str]:
+    """Return the bundle with layouts in the places of its arrays."""
+    batch = bundle.q.shape[0]
+    known = {"q": OF_QUERIES, "k": OF_KEYS, "v": OF_KEYS, "dropout": WHOLE}
+    known |= {"batch_index": BATCH, "head_index": HEADS}
+
+    def layout(path: KeyPath, x: AnyArray) -> str:
+        name = field(path)
+        if name == "score":
+            return HEADS + WHOLE * (x.ndim - 1)
+        if name.endswith("_segments"):
+            return (BATCH if x.shape[0] == batch else WHOLE) + WHOLE
+        return known[name]
+
+    return jax.tree_util.tree_map_with_path(layout, bundle)
 
 
 def _call(
-    function: Callable[..., Any], problem: Problem, arguments: Any, ins: Any, outs: Any
-) -> Any:
-    """function(problem, *arguments), with layouts in the places of the arrays."""
+    function: Callable[..., Results],
+    problem: Problem,
+    arguments: tuple[Operands | jax.Array, ...],
+    ins: PyTree[str],
+    outs: PyTree[str],
+) -> Results:
+    """Return function(problem, *arguments); `ins` and `outs` have layouts in the arrays' places."""
     if jax.sharding.get_abstract_mesh().manual_axes:
         return function(problem, *arguments)
     arrays, structure = jax.tree.flatten(arguments)
     layouts = tuple(jax.tree.leaves(ins)), tuple(jax.tree.leaves(outs))
-    results = _flat(function, problem, structure, *layouts)(*arrays)
-    return jax.tree.unflatten(jax.tree.structure(outs), results)
+    found = _flat(function, problem, structure, *layouts)(*arrays)
+    results: Results = jax.tree.unflatten(jax.tree.structure(outs), found)
+    return results
 
 
 @functools.lru_cache(maxsize=256)
 def _flat(
-    function: Callable[..., Any],
+    function: Callable[..., PyTree],
     problem: Problem,
-    structure: Any,
+    structure: PyTreeDef,
     ins: tuple[str, ...],
     outs: tuple[str, ...],
-) -> Callable[..., Any]:
-    def flat(*arrays: Any) -> list[Any]:
+) -> Flat:
+    """Return the partitioned function of the flat arrays that `structure` is made of."""
+
+    def flat(*arrays: AnyArray) -> list[jax.Array]:
         return jax.tree.leaves(function(problem, *jax.tree.unflatten(structure, arrays)))
 
     return _partitioned(flat, ins, outs)
 
 
-def _partitioned(
-    function: Callable[..., list[Any]], ins: tuple[str, ...], outs: tuple[str, ...]
-) -> Callable[..., Any]:
+def _partitioned(function: Flat, ins: tuple[str, ...], outs: tuple[str, ...]) -> Flat:
+    """Return the function as XLA may partition it, and `vmap` add axes to it."""
     # Constants of its own, such as lists of blocks, are allowed inside another jit only.
     partitioned = custom_partitioning(jax.jit(function))
     partitioned.def_partition(
@@ -135,7 +145,9 @@ def _partitioned(
     mappable = jax.custom_batching.custom_vmap(lambda *arrays: partitioned(*arrays))
 
     @mappable.def_vmap
-    def mapped(size: int, batched: list[bool], *arrays: Any) -> Any:
+    def mapped(
+        size: int, batched: list[bool], *arrays: AnyArray
+    ) -> tuple[list[jax.Array], list[bool]]:
         new = next(letter for letter in MAPPED if not any(letter in layout for layout in ins))
         axes = tuple(0 if flag else None for flag in batched)
         flags = zip(ins, batched, strict=True)
@@ -149,13 +161,13 @@ def _partitioned(
     return mappable
 
 
-# --- What XLA is told --------------------------------------------------------------------------
+# --- Sharding rules ----------------------------------------------------------------------------
 
 
 def _sharding_rule(
-    ins: tuple[str, ...], outs: tuple[str, ...], mesh: Any, in_types: Any, out_types: Any
+    ins: tuple[str, ...], outs: tuple[str, ...], mesh: Mesh, in_types: Shaped, out_types: Shaped
 ) -> SdyShardingRule:
-    """How the axes of the arrays belong together, for Shardy to spread the shardings by."""
+    """Return which axes of the arrays belong together, so that Shardy propagates shardings."""
     sizes = _sizes(ins, in_types)
     group = sizes[HEADS] // sizes[KV_HEADS]
     # Query heads are key heads times the group, where neither is 1: Shardy has no such factors.
@@ -181,22 +193,22 @@ def _sharding_rule(
 
 
 def _partition(
-    function: Callable[..., list[Any]],
+    function: Flat,
     ins: tuple[str, ...],
     outs: tuple[str, ...],
-    mesh: Any,
-    arguments: Any,
-    results: Any,
-) -> Any:
-    """The computation of one device, and how its arguments and results are laid out."""
+    mesh: Mesh,
+    arguments: Shaped,
+    results: Shaped,
+) -> tuple[Mesh, Flat, list[NamedSharding], tuple[NamedSharding, ...]]:
+    """Return what one device computes, and the shardings of its results and arguments."""
     axes = _mesh_axes(ins, mesh, arguments)
     every = {axis for letter in axes for axis in axes[letter]}
 
     def sharding(layout: str) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*(axes.get(letter) or None for letter in layout)))
 
-    def local(*arrays: Any) -> list[Any]:
-        # What a result does not tell apart, it sums over: batch entries, or heads of one group.
+    def local(*arrays: AnyArray) -> list[jax.Array]:
+        # A result without an axis for batch entries, or for the heads of a group, is their sum.
         missing = (
             tuple(every - {axis for letter in layout for axis in axes.get(letter, ())})
             for layout in outs
@@ -207,8 +219,8 @@ def _partition(
     return mesh, local, [*map(sharding, outs)], tuple(map(sharding, ins))
 
 
-def _mesh_axes(ins: tuple[str, ...], mesh: Any, arguments: Any) -> dict[str, tuple[str, ...]]:
-    """The mesh axes that each letter is split over: those of the first array to say so."""
+def _mesh_axes(ins: tuple[str, ...], mesh: Mesh, arguments: Shaped) -> dict[str, tuple[str, ...]]:
+    """Return the mesh axes that each letter is split over, by the first array that is split."""
     sizes = _sizes(ins, arguments)
     axes: dict[str, tuple[str, ...]] = {}
     for letter, names in _split_axes(ins, arguments):
@@ -225,14 +237,16 @@ def _mesh_axes(ins: tuple[str, ...], mesh: Any, arguments: Any) -> dict[str, tup
     return axes | ({HEADS: names} if sizes[KV_HEADS] == 1 else {})
 
 
-def _split_axes(layouts: tuple[str, ...], arrays: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _split_axes(layouts: tuple[str, ...], arrays: Shaped) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the letters that arrays are split over, and the mesh axes of each."""
     for layout, array in zip(layouts, arrays, strict=True):
         for letter, names in zip(layout, array.sharding.spec, strict=True):
             if letter != WHOLE and names:
                 yield letter, (names,) if isinstance(names, str) else tuple(names)
 
 
-def _sizes(layouts: tuple[str, ...], arrays: Any) -> dict[str, int]:
+def _sizes(layouts: tuple[str, ...], arrays: Shaped) -> dict[str, int]:
+    """Return the size of the axis of each letter."""
     return {
         letter: size
         for layout, array in zip(layouts, arrays, strict=True)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxdecoder.kernels import masks, scores, tuning
+from jaxdecoder.kernels import masks, online, scores, tuning
 from jaxdecoder.kernels.device import Device
 from jaxdecoder.kernels.dropout import keep
 from jaxdecoder.kernels.partitioning import over_devices
@@ -24,11 +24,14 @@ from jaxdecoder.kernels.portable_launch import Inputs, Sizes, Tiling, triton
 from jaxdecoder.kernels.problem import (
     Gradients,
     Implementation,
+    Known,
     LogSumExp,
     Operands,
     Problem,
     captures_arrays,
 )
+from jaxdecoder.kernels.typing import AnyArray, Carry, Ref
+from jaxdecoder.typing import Index
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 LARGEST_WIDTH = 256
@@ -50,7 +53,7 @@ KERNELS = ("forward", "queries", "keys")
 
 
 def sizes(problem: Problem, operands: Operands) -> dict[str, Sizes]:
-    """Of each kernel: those measured on this card, or else the defaults."""
+    """Return the sizes of each kernel: those measured on this card, or else the defaults."""
     tuned = tuning.table().get(tuning.key("portable", problem, operands))
     if tuned is not None:
         return {kernel: Sizes(*tuned[kernel]) for kernel in KERNELS}
@@ -62,7 +65,7 @@ def sizes(problem: Problem, operands: Operands) -> dict[str, Sizes]:
 def forward(
     problem: Problem, operands: Operands, chosen: Sizes | None = None
 ) -> tuple[jax.Array, LogSumExp]:
-    """See `problem.Implementation`; `chosen` is for measurements, as it is below."""
+    """See `problem.Implementation`; `chosen`, here and below, is for measurements."""
     tiling = Tiling(problem, operands, chosen or sizes(problem, operands)["forward"])
     out, logsumexp = tiling.call(
         functools.partial(_forward_kernel, tiling),
@@ -78,57 +81,39 @@ def backward(
     problem: Problem, operands: Operands, out: jax.Array, logsumexp: jax.Array, dout: jax.Array
 ) -> Gradients:
     """See `problem.Implementation`."""
-    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    # Without keys every weight is exp(-inf - inf) = 0.
-    logsumexp = jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp)
-    dq, dscore = gradient_of_queries(problem, operands, dout, logsumexp, delta)
-    dk, dv = gradient_of_keys(problem, operands, dout, logsumexp, delta)
-    return Gradients(dq, dk, dv, dscore)
+    known = Known.of(out, logsumexp, dout)
+    dq, dscore = gradient_of_queries(problem, operands, known)
+    dk, dv = gradient_of_keys(problem, operands, known)
+    return Gradients(q=dq, k=dk, v=dv, score=dscore)
 
 
 def gradient_of_queries(
-    problem: Problem,
-    operands: Operands,
-    dout: jax.Array,
-    logsumexp: jax.Array,
-    delta: jax.Array,
-    chosen: Sizes | None = None,
-) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
-    """The gradients of the queries and of the score's operands.
-
-    `delta` (batch, heads, q_time) sums the products of the output and its gradient.
-    """
+    problem: Problem, operands: Operands, known: Known, chosen: Sizes | None = None
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Return the gradients of the queries and of the score's learned operands."""
     tiling = Tiling(problem, operands, chosen or sizes(problem, operands)["queries"])
-    learned = [x for x, flag in zip(operands.score, problem.learned, strict=True) if flag]
+    learned = scores.chosen(operands.score, problem.learned)
     dq, *dscore = tiling.call(
         functools.partial(_queries_kernel, tiling),
         tiling.lists(operands),
-        tiling.inputs(operands, dout, logsumexp, delta),
+        tiling.inputs(operands, known),
         [tiling.by_query(operands.q), *map(tiling.by_row_of, learned)],
         tiling.heads,
     )
-    sums = iter([jnp.sum(x, axis=(0, 2)) for x in dscore])
-    score = tuple(
-        next(sums).reshape(x.shape) if flag else None
-        for x, flag in zip(operands.score, problem.learned, strict=True)
-    )
+    pairs = zip(dscore, learned, strict=True)
+    score = [jnp.sum(x, axis=(0, 2)).reshape(operand.shape) for x, operand in pairs]
     return tiling.cut(dq, tiling.q_time), score
 
 
 def gradient_of_keys(
-    problem: Problem,
-    operands: Operands,
-    dout: jax.Array,
-    logsumexp: jax.Array,
-    delta: jax.Array,
-    chosen: Sizes | None = None,
+    problem: Problem, operands: Operands, known: Known, chosen: Sizes | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of keys and values."""
+    """Return the gradients of keys and values."""
     tiling = Tiling(problem, operands, chosen or sizes(problem, operands)["keys"])
     dk, dv = tiling.call(
         functools.partial(_keys_kernel, tiling),
         tiling.lists(operands, by_keys=True),
-        tiling.inputs(operands, dout, logsumexp, delta),
+        tiling.inputs(operands, known),
         [tiling.by_key(operands.k), tiling.by_key(operands.v)],
         tiling.kv_heads,
     )
@@ -138,50 +123,51 @@ def gradient_of_keys(
 # --- The kernels -------------------------------------------------------------------------------
 
 
-def _forward_kernel(tiling: Tiling, lists: Any, refs: Inputs, out: Any, logsumexp: Any) -> None:
+def _forward_kernel(
+    tiling: Tiling, lists: masks.BlockLists, refs: Inputs, out: Ref, logsumexp: Ref
+) -> None:
     i, head, batch = (pl.program_id(axis) for axis in range(3))
     place = _Place(tiling, refs, batch, head)
-    q = place.queries(refs.q, i)
+    q = place.queries(refs.operands.q, i)
 
-    def step(check: bool, n: Any, carry: Any) -> Any:
-        largest, total, mixed = carry
+    def step(
+        check: bool, n: Index, carry: tuple[online.Sums, jax.Array]
+    ) -> tuple[online.Sums, jax.Array]:
+        sums, mixed = carry
         j = lists.indices[i, n]
-        products = place.products(q, place.keys(refs.k, j))
+        products = place.products(q, place.keys(refs.operands.k, j))
         s = place.new_score(i, j, products * tiling.problem.scale)
         if check:
             s = jnp.where(place.allowed(i, j), s, -jnp.inf)
-        higher = jnp.maximum(largest, jnp.max(s, axis=1))
-        # A row without keys so far has no largest score to subtract.
-        some_without = check or tiling.problem.score is not None
-        base = jnp.where(higher == -jnp.inf, 0.0, higher) if some_without else higher
-        weights, shrink = jnp.exp(s - base[:, None]), jnp.exp(largest - base)
-        total = total * shrink + jnp.sum(weights, axis=1)
-        v = place.keys(refs.v, j)
+        may_be_empty = check or tiling.problem.score is not None
+        sums, weights, shrink = online.add(sums, s, may_be_empty=may_be_empty)
+        v = place.keys(refs.operands.v, j)
         weights = place.dropped(i, j, weights).astype(v.dtype)
-        return higher, total, mixed * shrink[:, None] + tiling.dot(weights, v)
+        return sums, mixed * online.spread(shrink, mixed.shape) + tiling.dot(weights, v)
 
     rows = jnp.zeros((tiling.block_q,), jnp.float32)
     mixed = jnp.zeros((tiling.block_q, tiling.padded_width), jnp.float32)
-    largest, total, mixed = _walk(lists, i, step, (rows - jnp.inf, rows, mixed))
-    some = total > 0
-    divisor = jnp.where(some, total, 1.0)
+    sums, mixed = _walk(lists, i, step, (online.Sums(rows - jnp.inf, rows), mixed))
+    divisor, logsumexp[...] = online.finish(sums)
     out[...] = (mixed / divisor[:, None]).astype(out.dtype)
-    logsumexp[...] = jnp.where(some, largest + jnp.log(divisor), -jnp.inf)
 
 
-def _queries_kernel(tiling: Tiling, lists: Any, refs: Inputs, dq: Any, *dscore: Any) -> None:
+def _queries_kernel(
+    tiling: Tiling, lists: masks.BlockLists, refs: Inputs, dq: Ref, *dscore: Ref
+) -> None:
     i, head, batch = (pl.program_id(axis) for axis in range(3))
     place = _Place(tiling, refs, batch, head)
-    q, dout = place.queries(refs.q, i), place.queries(refs.dout, i)
-    logsumexp, delta = place.numbers(refs.logsumexp, i), place.numbers(refs.delta, i)
+    queries = place.of_queries(i)
 
-    def step(check: bool, n: Any, carry: Any) -> Any:
+    def step(
+        check: bool, n: Index, carry: tuple[jax.Array, list[jax.Array]]
+    ) -> tuple[jax.Array, list[jax.Array]]:
         total, totals = carry
         j = lists.indices[i, n]
-        k, v = place.keys(refs.k, j), place.keys(refs.v, j)
-        _, ds, parts = place.gradient(check, i, j, q, k, v, dout, logsumexp, delta)
+        keys = place.of_keys(j)
+        _, ds, parts = place.gradient(check, i, j, queries, keys)
         totals = [a + b.astype(jnp.float32) for a, b in zip(totals, parts, strict=True)]
-        return total + tiling.dot(ds.astype(k.dtype), k), totals
+        return total + tiling.dot(ds.astype(keys.k.dtype), keys.k), totals
 
     none = [jnp.float32(0)] * sum(ref.shape[0] for ref in dscore)
     zeros = jnp.zeros((tiling.block_q, tiling.padded_width), jnp.float32)
@@ -193,63 +179,84 @@ def _queries_kernel(tiling: Tiling, lists: Any, refs: Inputs, dq: Any, *dscore: 
             ref[column] = next(numbers)
 
 
-def _keys_kernel(tiling: Tiling, lists: Any, refs: Inputs, dk: Any, dv: Any) -> None:
+def _keys_kernel(tiling: Tiling, lists: masks.BlockLists, refs: Inputs, dk: Ref, dv: Ref) -> None:
     j, kv_head, batch = (pl.program_id(axis) for axis in range(3))
     shared = _Place(tiling, refs, batch, kv_head * tiling.group, keys_first=True)
-    k, v = shared.keys(refs.k, j), shared.keys(refs.v, j)
+    keys = shared.of_keys(j)
 
-    def of_head(g: Any, carry: Any) -> Any:
+    def of_head(g: Index, carry: _Keys) -> _Keys:
         place = _Place(tiling, refs, batch, kv_head * tiling.group + g, keys_first=True)
 
-        def step(check: bool, n: Any, carry: Any) -> Any:
-            dk, dv = carry
+        def step(check: bool, n: Index, carry: _Keys) -> _Keys:
             i = lists.indices[j, n]
-            q, dout = place.queries(refs.q, i), place.queries(refs.dout, i)
-            logsumexp, delta = place.numbers(refs.logsumexp, i), place.numbers(refs.delta, i)
-            weights, ds, _ = place.gradient(
-                check, i, j, q, k, v, dout, logsumexp, delta, learned=False
-            )
-            dv = dv + tiling.dot(place.dropped(i, j, weights).astype(dout.dtype), dout)
-            return dk + tiling.dot(ds.astype(q.dtype), q), dv
+            queries = place.of_queries(i)
+            weights, ds, _ = place.gradient(check, i, j, queries, keys, learned=False)
+            dropped = place.dropped(i, j, weights).astype(queries.dout.dtype)
+            dv = carry.v + tiling.dot(dropped, queries.dout)
+            return _Keys(carry.k + tiling.dot(ds.astype(queries.q.dtype), queries.q), dv)
 
         return _walk(lists, j, step, carry)
 
     zeros = jnp.zeros((tiling.block_k, tiling.padded_width), jnp.float32)
-    total_dk, total_dv = jax.lax.fori_loop(0, tiling.group, of_head, (zeros, zeros))
-    dk[...] = (total_dk * tiling.problem.scale).astype(dk.dtype)
-    dv[...] = total_dv.astype(dv.dtype)
+    total = jax.lax.fori_loop(0, tiling.group, of_head, _Keys(zeros, zeros))
+    dk[...] = (total.k * tiling.problem.scale).astype(dk.dtype)
+    dv[...] = total.v.astype(dv.dtype)
 
 
-def _walk(lists: Any, row: Any, step: Callable[..., Any], carry: Any) -> Any:
+def _walk(
+    lists: masks.BlockLists, row: Index, step: Callable[[bool, Index, Carry], Carry], carry: Carry
+) -> Carry:
+    """Run step(check, n, carry) for every column of a row; `check` is False for FULL blocks."""
     full, end = lists.full_counts[row], lists.counts[row]
     carry = jax.lax.fori_loop(0, full, functools.partial(step, False), carry)
     return jax.lax.fori_loop(full, end, functools.partial(step, True), carry)
+
+
+class _Queries(NamedTuple):
+    """A block of queries of one head, and what is known of them."""
+
+    q: jax.Array
+    dout: jax.Array
+    logsumexp: jax.Array
+    delta: jax.Array
+
+
+class _Keys(NamedTuple):
+    """A block of keys and values of one head, or of their gradients."""
+
+    k: jax.Array
+    v: jax.Array
 
 
 class _Place:
     """One head's blocks inside a kernel: what they hold, and what becomes of their scores.
 
     Scores are (queries, keys), or (keys, queries) where the products with them sum over queries:
-    transposing them instead costs registers, and more than there are in float32.
+    transposing them instead costs registers, in float32 more than there are.
     """
 
     def __init__(
-        self, tiling: Tiling, refs: Inputs, batch: Any, head: Any, keys_first: bool = False
+        self,
+        tiling: Tiling,
+        refs: Inputs,
+        batch: jax.Array,
+        head: jax.Array,
+        keys_first: bool = False,
     ):
-        self.tiling, self.refs, self.batch, self.head = tiling, refs, batch, head
+        self.tiling, self.operands, self.known = tiling, refs.operands, refs.known
+        self.batch, self.head = batch, head
         self.member = jax.lax.rem(head, tiling.group)
         self.keys_first = keys_first
 
-    def numbers_of_head(self) -> tuple[Any, Any]:
-        """Which batch entry and head this is, among those of all devices."""
-        if self.refs.batch_index is None:
+    def numbers_of_head(self) -> tuple[jax.Array, jax.Array]:
+        """Return which batch entry and head this is, among those of all devices."""
+        batch_index, head_index = self.operands.batch_index, self.operands.head_index
+        if batch_index is None or head_index is None:
             return self.batch, self.head
-        return self.refs.batch_index[self.batch], self.refs.head_index[self.head]
-
-    def parameters(self, function: Callable[..., Any]) -> tuple[Any, ...]:
-        return scores.Score(function).parameters(self.refs.score, self.head)
+        return batch_index[self.batch], head_index[self.head]
 
     def products(self, of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
+        """Return the products of all pairs of rows, as scores lie."""
         a, b = (of_keys, of_queries) if self.keys_first else (of_queries, of_keys)
         return self.tiling.dot(a, b, transpose_b=True)
 
@@ -259,86 +266,94 @@ class _Place:
     def along_keys(self, numbers: jax.Array) -> jax.Array:
         return numbers[:, None] if self.keys_first else numbers[None, :]
 
-    def queries(self, ref: Any, i: Any) -> jax.Array:
+    def queries(self, ref: Ref, i: Index) -> jax.Array:
+        """Load the rows (block_q, width) of a block of queries."""
         return ref[pl.ds(i * self.tiling.block_q, self.tiling.block_q), self.member, :]
 
-    def keys(self, ref: Any, j: Any) -> jax.Array:
+    def keys(self, ref: Ref, j: Index) -> jax.Array:
+        """Load the rows (block_k, width) of a block of keys."""
         return ref[pl.ds(j * self.tiling.block_k, self.tiling.block_k), :]
 
-    def numbers(self, ref: Any, i: Any) -> jax.Array:
+    def numbers(self, ref: Ref, i: Index) -> jax.Array:
+        """Load a number for every query of a block."""
         return ref[self.member, pl.ds(i * self.tiling.block_q, self.tiling.block_q)]
 
-    def index(self, i: Any, j: Any) -> tuple[jax.Array, jax.Array]:
+    def of_queries(self, i: Index) -> _Queries:
+        known = self.known
+        assert known is not None
+        return _Queries(
+            q=self.queries(self.operands.q, i),
+            dout=self.queries(known.dout, i),
+            logsumexp=self.numbers(known.logsumexp, i),
+            delta=self.numbers(known.delta, i),
+        )
+
+    def of_keys(self, j: Index) -> _Keys:
+        return _Keys(k=self.keys(self.operands.k, j), v=self.keys(self.operands.v, j))
+
+    def index(self, i: Index, j: Index) -> tuple[jax.Array, jax.Array]:
+        """Return the positions of the queries and of the keys of a block's scores."""
         block_q, block_k = self.tiling.block_q, self.tiling.block_k
         shape = (block_k, block_q) if self.keys_first else (block_q, block_k)
         first, second = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
         q, k = (second, first) if self.keys_first else (first, second)
         return i * block_q + q, j * block_k + k
 
-    def new_score(self, i: Any, j: Any, s: jax.Array) -> jax.Array:
+    def new_score(self, i: Index, j: Index, s: jax.Array) -> jax.Array:
         function = self.tiling.problem.score
         if function is None:
             return s
-        return function(s, *self.numbers_of_head(), *self.index(i, j), *self.parameters(function))
+        index = *self.numbers_of_head(), *self.index(i, j)
+        return function(s, *index, *scores.Score.parameters(self.operands.score, self.head))
 
-    def allowed(self, i: Any, j: Any) -> jax.Array:
-        tiling, refs = self.tiling, self.refs
+    def allowed(self, i: Index, j: Index) -> AnyArray:
+        tiling, operands = self.tiling, self.operands
         k_time = tiling.k_time if tiling.ragged else None
         q, k = self.index(i, j)
-        if refs.q_segments is None:
+        if operands.q_segments is None or operands.k_segments is None:
             return tiling.problem.allowed(q, k, k_time=k_time)
-        q_segment = refs.q_segments[pl.ds(i * tiling.block_q, tiling.block_q)]
-        k_segment = refs.k_segments[pl.ds(j * tiling.block_k, tiling.block_k)]
+        q_segment = operands.q_segments[pl.ds(i * tiling.block_q, tiling.block_q)]
+        k_segment = operands.k_segments[pl.ds(j * tiling.block_k, tiling.block_k)]
         segments = self.along_queries(q_segment), self.along_keys(k_segment)
         return tiling.problem.allowed(q, k, *segments, k_time)
 
-    def dropped(self, i: Any, j: Any, weights: jax.Array) -> jax.Array:
-        if not self.tiling.problem.dropout:
+    def dropped(self, i: Index, j: Index, weights: jax.Array) -> jax.Array:
+        """Drop weights, or their gradients: always the same ones."""
+        dropout = self.operands.dropout
+        if dropout is None:
             return weights
-        seed, threshold = self.refs.dropout[0], self.refs.dropout[1]
-        kept = keep(seed, threshold, *self.numbers_of_head(), *self.index(i, j))
+        kept = keep(dropout[0], dropout[1], *self.numbers_of_head(), *self.index(i, j))
         return jnp.where(kept, weights, 0.0)
 
     def gradient(
         self,
         check: bool,
-        i: Any,
-        j: Any,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        dout: jax.Array,
-        logsumexp: jax.Array,
-        delta: jax.Array,
+        i: Index,
+        j: Index,
+        queries: _Queries,
+        keys: _Keys,
         learned: bool = True,
     ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-        """The attention weights, the gradient of the scores, and those of the score's numbers."""
-        problem = self.tiling.problem
-        s = self.products(q, k) * problem.scale
-        pull = None
+        """Return the weights, the gradient of the scores, and those of the learned numbers."""
+        problem, pull = self.tiling.problem, None
+        s = self.products(queries.q, keys.k) * problem.scale
         if problem.score is not None:
-            function, parameters = problem.score, self.parameters(problem.score)
-            index = (*self.numbers_of_head(), *self.index(i, j))
+            function, index = problem.score, (*self.numbers_of_head(), *self.index(i, j))
+            parameters = scores.Score.parameters(self.operands.score, self.head)
             wanted = [flag and learned for flag in problem.learned]
-            chosen = [p for p, flag in zip(parameters, wanted, strict=True) if flag]
 
-            def new_score(s: jax.Array, chosen: list[Any]) -> jax.Array:
-                rest = iter(chosen)
-                pairs = zip(parameters, wanted, strict=True)
-                all_ = [next(rest) if flag else p for p, flag in pairs]
-                return function(s, *index, *all_)
+            def new_score(s: jax.Array, *parameters: scores.Parameter) -> jax.Array:
+                return function(s, *index, *parameters)
 
-            s, pull = jax.vjp(new_score, s, chosen)
+            s, pull = scores.gradient(new_score, s, parameters, wanted)
         if check:
             s = jnp.where(self.allowed(i, j), s, -jnp.inf)
-        weights = jnp.exp(s - self.along_queries(logsumexp))
-        dweights = self.dropped(i, j, self.products(dout, v))
-        ds = weights * (dweights - self.along_queries(delta))
+        weights = jnp.exp(s - self.along_queries(queries.logsumexp))
+        dweights = self.dropped(i, j, self.products(queries.dout, keys.v))
+        ds = weights * (dweights - self.along_queries(queries.delta))
         if pull is None:
             return weights, ds, []
-        pulled, parts = pull(ds)
-        # Where nothing is to be pulled, not even an infinite slope does.
-        return weights, jnp.where(ds == 0, 0.0, pulled), jax.tree.leaves(parts)
+        return weights, *pull(ds)
 
 
 def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None:

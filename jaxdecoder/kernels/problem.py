@@ -1,4 +1,4 @@
-"""What attention is asked to do, apart from how: the seam between the operation and its kernels.
+"""The seam between attention as an operation and its implementations.
 
 `flash_attention` turns its arguments into a `Problem`, which is static and hashable, and
 `Operands`, which are arrays. An `Implementation` is a pair of functions of the two.
@@ -8,60 +8,64 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8
+from jax.tree_util import GetAttrKey, KeyPath
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Int8, Int32, UInt32
 
 from jaxdecoder.kernels import masks, scores
 from jaxdecoder.kernels.device import Device
+from jaxdecoder.kernels.typing import AnyArray, Indices
+
+Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """The static part: a key for caches, and a constant for the compiler.
 
-    A pair of positions is allowed if `mask` allows it; a kernel finds its blocks with
-    `states`, and inside a PARTIAL block asks `allowed`. Positions count from 0, for queries and
-    for keys.
+    A pair of positions is allowed if `mask` allows it. A kernel finds its blocks with `states`,
+    and inside a PARTIAL block asks `allowed`. Positions count from 0, for queries and for keys.
     """
 
     mask: masks.Mask
-    """All that is known before tracing."""
+    """All that is known of the mask before tracing."""
     positional_mask: masks.Mask
     """`mask` without the `documents` under its `&`: those have become segments in the operands."""
-    score: Callable[..., Any] | None
-    """The score function (score, batch, head, q_index, k_index, *parameters), after `scale`."""
+    score: scores.ScoreFunction | None
+    """Changes the scores after `scale`; its parameters come from the operands."""
     learned: tuple[bool, ...]
     """For every score operand, whether its gradient is wanted; the others' are zero."""
     scale: float
     dropout: bool
-    """Whether weights are dropped: those that are kept stay as they are, whoever asks scales."""
+    """Whether weights are dropped. A kernel does not scale those it keeps: its caller does."""
     segments_vary: bool
     """Whether segments are data, so that only the run can tell which blocks they empty."""
 
     def states(
         self, q_time: int, k_time: int, block_q: int, block_k: int
     ) -> Int8[np.ndarray, "q_blocks k_blocks"]:
-        """The block map, for `masks.block_lists`, of an attention matrix padded to whole blocks.
+        """Return the block map, for `masks.block_lists`, of a matrix padded to whole blocks.
 
         FULL means that a kernel need not check anything in the block: neither mask nor segments
-        nor the end of the keys (padded queries are harmless, their output is cut off).
+        nor the end of the keys. Padded queries are harmless, because their output is cut off.
         """
         return _states(self.mask, self.segments_vary, q_time, k_time, block_q, block_k)
 
     def allowed(
         self,
-        q_index: Any,
-        k_index: Any,
-        q_segment: Any = None,
-        k_segment: Any = None,
+        q_index: Indices,
+        k_index: Indices,
+        q_segment: Int[Array, "..."] | None = None,
+        k_segment: Int[Array, "..."] | None = None,
         k_time: int | None = None,
-    ) -> Any:
-        """Which pairs of a block are allowed; all arguments broadcast against one another.
+    ) -> Bool[AnyArray, "..."]:
+        """Return which pairs of a block are allowed; all arguments broadcast against one another.
 
         Segments are those of the operands, and `k_time` is the number of keys where the indices
         may run past it. None for either leaves the check out.
@@ -71,11 +75,19 @@ class Problem:
             allowed = allowed & (q_segment == k_segment)
         return allowed if k_time is None else allowed & (k_index < k_time)
 
-    def new_score(self, operands: tuple[Any, ...], score: Any, *index: Any) -> Any:
-        """The score function of scaled scores at (batch, head, q_index, k_index)."""
+    def new_score(
+        self,
+        operands: tuple[scores.Operand, ...],
+        score: jax.Array,
+        batch: Indices,
+        head: Indices,
+        q_index: Indices,
+        k_index: Indices,
+    ) -> jax.Array:
+        """Apply the score function to scaled scores."""
         if self.score is None:
             return score
-        return scores.Score(self.score).apply(operands, score, *index)
+        return scores.Score(self.score).apply(operands, score, batch, head, q_index, k_index)
 
 
 @functools.lru_cache(maxsize=64)
@@ -91,59 +103,82 @@ def _states(
 
 
 class Operands(NamedTuple):
-    """The arrays, real or abstract (`shape` and `dtype` are all that a choice may look at)."""
+    """The arrays of a problem.
 
-    q: Any
-    """(batch, q_time, heads, width)"""
-    k: Any
-    """(batch, k_time, kv_heads, width); query head h reads head h // (heads / kv_heads)."""
-    v: Any
-    score: tuple[Any, ...] = ()
+    Where an implementation is chosen they may be abstract, with a shape and a dtype alone. Inside
+    a kernel the fields are refs to these arrays or to parts of them.
+    """
+
+    q: Float[Array, "batch q_time heads width"]
+    k: Float[Array, "batch k_time kv_heads width"]
+    """Query head h reads key head h // (heads / kv_heads)."""
+    v: Float[Array, "batch k_time kv_heads width"]
+    score: tuple[scores.Operand, ...] = ()
     """The operands of the score function, each (heads,) or (heads, n): see `scores.Score`."""
-    q_segments: Any = None
-    """int32 (batch or 1, q_time): a query sees only the keys with its own number."""
-    k_segments: Any = None
-    dropout: Any = None
-    """uint32 (2,), seed and threshold, where weights are dropped: one is kept if
+    q_segments: Int32[Array, "batch_or_1 q_time"] | None = None
+    """A query sees only the keys with its own number."""
+    k_segments: Int32[Array, "batch_or_1 k_time"] | None = None
+    dropout: UInt32[Array, "2"] | None = None
+    """Seed and threshold, where weights are dropped: one is kept if
     `dropout.keep(seed, threshold, batch, head, q, k)`."""
-    batch_index: Any = None
-    """int32 (batch,): which entries of the whole batch these are, for scores and dropout; the
-    first ones, in order, when left out."""
-    head_index: Any = None
-    """int32 (heads,): likewise of the query heads."""
+    batch_index: Int32[Array, " batch"] | None = None
+    """The number of each entry in the whole batch, for scores and dropout; they count from 0 when
+    this is left out."""
+    head_index: Int32[Array, " heads"] | None = None
+    """The number of each query head among all of them, likewise."""
 
 
 class Gradients(NamedTuple):
-    """Cotangents, with the shapes and types of the operands."""
+    """The gradients of a problem's operands, with their shapes and types."""
 
-    q: Any
-    k: Any
-    v: Any
-    score: tuple[Any, ...] = ()
-    """One for each score operand; anything, None too, where it is not learned."""
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    score: Sequence[AnyArray] = ()
+    """Those of the learned score operands alone, float32 or of the operands' types."""
 
 
 LogSumExp = Float[Array, "batch heads q_time"]
 
 
-class Implementation(NamedTuple):
-    """One way to compute attention.
+class Known(NamedTuple):
+    """What the gradients need of the forward pass."""
 
-    `forward` gives the output, in the type of q, and the float32 logarithm of the sum of the
-    exponentials of each query's allowed scores, (batch, heads, q_time), -inf for a query without
-    keys (whose output is zeros). `backward` may be None: JAX then differentiates `forward`, which
-    may leave the logarithm out.
-    `refuses` says why it cannot solve a problem of such operands on a device, as the end of the
-    sentence "it cannot, because ...", or None.
-    """
+    dout: Float[Array, "batch q_time heads width"]
+    """The gradient of the output."""
+    logsumexp: LogSumExp
+    """inf for a query without keys, so that all its weights are exp(-inf - inf) = 0."""
+    delta: Float[Array, "batch heads q_time"]
+    """The sum of out * dout over the width."""
+
+    @classmethod
+    def of(cls, out: jax.Array, logsumexp: LogSumExp, dout: jax.Array) -> Known:
+        """Gather them from the results of the forward pass."""
+        delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
+        logsumexp = jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp)
+        return cls(dout, logsumexp, delta.swapaxes(1, 2))
+
+
+class Implementation(NamedTuple):
+    """One way to compute attention."""
 
     forward: Callable[[Problem, Operands], tuple[jax.Array, LogSumExp | None]]
+    """Gives the output, in the type of q, and the float32 logarithm of the sum of the exponentials
+    of each query's allowed scores. A query without keys has zeros and -inf."""
     backward: Callable[[Problem, Operands, jax.Array, LogSumExp, jax.Array], Gradients] | None
+    """(problem, operands, out, logsumexp, dout) -> gradients. Without it JAX differentiates
+    `forward`, which may then give None for the logarithm."""
     refuses: Callable[[Problem, Operands, Device], str | None]
+    """Says why it cannot solve a problem of such operands on a device, as the end of the sentence
+    "it cannot, because ..."; None if it can."""
+
+
+def never_refuses(problem: Problem, operands: Operands, device: Device) -> None:
+    """Refuse no problem: the `Implementation.refuses` of what runs everywhere."""
 
 
 def captures_arrays(problem: Problem, operands: Operands) -> str | None:
-    """Which function closes over arrays, mask or score, if one does: a kernel cannot take it in."""
+    """Name the function, mask or score, that closes over arrays, which no kernel can take in."""
     parameters = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands.score)
     return _captures_arrays(problem, parameters)
 
@@ -153,40 +188,48 @@ def _captures_arrays(problem: Problem, parameters: tuple[jax.ShapeDtypeStruct, .
     index = jax.ShapeDtypeStruct((8, 8), jnp.int32)
     score = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     one = jax.ShapeDtypeStruct((), jnp.int32)
-
-    def holds(function: Callable[..., Any], *arguments: Any) -> bool:
-        consts = jax.make_jaxpr(function)(*arguments).consts
-        return any(np.ndim(const) > 0 for const in consts)
-
-    if holds(problem.positional_mask, index, index):
+    if holds_arrays(problem.positional_mask, index, index):
         return "the mask"
     if problem.score is not None:
         value = scores.Score(problem.score, (), problem.learned)
-        if holds(value.apply, parameters, score, one, one, index, index):
+        if holds_arrays(value.apply, parameters, score, one, one, index, index):
             return "the score"
     return None
 
 
-def alike(tree: Any) -> Any:
-    """Inside `shard_map`, lets all arrays vary over the mesh axes that any of them varies over.
+def holds_arrays(
+    function: Callable[..., AnyArray],
+    *arguments: jax.ShapeDtypeStruct | tuple[jax.ShapeDtypeStruct | scores.Operand, ...],
+) -> bool:
+    """Return whether a function, traced with such arguments, closes over arrays."""
+    return any(np.ndim(const) > 0 for const in jax.make_jaxpr(function)(*arguments).consts)
+
+
+def alike(tree: Tree) -> Tree:
+    """Inside `shard_map`, let all arrays vary over the mesh axes that any of them varies over.
 
     A kernel mixes them, and the transpose of this step sums the gradients of the shared ones.
     """
     axes: frozenset[str] = frozenset().union(*map(_varying, jax.tree.leaves(tree)))
 
-    def vary(x: Any) -> Any:
+    def vary(x: AnyArray) -> AnyArray:
         missing = tuple(axes - _varying(x))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
-    return jax.tree.map(vary, tree)
+    varied: Tree = jax.tree.map(vary, tree)
+    return varied
 
 
-def result(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
-    """A kernel's result, which varies over the mesh axes that `like` varies over."""
+def result(shape: tuple[int, ...], dtype: DTypeLike, like: AnyArray) -> jax.ShapeDtypeStruct:
+    """Return the type of a kernel's result that varies over the mesh axes that `like` does."""
     kind = jax.typeof(like).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 
-# Constants may be arrays of other kinds than jax.Array, under remat for one.
-def _varying(x: Any) -> frozenset[str]:
+def _varying(x: AnyArray) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
+
+
+def field(path: KeyPath) -> str:
+    """Return the name of the innermost field on the path to a leaf of named tuples."""
+    return next(key.name for key in reversed(path) if isinstance(key, GetAttrKey))

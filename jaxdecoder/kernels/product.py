@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -14,17 +12,19 @@ from jaxdecoder.kernels.device import current_device
 def product(
     x: jax.Array,
     kernel: jax.Array,
-    *_: Any,
+    *_: object,
     preferred_element_type: DTypeLike | None = None,
-    **__: Any,
+    **__: object,
 ) -> jax.Array:
-    """x @ kernel, in the one of several equal forms whose gradient is the quickest on CPUs.
+    """Return x @ kernel, in the form whose gradient is the quickest on CPUs.
 
-    All leading axes as one: with two, XLA copies transposed activations for the gradient of the
-    kernel, recomputing what they came from. A kernel with more rows than columns goes in
-    transposed, because its gradient is then a product that gathers the narrower of its operands
-    by columns; the barrier keeps XLA from swapping them back. Few rows, as in decoding, are not
-    worth a transposition.
+    It can stand for Flax's `dot_general`, whose other arguments it ignores.
+
+    Leading axes are joined: with two of them, XLA copies transposed activations for the gradient of
+    the kernel, and recomputes what they came from. A kernel with more rows than columns is
+    transposed first, so that its gradient is a product that gathers the narrower operand by
+    columns; the barrier keeps XLA from swapping them back. Few rows, as in decoding, are not worth
+    a transposition.
     """
     rows = x.reshape(-1, x.shape[-1])
     d_in, d_out = kernel.shape

@@ -1,4 +1,4 @@
-"""Attention in plain XLA, exact: the definition that the other implementations are held to."""
+"""Attention in plain XLA, over all scores at once: the other implementations must agree with it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxdecoder.kernels.device import Device
 from jaxdecoder.kernels.dropout import Rate, drops, keep, scaled, threshold
-from jaxdecoder.kernels.problem import Implementation, LogSumExp, Operands, Problem
+from jaxdecoder.kernels.problem import (
+    Implementation,
+    LogSumExp,
+    Operands,
+    Problem,
+    never_refuses,
+)
 from jaxdecoder.kernels.scores import Score
 
 
@@ -28,11 +33,11 @@ def attention(
     dropout_rate: Rate = 0.0,
     dropout_seed: UInt32[Array, ""] | None = None,
 ) -> Float[Array, "batch q_time heads width"]:
-    """softmax(score(scale q k^T)) v over the allowed keys; a query with none gives zeros.
+    """Compute softmax(score(scale q k^T)) v over the allowed keys; a query with none gives zeros.
 
-    Consecutive groups of `heads / kv_heads` queries share a key head (arXiv 2305.13245). Scores
-    and softmax are float32. The positions that `score` sees are counted from 0, unless `q_index`
-    and `k_index` give each row its own.
+    Consecutive groups of `heads / kv_heads` query heads share a key head (arXiv 2305.13245). Scores
+    and softmax are float32. The positions that `score` sees count from 0, unless `q_index` and
+    `k_index` give each row its own.
     """
     batch_index, head, q_count, k_count = _indices(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     q_at = q_count if q_index is None else q_index[:, None, :, None]
@@ -51,15 +56,13 @@ def attention(
 
 def forward(problem: Problem, operands: Operands) -> tuple[jax.Array, LogSumExp]:
     """See `problem.Implementation`."""
-    q, k, v = operands[:3]
+    q, k, v = operands.q, operands.k, operands.v
     batch, q_time, heads, _ = q.shape
     batch_index, head, q_index, k_index = _indices(batch, heads, q_time, k.shape[1])
-    segments = (
-        ()
-        if operands.q_segments is None
-        else (operands.q_segments[:, None, :, None], operands.k_segments[:, None, None, :])
-    )
-    allowed = problem.allowed(q_index, k_index, *segments)
+    q_segments, k_segments = operands.q_segments, operands.k_segments
+    if q_segments is not None and k_segments is not None:
+        q_segments, k_segments = q_segments[:, None, :, None], k_segments[:, None, None, :]
+    allowed = problem.allowed(q_index, k_index, q_segments, k_segments)
 
     def score(s: jax.Array) -> jax.Array:
         index = (batch_index, head, q_index, k_index)
@@ -69,7 +72,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[jax.Array, LogSumExp]
 
 
 def _indices(batch: int, heads: int, q_time: int, k_time: int) -> list[np.ndarray]:
-    """The four positions of a score, each along its own axis."""
+    """Return batch, head, query and key of all scores, each along its own axis."""
     return list(np.ix_(*(np.arange(n, dtype=np.int32) for n in (batch, heads, q_time, k_time))))
 
 
@@ -86,7 +89,7 @@ def _attention(
     grouped = q.reshape(batch, q_time, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum("bqhgw,bkhw->bhgqk", grouped, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, heads, q_time, k.shape[1])
-    # Both times, so that no gradient comes back from where a score may have none.
+    # Masked before the score function too, so that no infinite slope of it reaches the gradient.
     scores = jnp.where(allowed, score(jnp.where(allowed, scores, 0.0)), -jnp.inf)
     largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
@@ -102,8 +105,4 @@ def _attention(
     return out.reshape(batch, q_time, heads, width), logsumexp
 
 
-def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None:
-    return None
-
-
-IMPLEMENTATION = Implementation(forward, None, _refuses)
+IMPLEMENTATION = Implementation(forward, None, never_refuses)

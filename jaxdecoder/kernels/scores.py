@@ -1,7 +1,7 @@
 """Score functions as values: pure changes to the attention scores before the softmax.
 
 A score function maps (score, batch, head, q_index, k_index) to the new score, for whole arrays at
-once. Here it is a `Score`: a static function with the arrays it reads, its operands, held apart.
+once. Here it is a `Score`: a static function, and apart from it the arrays it reads, its operands.
 A `Score` is a pytree, so its operands are traced, sharded and differentiated like any others, and
 a kernel can take them as inputs of its own instead of finding them captured in a closure.
 
@@ -18,17 +18,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, PyTree
+from numpy.typing import ArrayLike
 
 from jaxdecoder.errors import UserError
+from jaxdecoder.kernels.typing import AnyArray, Indices, Leaf, Ref
 
-Index = Any  # an integer, or an array of integers that broadcasts with the scores
+ScoreFunction = Callable[..., jax.Array]
+"""(score, batch, head, q_index, k_index, *parameters) -> score"""
+
+Operand = Leaf | Ref
+"""(heads,) or (heads, n)."""
+
+Parameter = jax.Array | tuple[jax.Array, ...]
+"""What a score function reads of an operand: its head's number, or its head's n numbers."""
+
+T = TypeVar("T")
 
 
 @functools.partial(
@@ -38,24 +49,23 @@ Index = Any  # an integer, or an array of integers that broadcasts with the scor
 )
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """`function(score, batch, head, q_index, k_index, *parameters)` and its operands.
+    """A score function and its operands.
 
-    `operands` are arrays of shape (heads,) or (heads, n); `learned` says for each whether it has a
-    gradient, which a kernel must know before it is built. Every new score depends on its old one
-    alone, so the derivative by the scores is one `jax.jvp` with a tangent of ones. Scores without
-    operands are hashable.
+    `learned` says for each operand whether it has a gradient, which a kernel must know before it is
+    built. Every new score depends on its old one alone, so the derivative by the scores is one
+    `jax.jvp` with a tangent of ones. Scores without operands are hashable.
 
     A score of -inf hides a key. Where the mask allows nothing a score may have any value, and any
     derivative by the old score; those by the operands must be finite everywhere.
     """
 
-    function: Callable[..., Any]
-    operands: tuple[Any, ...] = ()
+    function: ScoreFunction
+    operands: tuple[Operand, ...] = ()
     learned: tuple[bool, ...] = ()
 
-    def parameters(self, operands: tuple[Any, ...], head: Index) -> tuple[Any, ...]:
-        """What the function reads of the operands (arrays, or refs inside a kernel): the head's
-        number of an operand (heads,), and the head's tuple of numbers of an operand (heads, n)."""
+    @staticmethod
+    def parameters(operands: tuple[Operand, ...], head: Indices) -> tuple[Parameter, ...]:
+        """Read the parameters of a head from operands: arrays, or refs in a kernel."""
         # A traced head cannot index a NumPy array.
         arrays = (jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in operands)
         return tuple(
@@ -67,36 +77,84 @@ class Score:
 
     def apply(
         self,
-        operands: tuple[Any, ...],
-        score: Any,
-        batch: Index,
-        head: Index,
-        q_index: Index,
-        k_index: Index,
-    ) -> Any:
-        """The new scores, with `operands` in the place of the score's own."""
-        parameters = self.parameters(operands, head)
-        return self.function(score, batch, head, q_index, k_index, *parameters)
+        operands: tuple[Operand, ...],
+        score: jax.Array,
+        batch: Indices,
+        head: Indices,
+        q_index: Indices,
+        k_index: Indices,
+    ) -> jax.Array:
+        """Return the new scores, with `operands` in the place of the score's own."""
+        index = batch, head, q_index, k_index
+        return self.function(score, *index, *self.parameters(operands, head))
 
     def __call__(
-        self, score: Any, batch: Index, head: Index, q_index: Index, k_index: Index
-    ) -> Any:
-        return self.apply(self.operands, score, batch, head, q_index, k_index)
+        self, score: ArrayLike, batch: Indices, head: Indices, q_index: Indices, k_index: Indices
+    ) -> Array:
+        return self.apply(self.operands, jnp.asarray(score), batch, head, q_index, k_index)
 
 
 @dataclasses.dataclass(frozen=True)
 class _With:
-    """`functools.partial` for trailing constants, equal by value: the same score compiles once."""
+    """A function with its first argument given. Unlike `functools.partial` it is equal by value,
+    so that the same score compiles once."""
 
-    function: Callable[..., Any]
-    constants: tuple[Any, ...]
+    function: ScoreFunction
+    constants: tuple[float, ...] | tuple[tuple[ScoreFunction, int], ...]
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Parameter | Indices) -> jax.Array:
         return self.function(self.constants, *arguments)
 
 
+# --- Gradients ---------------------------------------------------------------------------------
+
+
+def chosen(values: Iterable[T], flags: Iterable[bool]) -> list[T]:
+    """Return the values that are flagged."""
+    return [value for value, flag in zip(values, flags, strict=True) if flag]
+
+
+def put_back(found: Iterable[T], values: Iterable[T], flags: Iterable[bool]) -> list[T]:
+    """Return the values, with those that were `found` in the places of the flagged ones."""
+    rest = iter(found)
+    return [next(rest) if flag else value for value, flag in zip(values, flags, strict=True)]
+
+
+Pull = Callable[[jax.Array], tuple[jax.Array, list[jax.Array]]]
+"""Takes the gradient of the new scores to that of the old ones, and to those of the learned
+parameters, whose numbers are listed one after another."""
+
+
+def gradient(
+    function: Callable[..., jax.Array],
+    score: jax.Array,
+    parameters: Sequence[T],
+    learned: Sequence[bool],
+    vjp: Callable[..., tuple[jax.Array, Callable[..., PyTree]]] = jax.vjp,
+) -> tuple[jax.Array, Pull]:
+    """Return function(score, *parameters) and its pull.
+
+    `vjp(function, score, parameters)` is `jax.vjp`, or does the same inside a kernel.
+    """
+
+    def of_learned(score: jax.Array, found: list[T]) -> jax.Array:
+        return function(score, *put_back(found, parameters, learned))
+
+    new, pull = vjp(of_learned, score, chosen(parameters, learned))
+
+    def pull_back(d_new: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        d_score, d_parameters = pull(d_new)
+        # Where nothing is to be pulled, not even an infinite slope does.
+        return jnp.where(d_new == 0, 0.0, d_score), jax.tree.leaves(d_parameters)
+
+    return new, pull_back
+
+
+# --- The scores --------------------------------------------------------------------------------
+
+
 def soft_cap(cap: float | int) -> Score:
-    """Keeps scores within (-cap, cap), smoothly: cap * tanh(score / cap) (arXiv 2408.00118)."""
+    """Bound scores to (-cap, cap), smoothly: cap * tanh(score / cap) (arXiv 2408.00118)."""
     cap = float(cap)
     if not cap > 0:
         raise UserError(f"soft_cap: cap must be greater than 0, not {cap}")
@@ -104,17 +162,17 @@ def soft_cap(cap: float | int) -> Score:
 
 
 def _soft_cap(
-    constants: tuple[float], score: Any, batch: Index, head: Index, q: Index, k: Index
-) -> Any:
+    constants: tuple[float], score: Array, batch: Indices, head: Indices, q: Indices, k: Indices
+) -> Array:
     (cap,) = constants
     return cap * jnp.tanh(score * (1 / cap))
 
 
 def alibi_slopes(n_heads: int) -> Float32[np.ndarray, " heads"]:
-    """The slopes of ALiBi (arXiv 2108.12409): 2^(-8/n), 2^(-16/n), ... for n heads.
+    """Return the slopes of ALiBi (arXiv 2108.12409): 2^(-8/n), 2^(-16/n), ... for n heads.
 
-    If n is no power of two: those of the power of two below it, and then every other one of the
-    power of two above it, as the paper's authors do.
+    If n is no power of two, these are the slopes of the power of two below it, and then every
+    second one of the power of two above it, as the paper's authors do.
     """
     if n_heads < 1:
         raise UserError(f"alibi_slopes: n_heads must be at least 1, not {n_heads}")
@@ -125,19 +183,21 @@ def alibi_slopes(n_heads: int) -> Float32[np.ndarray, " heads"]:
 
 
 def alibi(slopes: Float[Array | np.ndarray, " heads"], learned: bool = False) -> Score:
-    """Attention with linear biases (arXiv 2108.12409): score - slope * |q - k|, a slope a head."""
+    """Return score - slope * |q - k|, with one slope for each head: ALiBi (arXiv 2108.12409)."""
     slopes = _operand("alibi", "slopes", slopes, 1)
     return Score(_alibi, (slopes,), (learned,))
 
 
-def _alibi(score: Any, batch: Index, head: Index, q: Index, k: Index, slope: Any) -> Any:
+def _alibi(
+    score: Array, batch: Indices, head: Indices, q: Indices, k: Indices, slope: Array
+) -> Array:
     return score - slope * jnp.abs(q - k).astype(score.dtype)
 
 
 def t5_thresholds(n_buckets: int, max_distance: int) -> tuple[int, ...]:
-    """The least distance q - k in each of T5's buckets, in the causal variant (arXiv 1910.10683).
+    """Return the least distance q - k in each of T5's buckets (arXiv 1910.10683), causal variant.
 
-    Half of the buckets hold one distance each; the others grow by a constant factor, up to the
+    Half of the buckets hold one distance each. The others grow by a constant factor, up to the
     last, which holds every distance from `max_distance` on.
     """
     single = n_buckets // 2
@@ -155,20 +215,23 @@ def t5_thresholds(n_buckets: int, max_distance: int) -> tuple[int, ...]:
     return (*range(single), *(int(distance) for distance in grown))
 
 
-def t5_bucket(relative_position: Index, n_buckets: int = 32, max_distance: int = 128) -> Any:
-    """T5's bucket of k - q (arXiv 1910.10683), in the causal variant: the future is bucket 0."""
+def t5_bucket(
+    relative_position: Indices, n_buckets: int = 32, max_distance: int = 128
+) -> jax.Array:
+    """Return T5's bucket of k - q (arXiv 1910.10683), causal variant: the future is bucket 0."""
     thresholds = t5_thresholds(n_buckets, max_distance)
-    return sum(jnp.asarray(-relative_position >= least, jnp.int32) for least in thresholds[1:])
+    above = (jnp.asarray(-relative_position >= least, jnp.int32) for least in thresholds[1:])
+    return functools.reduce(jnp.add, above)
 
 
 def relative_bias(
     table: Float[Array | np.ndarray, "heads buckets"], max_distance: int | None = None
 ) -> Score:
-    """Adds a learned bias for the distance q - k, one row of `table` a head.
+    """Add a learned bias for the distance q - k, from the row of `table` of the head.
 
-    With `max_distance`, distances fall into T5's buckets (`t5_bucket`). Without it, every distance
-    has its own column and those beyond the last share it. Keys in the future have column 0. The
-    cost is one comparison a column for every score.
+    With `max_distance`, a distance has the column of its T5 bucket (`t5_bucket`). Without it, every
+    distance has its own column, and those beyond the last share the last. Keys in the future have
+    column 0. Every score costs one comparison for each column.
     """
     table = _operand("relative_bias", "table", table, 2)
     n_buckets = table.shape[1]
@@ -180,13 +243,13 @@ def relative_bias(
 
 def _relative_bias(
     thresholds: tuple[int, ...],
-    score: Any,
-    batch: Index,
-    head: Index,
-    q: Index,
-    k: Index,
-    row: tuple[Any, ...],
-) -> Any:
+    score: jax.Array,
+    batch: Indices,
+    head: Indices,
+    q: Indices,
+    k: Indices,
+    row: tuple[jax.Array, ...],
+) -> jax.Array:
     distance, bias = q - k, row[0]
     for least, column in zip(thresholds[1:], row[1:], strict=True):
         bias = jnp.where(distance >= least, column, bias)
@@ -194,13 +257,15 @@ def _relative_bias(
 
 
 def from_function(
-    function: Callable[..., Any], *operands: Any, learned: bool | tuple[bool, ...] = False
+    function: ScoreFunction,
+    *operands: ArrayLike | AnyArray,
+    learned: bool | tuple[bool, ...] = False,
 ) -> Score:
-    """The score of any pure function (score, batch, head, q_index, k_index, *parameters) -> score.
+    """Return the score of a pure function (score, batch, head, q_index, k_index, *parameters).
 
-    Every operand is an array (heads,) or (heads, n), and gives one parameter: the number, or the
-    tuple of n numbers, of the score's own head. A function that closes over arrays instead works
-    where XLA runs the attention, but not in a kernel.
+    The function gives the new score. Every operand is an array (heads,) or (heads, n), and gives
+    one parameter: the number, or the tuple of n numbers, of the score's own head. A function that
+    closes over arrays instead works where XLA runs the attention, but not in a kernel.
     """
     arrays = tuple(_operand("from_function", "an operand", operand, 1, 2) for operand in operands)
     flags = (learned,) * len(arrays) if isinstance(learned, bool) else tuple(learned)
@@ -214,7 +279,7 @@ def from_function(
 
 
 def compose(*scores: Score) -> Score:
-    """Applies score functions one after another, the first one first."""
+    """Apply score functions one after another, the first one first."""
     functions = tuple(score.function for score in scores)
     counts = tuple(len(score.operands) for score in scores)
     return Score(
@@ -225,27 +290,26 @@ def compose(*scores: Score) -> Score:
 
 
 def _compose(
-    parts: tuple[tuple[Callable[..., Any], int], ...],
-    score: Any,
-    batch: Index,
-    head: Index,
-    q: Index,
-    k: Index,
-    *parameters: Any,
-) -> Any:
+    parts: tuple[tuple[ScoreFunction, int], ...],
+    score: jax.Array,
+    batch: Indices,
+    head: Indices,
+    q: Indices,
+    k: Indices,
+    *parameters: Parameter,
+) -> jax.Array:
     for function, count in parts:
         score = function(score, batch, head, q, k, *parameters[:count])
         parameters = parameters[count:]
     return score
 
 
-def _operand(score: str, name: str, value: Any, *ranks: int) -> Any:
-    if not hasattr(value, "shape"):
-        value = np.asarray(value, np.float32)
-    if len(value.shape) not in ranks or 0 in value.shape:
+def _operand(score: str, name: str, value: ArrayLike | AnyArray, *ranks: int) -> AnyArray:
+    array = value if isinstance(value, (jax.Array, np.ndarray)) else np.asarray(value, np.float32)
+    if len(array.shape) not in ranks or 0 in array.shape:
         shapes = " or ".join({1: "(heads,)", 2: "(heads, n)"}[rank] for rank in ranks)
-        raise UserError(f"{score}: {name} must be an array {shapes}, not of shape {value.shape}")
-    return value
+        raise UserError(f"{score}: {name} must be an array {shapes}, not of shape {array.shape}")
+    return array
 
 
 def _check_is_a_score(score: Score) -> None:

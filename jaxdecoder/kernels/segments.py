@@ -1,4 +1,4 @@
-"""Which blocks segments leave something to do in, when only the run can tell."""
+"""The blocks that an attention kernel visits, also where segments that are data empty some."""
 
 from __future__ import annotations
 
@@ -6,7 +6,33 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxdecoder.kernels.masks import BlockLists
+from jaxdecoder.kernels.masks import BlockLists, block_lists
+from jaxdecoder.kernels.problem import Operands, Problem
+
+
+def lists_of(
+    problem: Problem,
+    operands: Operands,
+    block_q: int,
+    block_k: int,
+    *,
+    by_keys: bool = False,
+    together: bool = False,
+) -> BlockLists:
+    """Return the blocks with work: of every row of queries the columns of keys.
+
+    With `by_keys`, rows are keys and columns queries. The lists have a first axis for the batch
+    entries, of 1 if all have the same; `together`, they have none.
+    """
+    states = problem.states(operands.q.shape[1], operands.k.shape[1], block_q, block_k)
+    lists = block_lists(states.T if by_keys else states)
+    if not problem.segments_vary:
+        return lists if together else BlockLists(*(x[None] for x in lists))
+    assert operands.q_segments is not None
+    assert operands.k_segments is not None
+    queries, keys = (operands.q_segments, block_q), (operands.k_segments, block_k)
+    rows, columns = (keys, queries) if by_keys else (queries, keys)
+    return narrowed(lists, *rows, *columns, together=together)
 
 
 def narrowed(
@@ -17,12 +43,13 @@ def narrowed(
     column_block: int,
     together: bool = False,
 ) -> BlockLists:
-    """The lists of each batch entry, (batch, ...), without blocks that share no segment; or, for
-    all `together`, one without those that share none in any entry.
+    """Return the lists of each batch entry, (batch, ...), without blocks that share no segment.
 
-    A block is left out if the ranges of its rows' and its columns' segments are disjoint, which
-    tells exactly for segments that are packed in order. The lists have no FULL blocks, because no
-    block of unknown segments is FULL.
+    `together`: return one list, without the blocks that share no segment in any entry.
+
+    A block is left out if the ranges of its rows' and its columns' segments are disjoint. For
+    segments that are packed in order this is exact. No block of the lists is FULL, because its
+    segments are unknown before the run.
     """
     low, high = _ranges(rows, row_block)
     column_low, column_high = (x[:, lists.indices] for x in _ranges(columns, column_block))
@@ -37,7 +64,7 @@ def narrowed(
 
 
 def _ranges(segments: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """The least and the greatest segment of each block, (batch, blocks)."""
+    """Return the least and the greatest segment of each block, (batch, blocks)."""
     missing = -segments.shape[1] % block
     blocks = jnp.pad(segments, ((0, 0), (0, missing)), mode="edge")
     blocks = blocks.reshape(segments.shape[0], -1, block)

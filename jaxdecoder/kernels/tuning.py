@@ -1,7 +1,7 @@
-"""Block sizes as measured on cards: `tuned.json`, which `benchmarks/tune_attention.py` makes.
+"""Block sizes measured on cards: `tuned.json`, which `benchmarks/tune_attention.py` writes.
 
-A row holds for one implementation, card, type, width and kind of mask; where there is none, each
-implementation has sizes that compile and run everywhere.
+A row holds for one implementation, card, type, width and kind of mask. Where there is none, the
+implementation takes default sizes, which compile everywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLOCK = 128
 
 
 class Key(NamedTuple):
-    """What the best sizes depend on."""
+    """What the quickest sizes depend on."""
 
     implementation: str
     card: str
@@ -38,7 +38,7 @@ Table = dict[Key, dict[str, list[Any]]]
 
 
 def key(implementation: str, problem: Problem, operands: Operands) -> Key:
-    """The row that a problem belongs to, on the present device."""
+    """Return the key of a problem on the current device."""
     _, q_time, _, width = operands.q.shape
     return Key(
         implementation,
@@ -50,7 +50,7 @@ def key(implementation: str, problem: Problem, operands: Operands) -> Key:
 
 
 def mask_kind(problem: Problem, q_time: int, k_time: int) -> str:
-    """ "full" if most blocks with any work need no check, "partial" if most need one."""
+    """Return "full" if most blocks with work need no check, else "partial"."""
     states = problem.states(q_time, k_time, BLOCK, BLOCK)
     full, partial = (np.count_nonzero(states == state) for state in (masks.FULL, masks.PARTIAL))
     return "full" if full >= partial else "partial"
@@ -58,12 +58,12 @@ def mask_kind(problem: Problem, q_time: int, k_time: int) -> str:
 
 @functools.cache
 def table(path: Path = PATH) -> Table:
-    """What has been measured so far."""
+    """Read the sizes that have been measured."""
     rows = json.loads(path.read_text())
     return {Key(**{name: row[name] for name in Key._fields}): row["sizes"] for row in rows}
 
 
 def write(tuned: Table, path: Path = PATH) -> None:
-    """Replaces the file, one row a line."""
+    """Replace the file, one line for each row."""
     rows = [json.dumps({**key._asdict(), "sizes": sizes}) for key, sizes in sorted(tuned.items())]
     path.write_text("[\n" + ",\n".join(rows) + "\n]\n" if rows else "[]\n")

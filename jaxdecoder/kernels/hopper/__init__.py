@@ -1,12 +1,14 @@
 """Attention as Pallas Mosaic GPU kernels for Hopper cards: TMA, `wgmma`, specialised warpgroups.
 
-`launch.py` cuts a problem into blocks and gives the warpgroups their roles, `tiles.py` is what the
-kernels share inside, `forward.py` and `backward.py` are the kernels. Given `interpret`, parameters
-of Mosaic's interpreter, they run on a CPU; factors that the tensor cores would take from registers
-then go by way of shared memory. The compiler is allowed the card's approximate functions (2^x and
-log to some 2^-22); tanh is made of the first, because the card's own is off by 2^-11.
+`launch.py` cuts a problem into blocks and gives the warpgroups their roles. `forward.py`,
+`queries.py` and `keys.py` are the kernels. Inside they share `walk.py` (the order of steps),
+`memory.py` (buffers and matrix products), `tiles.py` (scores) and `lowering.py` (what Mosaic
+lowers). Given `interpret`, parameters of Mosaic's interpreter, they run on a CPU; factors that the
+tensor cores would take from registers then go through shared memory. The compiler may use the
+card's approximate functions (2^x and log to some 2^-22); tanh is made of the first, because the
+card's own is off by 2^-11.
 
-How a kernel is cut and ordered is a `Sizes`: which is quickest, a card must tell
+How a kernel is cut and ordered is a `Sizes`. Which one is quickest must be measured on a card
 (`benchmarks/tune_attention.py`).
 """
 
@@ -15,22 +17,24 @@ from __future__ import annotations
 import functools
 import math
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxdecoder.kernels import masks, tuning
+from jaxdecoder.kernels import masks, scores, tuning
 from jaxdecoder.kernels.device import Device
 from jaxdecoder.kernels.hopper import tiles
-from jaxdecoder.kernels.hopper.backward import KEYS, QUERIES
 from jaxdecoder.kernels.hopper.forward import FORWARD
-from jaxdecoder.kernels.hopper.launch import REGISTERS, Launch, Sizes, padded, up
+from jaxdecoder.kernels.hopper.keys import KEYS
+from jaxdecoder.kernels.hopper.launch import REGISTERS, Interpret, Launch, Sizes
+from jaxdecoder.kernels.hopper.queries import QUERIES
 from jaxdecoder.kernels.hopper.tiles import ROWS
+from jaxdecoder.kernels.padding import padded, round_up
 from jaxdecoder.kernels.partitioning import over_devices
 from jaxdecoder.kernels.problem import (
     Gradients,
     Implementation,
+    Known,
     LogSumExp,
     Operands,
     Problem,
@@ -38,10 +42,10 @@ from jaxdecoder.kernels.problem import (
     result,
 )
 
-# For widths up to the key: of the forward kernel, of the one for the gradient of queries, and of
-# those for the gradients of keys and values, by which of them a kernel computes, the largest blocks
-# and rings that fit into the registers, without spills, and the shared memory of a block. Plain
-# problems have a mask that is quickly computed, no score and no dropout.
+# For widths up to the key, the sizes of each kernel: of the forward kernel, of the one for the
+# gradient of queries, and of those for the gradients of keys and values, by what they compute.
+# These are the largest blocks and rings that fit into the registers, without spills, and into the
+# shared memory of a block. Plain problems are those of `is_plain`.
 PLAIN = {
     64: {"forward": Sizes(128, 3), "queries": Sizes(64, 3), "kv": Sizes(64, 3)},
     128: {"forward": Sizes(128, 2), "queries": Sizes(64, 2), "kv": Sizes(64, 2)},
@@ -62,18 +66,18 @@ OTHERS = {
 }
 KERNELS = {"forward": FORWARD, "queries": QUERIES, **KEYS}
 DTYPES = (jnp.bfloat16, jnp.float16)
-# What the registers hold, beside the accumulators.
+# As much as the registers hold, beside the accumulators.
 LARGEST_WIDTH = 128
 MOST_NUMBERS = 1
 HOPPER = {"H100", "H200", "H800", "H20", "GH200"}
 
 
-# Versions of CUDA whose assembler gets loops such as these wrong; JAX's own kernels refuse, too.
+# Versions of CUDA whose assembler gets such loops wrong; JAX's own kernels refuse them, too.
 MISCOMPILED = range(12080, 12091)
 
 
 def cuda_version() -> int | None:
-    """That of the GPU's runtime, such as 13000 for 13.0, where there is one."""
+    """Return the version of the GPU's runtime, such as 13000 for 13.0, if there is one."""
     if jax.default_backend() != "gpu":
         return None
     found = re.search(r"cuda (\d+)", jax.devices("gpu")[0].client.platform_version)
@@ -81,14 +85,14 @@ def cuda_version() -> int | None:
 
 
 def is_plain(problem: Problem) -> bool:
-    """Whether there is little to compute but the products and the softmax."""
+    """Return whether little is to be computed but the products and the softmax."""
     return (
         problem.score is None and not problem.dropout and masks.is_simple(problem.positional_mask)
     )
 
 
 def sizes(problem: Problem, operands: Operands) -> dict[str, Sizes]:
-    """Of each kernel: those measured on this card, or else the defaults."""
+    """Return the sizes of each kernel: those measured on this card, or else the defaults."""
     plain, width = is_plain(problem), operands.q.shape[-1]
     tuned = tuning.table().get(tuning.key("hopper", problem, operands)) if plain else None
     if tuned is not None and tuned.keys() <= KERNELS.keys():
@@ -98,14 +102,17 @@ def sizes(problem: Problem, operands: Operands) -> dict[str, Sizes]:
 
 
 def forward(
-    problem: Problem, operands: Operands, interpret: Any = None, chosen: Sizes | None = None
+    problem: Problem,
+    operands: Operands,
+    interpret: Interpret = None,
+    chosen: Sizes | None = None,
 ) -> tuple[jax.Array, LogSumExp]:
-    """See `problem.Implementation`; `chosen` is for measurements, as it is below."""
+    """See `problem.Implementation`; `chosen`, here and below, is for measurements."""
     chosen = chosen or sizes(problem, operands)["forward"]
     launch = Launch(FORWARD, problem, operands, chosen, interpret)
     arrays = launch.arrays(operands)
     sums = (launch.batch, launch.heads, launch.q_whole)
-    results = [launch.like(arrays.q), result(sums, jnp.float32, operands.q)]
+    results = [launch.like(arrays.operands.q), result(sums, jnp.float32, operands.q)]
     out, logsumexp = launch(operands, arrays, results)
     return out[:, : launch.q_time], logsumexp[:, :, : launch.q_time] * math.log(2)
 
@@ -116,23 +123,24 @@ def backward(
     out: jax.Array,
     logsumexp: jax.Array,
     dout: jax.Array,
-    interpret: Any = None,
+    interpret: Interpret = None,
     chosen: dict[str, Sizes] | None = None,
 ) -> Gradients:
     """See `problem.Implementation`."""
     chosen = chosen or sizes(problem, operands)
     of_queries = rows_of_queries(operands, out, logsumexp, dout)
-    found: dict[str, Any] = {"score": tuple(None for _ in operands.score)}
+    score: list[jax.Array] = []
+    found: dict[str, jax.Array] = {}
     for kernel, sizes_ in chosen.items():
         if kernel == "queries":
-            found["q"], found["score"] = gradient_of_queries(
+            found["q"], score = gradient_of_queries(
                 problem, operands, dout, of_queries, interpret, sizes_
             )
         elif kernel != "forward":
             found |= gradient_of_keys(
                 problem, operands, dout, of_queries, kernel, interpret, sizes_
             )
-    return Gradients(**found)
+    return Gradients(**found, score=score)
 
 
 # Queries are padded to whole blocks, whatever the number of compute warpgroups.
@@ -142,13 +150,11 @@ WHOLE = math.lcm(*(consumers * ROWS for consumers in REGISTERS))
 def rows_of_queries(
     operands: Operands, out: jax.Array, logsumexp: jax.Array, dout: jax.Array
 ) -> jax.Array:
-    """See `Arrays.of_queries`; `logsumexp` is as `forward` gives it."""
-    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    # Without keys every weight is 2^(-inf - inf) = 0.
-    logsumexp = jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp / math.log(2))
-    # Nor have queries that only fill a block any weights, whatever the score makes of them.
-    whole = up(operands.q.shape[1], WHOLE)
-    logsumexp, delta = padded(logsumexp, 2, whole, jnp.inf), padded(delta, 2, whole)
+    """Return `launch.Arrays.of_queries`; `logsumexp` is as `forward` gives it."""
+    known, whole = Known.of(out, logsumexp, dout), round_up(operands.q.shape[1], WHOLE)
+    # Queries that only fill a block have no weights either, whatever the score makes of them.
+    logsumexp = padded(known.logsumexp / math.log(2), 2, whole, jnp.inf)
+    delta = padded(known.delta, 2, whole)
     rows = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (logsumexp, delta)]
     if operands.q_segments is not None:
         segments = padded(operands.q_segments, 1, whole)[:, None]
@@ -161,26 +167,26 @@ def gradient_of_queries(
     operands: Operands,
     dout: jax.Array,
     of_queries: jax.Array,
-    interpret: Any = None,
+    interpret: Interpret = None,
     chosen: Sizes | None = None,
-) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
-    """The gradients of the queries and of the score's operands."""
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Return the gradients of the queries and of the score's learned operands."""
     chosen = chosen or sizes(problem, operands)["queries"]
     launch = Launch(QUERIES, problem, operands, chosen, interpret)
     arrays = launch.arrays(operands, dout, of_queries)
-    results = [launch.like(arrays.q)]
+    results = [launch.like(arrays.operands.q)]
     n = launch.learned_numbers()
     if n:
         shape = (launch.batch, launch.heads, n, launch.q_whole)
         results.append(result(shape, jnp.float32, operands.q))
     dq, *dscore = launch(operands, arrays, results)
+    score = []
     numbers = jnp.sum(dscore[0], axis=(0, 3)) if n else jnp.zeros((launch.heads, 0))
-    score: list[Any] = []
-    for x, learned in zip(operands.score, problem.learned, strict=True):
-        size = x.size // launch.heads if learned else 0
-        score.append(numbers[:, :size].reshape(x.shape) if learned else None)
+    for x in scores.chosen(operands.score, problem.learned):
+        size = x.size // launch.heads
+        score.append(numbers[:, :size].reshape(x.shape))
         numbers = numbers[:, size:]
-    return dq[:, : launch.q_time], tuple(score)
+    return dq[:, : launch.q_time], score
 
 
 def gradient_of_keys(
@@ -189,22 +195,24 @@ def gradient_of_keys(
     dout: jax.Array,
     of_queries: jax.Array,
     wanted: str,
-    interpret: Any = None,
+    interpret: Interpret = None,
     chosen: Sizes | None = None,
 ) -> dict[str, jax.Array]:
-    """The gradients of keys and values, or of one of them: `wanted` is kv, k or v.
+    """Return the gradients of keys and values, or of one of them: `wanted` is kv, k or v.
 
-    qkv gives that of the queries, too, in five products rather than seven. Its sums come together
-    in the order in which the card happens to run the blocks, so the last digits differ from run to
-    run; the score has no learned numbers then, and widths are multiples of 128 (two warpgroups).
+    qkv gives that of the queries, too, in five products rather than seven. The card adds its parts
+    in the order in which it happens to run the blocks, so the last digits differ from run to run.
+    The score has no learned numbers then, and widths are multiples of 128 (two warpgroups).
     """
     chosen = chosen or sizes(problem, operands)[wanted]
     owned = wanted.replace("q", "")
 
-    def gradients(operands: Operands, dout: jax.Array, of_queries: jax.Array) -> Any:
+    def gradients(
+        operands: Operands, dout: jax.Array, of_queries: jax.Array
+    ) -> dict[str, jax.Array]:
         launch = Launch(KEYS[wanted], problem, operands, chosen, interpret)
         arrays = launch.arrays(operands, dout, of_queries)
-        results, sums = [launch.like(arrays.k)] * len(owned), []
+        results, sums = [launch.like(arrays.operands.k)] * len(owned), []
         if "q" in wanted:
             shape = (launch.batch, launch.q_whole, launch.heads, launch.width)
             sums = [result(shape, jnp.float32, operands.q)]
@@ -214,7 +222,7 @@ def gradient_of_keys(
             by_name["q"] = found[-1][:, : launch.q_time].astype(operands.q.dtype)
         return by_name
 
-    if "q" in wanted:  # what all blocks add to has no axis more under vmap
+    if "q" in wanted:  # the sums that all blocks add to cannot have another axis under vmap
         gradients = jax.custom_batching.sequential_vmap(gradients)
     found: dict[str, jax.Array] = gradients(operands, dout, of_queries)
     return found
@@ -245,7 +253,7 @@ def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None
 
 @functools.lru_cache(maxsize=256)
 def _cannot_compile(problem: Problem, score: tuple[jax.ShapeDtypeStruct, ...]) -> str | None:
-    """Asks Mosaic, on a small tile: which operations it lowers differs between versions of JAX."""
+    """Ask Mosaic, on a small tile: which operations it lowers differs between versions of JAX."""
     try:
         tiles.try_out(problem, score)
     except Exception as error:

@@ -6,37 +6,37 @@ Of a block's three warpgroups one copies keys and values ahead, and each of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxdecoder.kernels.hopper import tiles
-from jaxdecoder.kernels.hopper.launch import (
-    At,
-    Kernel,
-    Launch,
-    Step,
-    column_of,
-    stream_keys,
-    walk,
-    walk_ahead,
-)
-from jaxdecoder.kernels.hopper.tiles import ROWS, Arrays, Product, Ring, Work
+from jaxdecoder.kernels import online
+from jaxdecoder.kernels.hopper import memory
+from jaxdecoder.kernels.hopper.launch import Block, Kernel, Launch, stream_keys
+from jaxdecoder.kernels.hopper.memory import Product, Ring
+from jaxdecoder.kernels.hopper.tiles import ROWS, Tile
+from jaxdecoder.kernels.hopper.walk import Step, walk_with
+from jaxdecoder.kernels.typing import Ref
+from jaxdecoder.typing import Index
 
 
 class _Memory(NamedTuple):
-    """Shared memory; what is not a ring, and the ring `queries`, is one a compute warpgroup."""
+    """Shared memory; of `queries` and of what is no ring, each compute warpgroup has its own."""
 
     queries: Ring
     keys: Ring
     values: Ring
-    logsumexp: Any
-    stage: Any
-    turn: Any
+    logsumexp: Ref
+    stage: Ref | None
+    turn: Ref
+
+
+_Carry = tuple[online.Sums, jax.Array]
+"""The softmax of the queries, and the sum of their weighted values."""
 
 
 def _memory(launch: Launch) -> _Memory:
@@ -46,27 +46,28 @@ def _memory(launch: Launch) -> _Memory:
         queries=launch.own(q=launch.owned(), segments=launch.owned_segments()),
         keys=launch.ring(k=launch.streamed(), segments=launch.streamed_segments()),
         values=launch.ring(v=launch.streamed()),
-        logsumexp=tiles.vector(launch.consumers, ROWS),
+        logsumexp=memory.vector(launch.consumers, ROWS),
         stage=launch.stage(),
         turn=plgpu.Barrier(num_arrivals=launch.consumers),
     )
 
 
-def _load(launch: Launch, arrays: Arrays, work: Work, at: At, memory: _Memory) -> None:
+def _load(block: Block) -> None:
+    at, launch, operands, shared = block.here(), block.launch, block.arrays.operands, block.memory
     for warpgroup in range(launch.consumers):
         queries = launch.rows(at, warpgroup)
-        memory.queries.fill(
+        shared.queries.fill(
             warpgroup,
-            q=arrays.q.at[at.batch, queries, at.head],
-            segments=launch.segments(arrays.q_segments, at.batch, queries),
+            q=operands.q.at[at.batch, queries, at.head],
+            segments=launch.segments(operands.q_segments, at.batch, queries),
         )
-    stream_keys(launch, arrays, work, at, memory.keys, memory.values)
+    stream_keys(block, at, shared.keys, shared.values)
 
 
 class _Turn(NamedTuple):
     """Whose the tensor cores are: of two warpgroups, one multiplies while the other does not."""
 
-    barrier: Any
+    barrier: Ref
     kind: str
     """See `Sizes.turns`."""
 
@@ -77,136 +78,110 @@ class _Turn(NamedTuple):
         plgpu.barrier_wait(self.barrier)
 
     def pass_over(self) -> None:
-        """Lets the other one multiply; it says the same when it is done with its scores."""
+        """Let the other one multiply; it says the same when it is done with its scores."""
         if self.kind != "none":
             self._arrive()
             self._wait()
 
     def issued(self) -> None:
-        """While a product of scores is under way."""
+        """Do what is to be done while a product of scores is under way."""
         if self.kind == "early":
             self._arrive()
 
     def multiplied(self) -> None:
-        """Once it is there."""
+        """Do what is to be done once this product is there."""
         if self.kind == "early":
             self._wait()
         elif self.kind == "late":
             self.pass_over()
 
     def weighed(self) -> None:
-        """Once there are weights to multiply values with."""
+        """Say that there are weights to multiply values with."""
         if self.kind != "none":
             self._arrive()
 
     def take(self) -> None:
-        """Before they are."""
+        """Wait for the turn to multiply values."""
         if self.kind != "none":
             self._wait()
 
 
-def _compute(
-    launch: Launch,
-    arrays: Arrays,
-    work: Work,
-    here: Callable[[], At],
-    memory: _Memory,
-    warpgroup: Any,
-    results: Any,
-) -> None:
-    at = here()
+def _compute(block: Block, warpgroup: jax.Array, results: list[Ref]) -> None:
+    at, launch, arrays = block.here(), block.launch, block.arrays
+    shared: _Memory = block.memory
     shape = ROWS, launch.k_block
     queries = launch.rows(at, warpgroup)
     head = launch.head(arrays, at.batch, at.head)
-    owned = memory.queries.take(warpgroup)
-    turn = _Turn(memory.turn, launch.sizes.turns)
-    stage = tiles.part(memory.stage, warpgroup)
+    owned = shared.queries.take(warpgroup)
+    turn = _Turn(shared.turn, launch.sizes.turns)
+    stage = memory.part(shared.stage, warpgroup)
 
-    def factors(n: Any) -> Product:
-        return Product(owned["q"], tiles.transposed(memory.keys.take(n)["k"]))
+    def factors(n: Index) -> Product:
+        return Product(owned["q"], memory.transposed(shared.keys.take(n)["k"]))
 
-    def release_keys(n: Any) -> None:
-        """Once their product is there, unless their segments are still to be read."""
+    def release_keys(n: Index) -> None:
+        """Release keys whose product is there, unless their segments are still to be read."""
         if not launch.segmented:
-            memory.keys.release(n)
+            shared.keys.release(n)
 
-    def multiply(n: Any) -> Any:
-        [products] = tiles.multiply(factors(n), stage=stage, issued=turn.issued)
+    def multiply(n: Index) -> list[jax.Array]:
+        products = memory.multiply(factors(n), stage=stage, issued=turn.issued)
         release_keys(n)
         turn.multiplied()
         return products
 
-    def softmax(check: bool, step: Step, products: Any, carry: Any) -> Any:
-        """The carry of the step, and its weights."""
+    def softmax(
+        check: bool, step: Step, products: list[jax.Array], carry: _Carry
+    ) -> tuple[online.Sums, jax.Array, jax.Array]:
+        """Add the scores of a step; return the sums, the rescaled values, and the weights."""
         n = step.number
-        largest, total, mixed = carry
-        k_start = jnp.int32(0)
-        if check or head.needs_index:
-            k_start = column_of(work, at, step) * launch.k_block
-        segments = owned.get("segments"), memory.keys.held(n).get("segments")
-        tile = tiles.Tile(head, queries.start, k_start, shape, 0, *segments)
-        s, factor = tile.base_two_scores(products)
+        sums, mixed = carry
+        k_start = at.start(step, launch.k_block) if check or head.needs_index else jnp.int32(0)
+        segments = owned.get("segments"), shared.keys.held(n).get("segments")
+        tile = Tile(head, queries.start, k_start, shape, 0, *segments)
+        s, factor = tile.base_two_scores(*products)
         if check:
             s = jnp.where(tile.allowed(), s, -jnp.inf)
         if launch.segmented:
-            memory.keys.release(n)
-        # Scaled after the maximum is sought: the difference below is then one instruction.
-        higher = jnp.maximum(largest, jnp.max(s, axis=1) * factor)
-        base = jnp.where(higher == -jnp.inf, 0.0, higher)
-        weights = jnp.exp2(s * factor - tiles.spread(base, 0, shape))
-        shrink = jnp.exp2(largest - base)
-        total = total * shrink + jnp.sum(weights, axis=1)
-        mixed = mixed * tiles.spread(shrink, 0, mixed.shape)
+            shared.keys.release(n)
+        sums, weights, shrink = online.add(sums, s, base=online.TWO, factor=factor)
+        mixed = mixed * online.spread(shrink, mixed.shape)
         weights = tile.dropout()(weights).astype(launch.dtype)
-        higher, total, mixed, weights = lax.optimization_barrier((higher, total, mixed, weights))
-        return (higher, total, mixed), weights
+        return lax.optimization_barrier((sums, mixed, weights))
 
-    def visit(check: bool, step: Step, carry: Any) -> Any:
+    def visit(
+        check: bool, step: Step, carry: _Carry, products: list[jax.Array], more: bool
+    ) -> tuple[_Carry, list[jax.Array]]:
         n = step.number
-        (largest, total, mixed), weights = softmax(check, step, multiply(n), carry)
+        sums, mixed, weights = softmax(check, step, products, carry)
         turn.weighed()
-        v = memory.values.take(n)["v"]
-        turn.take()
-        [mixed] = tiles.multiply(Product(weights, v, mixed), stage=stage)
-        memory.values.release(n)
-        return largest, total, mixed
-
-    def visit_ahead(check: bool, step: Step, carry: Any, products: Any, more: bool) -> Any:
-        n = step.number
-        (largest, total, mixed), weights = softmax(check, step, products, carry)
-        turn.weighed()
-        v = memory.values.take(n)["v"]
+        v = shared.values.take(n)["v"]
         following = [factors(n + 1)] if more else []
         turn.take()
         issued = turn.issued if more else lambda: None
-        mixed, *found = tiles.multiply(
+        mixed, *found = memory.multiply(
             Product(weights, v, mixed), *following, stage=stage, issued=issued
         )
-        memory.values.release(n)
+        shared.values.release(n)
         if more:
             release_keys(n + 1)
             turn.multiplied()
-        return (largest, total, mixed), (found[0] if more else None)
+        return (sums, mixed), found
 
     # The second warpgroup stays half a step behind the first.
     pl.when(warpgroup == 1)(turn.pass_over)
-    rows = tiles.zeros(ROWS)
-    carry = rows - jnp.inf, rows, tiles.zeros(ROWS, launch.width)
-    if launch.sizes.rotated:
-        carry = walk_ahead(work, at, 1, lambda _: multiply(jnp.int32(0)), visit_ahead, carry)
-    else:
-        carry = walk(work, at, 1, visit, carry)
-    largest, total, mixed = carry
+    rows = memory.zeros(ROWS)
+    carry = online.Sums(rows - jnp.inf, rows), memory.zeros(ROWS, launch.width)
+    sums, mixed = walk_with(at, 1, multiply, visit, carry, ahead=launch.sizes.rotated)
     pl.when(warpgroup == 0)(turn.pass_over)
 
-    at = here()
+    at = block.here()
     queries = launch.rows(at, warpgroup)
-    some = total > 0
-    divisor = jnp.where(some, total, 1.0)
+    divisor, found = online.finish(sums, online.TWO)
     # Where the queries were there is room for what they attend to.
-    out, logsumexp = owned["q"], memory.logsumexp.at[warpgroup]
-    out[...] = (mixed * tiles.spread(1.0 / divisor, 0, mixed.shape)).astype(launch.dtype)
-    logsumexp[...] = jnp.where(some, largest + jnp.log2(divisor), -jnp.inf)
+    out, logsumexp = owned["q"], shared.logsumexp.at[warpgroup]
+    out[...] = (mixed * online.spread(1.0 / divisor, mixed.shape)).astype(launch.dtype)
+    logsumexp[...] = found
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out, results[0].at[at.batch, queries, at.head])
     plgpu.copy_smem_to_gmem(logsumexp, results[1].at[at.batch, at.head, queries])

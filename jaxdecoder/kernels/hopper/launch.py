@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,12 +12,18 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.tree_util import KeyPath
 
-from jaxdecoder.kernels import masks
-from jaxdecoder.kernels.hopper import tiles
-from jaxdecoder.kernels.hopper.tiles import ROWS, Arrays, Head, Work
-from jaxdecoder.kernels.problem import Operands, Problem, alike, result
-from jaxdecoder.kernels.segments import narrowed
+from jaxdecoder.kernels import scores
+from jaxdecoder.kernels.hopper import memory, tiles
+from jaxdecoder.kernels.hopper.memory import Ring
+from jaxdecoder.kernels.hopper.tiles import ROWS, Head
+from jaxdecoder.kernels.hopper.walk import At, Step, Work, walk
+from jaxdecoder.kernels.padding import padded, round_up
+from jaxdecoder.kernels.problem import Operands, Problem, alike, field, result
+from jaxdecoder.kernels.segments import lists_of
+from jaxdecoder.kernels.typing import AnyArray, Leaf, Ref
+from jaxdecoder.typing import Index
 
 # By the number of compute warpgroups: the registers of a thread of the one that moves memory, which
 # hands its others on, and of those that compute. A block has 64k registers, evenly at first.
@@ -31,6 +36,12 @@ SHARED_BYTES = 224 * 2**10
 # Whether a kernel may have results that start as zeros: since jax 0.11, like this function.
 TOTALS = hasattr(plgpu, "force_gpu_interpret_mode")
 
+Interpret = Any
+"""Parameters of Mosaic's interpreter, which not every JAX has, or None to compile for a card."""
+
+Memory = Any
+"""The shared memory of a block: a named tuple of the kernel's own."""
+
 
 class Sizes(NamedTuple):
     """How a kernel is cut and ordered. Each compute warpgroup owns `tiles.ROWS` rows."""
@@ -42,34 +53,46 @@ class Sizes(NamedTuple):
     consumers: int = 2
     """Compute warpgroups: a key of `REGISTERS`."""
     rotated: bool = False
-    """Whether the first products of a step are under way together with the last ones of the step
-    before: the tensor cores have more to do at a time, and the registers more to hold."""
+    """Whether the first products of a step are computed at the same time as the last ones of the
+    step before. The tensor cores have more to do at a time, and the registers more to hold."""
     turns: str = "late"
     """How the two warpgroups of the forward kernel take turns at the tensor cores. late: one hands
     over once it has the scores; early: as soon as their product is under way; none: neither waits
-    for the other, which it must be for three."""
+    for the other, which is the only way for three."""
 
 
-class At(NamedTuple):
-    """Where a block stands."""
+class Arrays(NamedTuple):
+    """The arrays of a launch, in global memory; times are padded so that copies are aligned."""
 
-    batch: Any
-    head: Any
-    lists: Any
-    """The entry of `Work`."""
-    row: Any
+    operands: Operands
+    """The segments have whole blocks."""
+    dout: Leaf = None
+    of_queries: Leaf = None
+    """int32 (batch, heads, 2 or 3, q_time), whole blocks. By rows: the bits of the logarithm to
+    base 2 of each query's sum of exponentials (inf makes all its weights 0), those of the sum of
+    out * dout, and the segments, if there are any: few arrays need few descriptors."""
+
+
+class Block(NamedTuple):
+    """One block of a launch, as its warpgroups see it."""
+
+    launch: Launch
+    arrays: Arrays
+    memory: Memory
+    here: Callable[[], At]
+    """Computes the place of the block, so that no register needs to keep it."""
 
 
 class Kernel(NamedTuple):
     """What the warpgroups of a block do, and share."""
 
     name: str
-    memory: Callable[..., Any]
-    """(launch) -> types of shared memory"""
-    load: Callable[..., None]
-    """(launch, arrays, work, at, memory), the warpgroup that copies"""
-    compute: Callable[..., None]
-    """(launch, arrays, work, at, memory, warpgroup, results), those that compute"""
+    memory: Callable[[Launch], Memory]
+    """Gives the types of shared memory."""
+    load: Callable[[Block], None]
+    """What the warpgroup does that copies."""
+    compute: Callable[[Block, jax.Array, list[Ref]], None]
+    """(block, warpgroup, results), what those do that compute."""
     rows_are_keys: bool = False
 
 
@@ -77,7 +100,12 @@ class Launch:
     """One problem cut into blocks for one kernel, with padded arrays."""
 
     def __init__(
-        self, kernel: Kernel, problem: Problem, operands: Operands, sizes: Sizes, interpret: Any
+        self,
+        kernel: Kernel,
+        problem: Problem,
+        operands: Operands,
+        sizes: Sizes,
+        interpret: Interpret,
     ):
         if sizes.rotated and sizes.depth < 2:
             raise ValueError(f"{sizes}: two steps are held at a time where they are rotated")
@@ -88,118 +116,130 @@ class Launch:
         self.group = self.heads // self.kv_heads
         self.score = operands.score
         self.segmented = operands.q_segments is not None
-        self.segments_shared = self.segmented and operands.q_segments.shape[0] == 1
         rows, columns = self.consumers * ROWS, sizes.columns
         self.q_block, self.k_block = (columns, rows) if kernel.rows_are_keys else (rows, columns)
-        self.q_whole, self.k_whole = up(self.q_time, self.q_block), up(self.k_time, self.k_block)
+        self.q_whole = round_up(self.q_time, self.q_block)
+        self.k_whole = round_up(self.k_time, self.k_block)
 
     @property
     def consumers(self) -> int:
         """Compute warpgroups; one more moves memory."""
         return self.sizes.consumers
 
-    def arrays(self, operands: Operands, dout: Any = None, of_queries: Any = None) -> Arrays:
-        # The copy engine reads zeros past the end of an array, but moves whole groups of 8 rows.
-        q_time, k_time = up(self.q_time, 8), up(self.k_time, 8)
-        return Arrays(
-            padded(operands.q, 1, q_time),
-            padded(operands.k, 1, k_time),
-            padded(operands.v, 1, k_time),
-            padded(dout, 1, q_time),
-            of_queries,
-            padded(operands.q_segments, 1, self.q_whole) if dout is None else None,
-            padded(operands.k_segments, 1, self.k_whole),
-            operands.score,
-            operands.dropout,
-            operands.batch_index,
-            operands.head_index,
-        )
+    # --- Arrays ----------------------------------------------------------------------------
 
-    def like(self, x: jax.Array) -> jax.ShapeDtypeStruct:
+    def arrays(
+        self,
+        operands: Operands,
+        dout: jax.Array | None = None,
+        of_queries: jax.Array | None = None,
+    ) -> Arrays:
+        """Pad the arrays of the launch."""
+        # The copy engine reads zeros past the end of an array, but moves whole groups of 8 rows.
+        q_time, k_time = round_up(self.q_time, 8), round_up(self.k_time, 8)
+        times = {"q": q_time, "dout": q_time, "k": k_time, "v": k_time}
+        times |= {"q_segments": self.q_whole, "k_segments": self.k_whole}
+        if of_queries is not None:  # which has the segments, too
+            operands = operands._replace(q_segments=None)
+
+        def whole(path: KeyPath, x: AnyArray) -> AnyArray:
+            name = field(path)
+            return padded(x, 1, times[name]) if name in times else x
+
+        arrays: Arrays = jax.tree_util.tree_map_with_path(
+            whole, Arrays(operands=operands, dout=dout, of_queries=of_queries)
+        )
+        return arrays
+
+    def like(self, x: AnyArray) -> jax.ShapeDtypeStruct:
+        """Return the type of a result like an array of the launch."""
         return result(x.shape, x.dtype, x)
 
-    def segments(self, ref: Any, batch: Any, positions: Any) -> Any:
-        return tiles.part(ref, 0 if self.segments_shared else batch, positions)
+    def segments(self, ref: Ref, batch: Index, positions: pl.Slice) -> Ref:
+        """Return the segments of a batch entry at some positions; None where there are none."""
+        if ref is None:
+            return None
+        return ref.at[0 if ref.shape[0] == 1 else batch, positions]
 
-    def segments_of(self, numbers: Any) -> Any:
-        """The row of `Arrays.of_queries` that holds them."""
+    def segments_of(self, numbers: Ref) -> Ref | None:
+        """Return the row of `Arrays.of_queries` that holds the segments, if there are any."""
         return numbers.at[2] if self.segmented else None
 
-    def rows(self, at: At, warpgroup: Any) -> Any:
-        """Those a compute warpgroup owns."""
+    def rows(self, at: At, warpgroup: Index) -> pl.Slice:
+        """Return the rows that a compute warpgroup owns."""
         return pl.ds((at.row * self.consumers + warpgroup) * ROWS, ROWS)
 
-    def ring(self, **arrays: Any) -> tiles.Ring:
-        """What is streamed."""
-        return tiles.Ring.of(self.sizes.depth, self.consumers, **arrays)
-
-    def own(self, **arrays: Any) -> tiles.Ring:
-        """What is owned, filled once, a buffer a compute warpgroup."""
-        return tiles.Ring.of(self.consumers, self.consumers, **arrays)
-
     def learned_numbers(self) -> int:
-        """How many numbers of a head's score have a gradient."""
-        pairs = zip(self.score, self.problem.learned, strict=True)
-        return sum(x.size // self.heads for x, learned in pairs if learned)
+        """Count the numbers of a head's score that have a gradient."""
+        return sum(x.size // self.heads for x in scores.chosen(self.score, self.problem.learned))
 
-    def owned(self) -> Any:
-        return tiles.matrix(self.consumers, ROWS, self.width, dtype=self.dtype)
+    def head(self, arrays: Arrays, batch: jax.Array, head: jax.Array) -> Head:
+        """Read what the scores of a head depend on."""
+        operands, dropout = arrays.operands, arrays.operands.dropout
+        parameters = scores.Score.parameters(operands.score, head)
+        seeded = None if dropout is None else (dropout[0], dropout[1])
+        k_time = self.k_time if self.k_time % self.k_block else None
+        if operands.batch_index is not None and operands.head_index is not None:
+            batch, head = operands.batch_index[batch], operands.head_index[head]
+        return Head(self.problem, batch, head, parameters, seeded, k_time)
 
-    def owned_segments(self) -> Any:
-        return tiles.vector(self.consumers, ROWS, dtype=jnp.int32) if self.segmented else None
+    # --- Shared memory ---------------------------------------------------------------------
 
-    def streamed(self) -> Any:
-        columns, depth = self.sizes[:2]
-        return tiles.matrix(depth, columns, self.width, dtype=self.dtype)
+    def ring(self, **arrays: pl.MemoryRef | None) -> Ring:
+        """Declare buffers for what is streamed."""
+        return Ring.of(self.sizes.depth, self.consumers, **arrays)
 
-    def streamed_segments(self) -> Any:
-        columns, depth = self.sizes[:2]
-        return tiles.vector(depth, columns, dtype=jnp.int32) if self.segmented else None
+    def own(self, **arrays: pl.MemoryRef | None) -> Ring:
+        """Declare buffers for what is owned, one for each compute warpgroup, filled once."""
+        return Ring.of(self.consumers, self.consumers, **arrays)
 
-    def stage(self) -> Any:
-        """Where factors go that the tensor cores would take from registers, if not interpreted."""
+    def owned(self) -> pl.MemoryRef:
+        return memory.matrix(self.consumers, ROWS, self.width, dtype=self.dtype)
+
+    def owned_segments(self) -> pl.MemoryRef | None:
+        return memory.vector(self.consumers, ROWS, dtype=jnp.int32) if self.segmented else None
+
+    def streamed(self) -> pl.MemoryRef:
+        columns, depth = self.sizes.columns, self.sizes.depth
+        return memory.matrix(depth, columns, self.width, dtype=self.dtype)
+
+    def streamed_segments(self) -> pl.MemoryRef | None:
+        columns, depth = self.sizes.columns, self.sizes.depth
+        return memory.vector(depth, columns, dtype=jnp.int32) if self.segmented else None
+
+    def stage(self) -> pl.MemoryRef | None:
+        """Declare memory for the interpreter's factors: see `memory.multiply`."""
         if self.interpret is None:
             return None
-        return tiles.matrix(self.consumers, ROWS, self.sizes.columns, dtype=self.dtype)
+        return memory.matrix(self.consumers, ROWS, self.sizes.columns, dtype=self.dtype)
 
     def shared_bytes(self) -> int:
-        """Shared memory of a block, at most `SHARED_BYTES`."""
-        types = jax.tree.leaves(self.kernel.memory(self))
+        """Return the shared memory of a block, which may have `SHARED_BYTES`."""
 
-        def size(x: Any) -> int:
+        def size(x: pl.MemoryRef | plgpu.Barrier) -> int:
             if isinstance(x, plgpu.Barrier):
                 return 8 * int(np.prod(x.num_barriers))
             return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
 
-        return sum(map(size, types))
+        return sum(map(size, jax.tree.leaves(self.kernel.memory(self))))
 
-    def add(self, part: Any, place: Any) -> None:
-        """Adds shared memory to global memory, in whatever order blocks come to it."""
+    def add(self, part: Ref, place: Ref) -> None:
+        """Add shared memory to global memory, in whatever order blocks come to it."""
         if self.interpret is None:
             plgpu.copy_smem_to_gmem(part, place, reduction_op="add")
         else:
             place[...] = place[...] + part[...]
 
-    def head(self, arrays: Arrays, batch: Any, head: Any) -> Head:
-        parameters = tiles.parameters(self.problem, arrays.score, head)
-        dropout = None if arrays.dropout is None else (arrays.dropout[0], arrays.dropout[1])
-        k_time = self.k_time if self.k_time % self.k_block else None
-        if arrays.batch_index is not None:
-            batch, head = arrays.batch_index[batch], arrays.head_index[head]
-        return Head(self.problem, batch, head, parameters, dropout, k_time)
+    # --- The launch ------------------------------------------------------------------------
 
     def work(self, operands: Operands) -> Work:
-        """The lists of each batch entry, or one for all."""
-        states = self.problem.states(self.q_time, self.k_time, self.q_block, self.k_block)
-        by_keys = self.kernel.rows_are_keys
-        lists = masks.block_lists(states.T if by_keys else states)
-        # Where the run narrows them, what the mask leaves says well enough which rows are heavy.
-        order = np.argsort(-lists.counts, kind="stable").astype(np.int32)
-        if not self.problem.segments_vary:
-            return Work(order, *(x[None] for x in lists))
-        queries = operands.q_segments, self.q_block
-        keys = operands.k_segments, self.k_block
-        return Work(order, *narrowed(lists, *(keys + queries if by_keys else queries + keys)))
+        """List the columns of each row of blocks, and order the rows: heavy ones first."""
+        by_keys, blocks = self.kernel.rows_are_keys, (self.q_block, self.k_block)
+        states = self.problem.states(self.q_time, self.k_time, *blocks)
+        # Where segments empty more blocks in the run, this order is still good enough.
+        heavy = np.count_nonzero(states, axis=0 if by_keys else 1)
+        order = np.argsort(-heavy, kind="stable").astype(np.int32)
+        return Work(order, *lists_of(self.problem, operands, *blocks, by_keys=by_keys))
 
     def __call__(
         self,
@@ -208,7 +248,7 @@ class Launch:
         results: list[jax.ShapeDtypeStruct],
         sums: list[jax.ShapeDtypeStruct] | None = None,
     ) -> list[jax.Array]:
-        """Runs a block for every row of blocks, head and batch entry, heavy rows first.
+        """Run a block for every row of blocks, head and batch entry, heavy rows first.
 
         `sums` are further results, which start as zeros and which all blocks add to.
         """
@@ -220,7 +260,7 @@ class Launch:
         memory_registers, compute_registers = REGISTERS[self.consumers]
         totals = [jax.new_ref(jnp.zeros(x.shape, x.dtype)) for x in sums or ()]
 
-        def body(*refs: Any, memory: Any) -> None:
+        def body(*refs: Ref, memory: Memory) -> None:
             work, arrays = jax.tree.unflatten(tree, refs[: len(given)])
 
             def here() -> At:
@@ -229,20 +269,19 @@ class Launch:
                 place = section * together + lax.axis_index("head")
                 batch, head = lax.div(place, jnp.int32(heads)), lax.rem(place, jnp.int32(heads))
                 lists = batch if n_lists > 1 else jnp.int32(0)
-                return At(batch, head, lists, work.order[lax.axis_index("row")])
+                return At(work, batch, head, lists, work.order[lax.axis_index("row")])
 
-            warpgroup = lax.axis_index("warpgroup")
+            block, warpgroup = Block(self, arrays, memory, here), lax.axis_index("warpgroup")
 
             @pl.when(warpgroup < self.consumers)
             def _compute() -> None:
                 plgpu.set_max_registers(compute_registers, action="increase")
-                results = [*refs[len(given) :], *totals]
-                self.kernel.compute(self, arrays, work, here, memory, warpgroup, results)
+                self.kernel.compute(block, warpgroup, [*refs[len(given) :], *totals])
 
             @pl.when(warpgroup == self.consumers)
             def _load() -> None:
                 plgpu.set_max_registers(memory_registers, action="decrease")
-                self.kernel.load(self, arrays, work, here(), memory)
+                self.kernel.load(block)
 
         body.__name__ = self.kernel.name
         found = plgpu.kernel(
@@ -260,7 +299,7 @@ class Launch:
         return alike((given, [*found, *(total[...] for total in totals)]))[1]
 
     def _heads_together(self) -> int:
-        """How many heads' blocks of the same row run side by side: a divisor of all of them."""
+        """Return how many heads' blocks of a row run side by side: a divisor of all of them."""
         pairs = self.batch * self.kv_heads
         time = self.q_time * self.group if self.kernel.rows_are_keys else self.k_time
         streamed = 2 * time * self.width * jnp.dtype(self.dtype).itemsize
@@ -268,124 +307,18 @@ class Launch:
         return max(fitting, default=1) * (1 if self.kernel.rows_are_keys else self.group)
 
 
-class Step(NamedTuple):
-    """One step of a walk: the count of those before it, and where it stands.
-
-    What is not asked for is not computed.
-    """
-
-    number: Any
-    within: Any
-    first: Any
-    span: Any
-    members: int
-
-    @property
-    def member(self) -> Any:
-        """Of the heads that share a walk."""
-        return jnp.int32(0) if self.members == 1 else lax.div(self.within, self.span)
-
-    @property
-    def column(self) -> Any:
-        """In the list of columns."""
-        return self.first + (self.within if self.members == 1 else lax.rem(self.within, self.span))
-
-
-def column_of(work: Work, at: At, step: Step) -> Any:
-    """The column that a step is at."""
-    return work.indices[at.lists, at.row, step.column]
-
-
-def walk(work: Work, at: At, members: int, visit: Callable[..., Any], carry: Any = None) -> Any:
-    """Visits the columns of a row once for every member: first those that need no mask.
-
-    `visit(check, step, carry)` is traced for both kinds; loops that are not nested leave more
-    registers to the accumulators.
-    """
-    full, end = work.full_counts[at.lists, at.row], work.counts[at.lists, at.row]
-    for check, first, last in ((False, jnp.int32(0), full), (True, full, end)):
-        span = last - first
-        one = _one_step(visit, check, first, span, members)
-        carry = _loop(span * members, one, carry, apart=check)
-    return carry
-
-
-def walk_ahead(
-    work: Work,
-    at: At,
-    members: int,
-    begin: Callable[[Any], Any],
-    visit: Callable[..., Any],
-    carry: Any,
-) -> Any:
-    """Like `walk`, but every step finds products that the step before it has begun.
-
-    `begin(carry)` makes those of step 0, and `visit(check, step, carry, products, more)` gives the
-    carry and, if there are `more` steps, the products of the next. The last step is traced apart,
-    and checked in any case.
-    """
-    full, end = work.full_counts[at.lists, at.row], work.counts[at.lists, at.row]
-
-    def all_steps(carry: Any) -> Any:
-        carry = carry, begin(carry)
-        partial = end > full
-        for check, first, last in ((False, jnp.int32(0), full), (True, full, end)):
-            span = last - first
-            count = span * members - (partial if check else ~partial).astype(jnp.int32)
-            one = _one_step(functools.partial(_and_more, visit), check, first, span, members)
-            carry = _loop(count, one, carry, apart=check)
-        first = jnp.where(partial, full, 0)
-        span = end - first
-        step = Step(end * members - 1, span * members - 1, first, span, members)
-        return visit(True, step, *carry, False)[0]
-
-    return lax.cond(end > 0, all_steps, lambda carry: carry, carry)
-
-
-def _loop(count: Any, one: Callable[[Any, Any], Any], carry: Any, apart: bool) -> Any:
-    """`one` so many times; `apart` from the loop before, for compilers have got adjacent loops
-    wrong, and a condition costs nothing."""
-    loop = functools.partial(lax.fori_loop, 0, count, one)
-    return lax.cond(count > 0, loop, lambda carry: carry, carry) if apart else loop(carry)
-
-
-def _and_more(visit: Callable[..., Any], check: bool, step: Step, carry: Any) -> Any:
-    return visit(check, step, *carry, True)
-
-
-def _one_step(
-    visit: Callable[..., Any], check: bool, first: Any, span: Any, members: int
-) -> Callable[[Any, Any], Any]:
-    def one(t: Any, carry: Any) -> Any:
-        return visit(check, Step(first * members + t, t, first, span, members), carry)
-
-    return one
-
-
-def stream_keys(
-    launch: Launch, arrays: Arrays, work: Work, at: At, keys: tiles.Ring, values: tiles.Ring
-) -> None:
-    """Copies the keys and values that a block of queries walks past, and waits for the last."""
+def stream_keys(block: Block, at: At, keys: Ring, values: Ring) -> None:
+    """Copy the keys and values that a block of queries walks past, and wait for the last."""
+    launch, operands = block.launch, block.arrays.operands
 
     def fill(check: bool, step: Step, _: None) -> None:
-        columns = pl.ds(column_of(work, at, step) * launch.k_block, launch.k_block)
+        columns = at.column(step, launch.k_block)
         place = at.batch, columns, lax.div(at.head, jnp.int32(launch.group))
-        segments = launch.segments(arrays.k_segments, at.batch, columns)
-        keys.fill(step.number, k=arrays.k.at[place], segments=segments)
-        values.fill(step.number, v=arrays.v.at[place])
+        segments = launch.segments(operands.k_segments, at.batch, columns)
+        keys.fill(step.number, k=operands.k.at[place], segments=segments)
+        values.fill(step.number, v=operands.v.at[place])
 
-    walk(work, at, 1, fill)
-    steps = work.counts[at.lists, at.row]
+    walk(at, 1, fill, None)
+    steps = at.n_columns()
     keys.drain(steps)
     values.drain(steps)
-
-
-def padded(x: Any, axis: int, size: int, filling: float = 0) -> Any:
-    if x is None or x.shape[axis] == size:
-        return x
-    widths = [(0, size - n if a == axis else 0) for a, n in enumerate(x.shape)]
-    return jnp.pad(x, widths, constant_values=filling)
-
-
-def up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
