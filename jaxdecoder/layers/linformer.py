@@ -17,7 +17,7 @@ from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.kernels.flash import flash_attention
 from jaxdecoder.kernels.reference import attention
-from jaxdecoder.kernels.scores import Index
+from jaxdecoder.kernels.typing import Indices
 from jaxdecoder.layers.cache import Cursor, KeysAndValues, Slots, extend
 from jaxdecoder.layers.costs import FLOAT32
 from jaxdecoder.layers.dropout import of_weights
@@ -76,7 +76,13 @@ class _AtBlockEnds:
     time: int
 
     def __call__(
-        self, score: jax.Array, batch: Index, head: Index, q: Index, k: Index, *parameters: object
+        self,
+        score: jax.Array,
+        batch: Indices,
+        head: Indices,
+        q: Indices,
+        k: Indices,
+        *parameters: object,
     ) -> jax.Array:
         end = ((k - self.time) // self.rank + 1) * self.block - 1
         place = jnp.where(k < self.time, k, end)
