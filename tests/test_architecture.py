@@ -161,7 +161,7 @@ def test_steps_are_taken_in_one_place():
         and isinstance(node.func, ast.Attribute)
         and node.func.attr == "advance"
     }
-    assert takes == {("training/loop.py", "train_together")}
+    assert takes == {("training/loop.py", "take_steps")}
 
 
 def test_files_are_read_in_one_sitting():

@@ -138,10 +138,8 @@ def _begin(
         runs.begin(new, corpus)
         write_atomically(run / "samples.txt", f"--- {source} ---\n{text}\n")
         write_atomically(run / "compression.json", json.dumps(told, indent=2) + "\n")
-        manager = checkpoints.open_checkpoints(run, keep=new.train.keep)
-        checkpoints.save(manager, 0, state_of(new, made.params), loss)
-        manager.wait_until_finished()
-        manager.close()
+        with checkpoints.open_checkpoints(run, keep=new.train.keep) as manager:
+            checkpoints.save(manager, 0, state_of(new, made.params), loss)
 
 
 def _comparison(summary: Table) -> str:

@@ -76,7 +76,7 @@ def best_loss(folder: Path, since: int = 0) -> float:
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: State, validation_loss: float) -> None:
-    """Start writing the state; it is on disk once `manager.wait_until_finished` returns."""
+    """Start writing the state; it is on disk once the manager is closed, or has waited."""
     arguments = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
     manager.save(
         step,
@@ -147,9 +147,9 @@ def restore_params(
     for step in steps:
         item = "ema" if (folder / str(step) / "ema").is_dir() else "params"
         try:
-            manager = open_checkpoints(run, read_only=True)
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
-            return step, manager.restore(step, args=args)[item]
+            with open_checkpoints(run, read_only=True) as manager:
+                return step, manager.restore(step, args=args)[item]
         except Exception as error:
             print(f"{run}: checkpoint {step} cannot be read: {_first_line(error)}")
     raise UserError(f"{run}: no checkpoint there can be read")

@@ -93,58 +93,38 @@ def train_together(
         UserError: if the disk is full, or what `watch.diverged` raises.
     """
     longest = max(members, key=lambda config: config.train.steps)
-    t, own = longest.train, folder == Path(members[0].train.out)
+    own = folder == Path(members[0].train.out)
     with checkpoints.full_disk_explained(folder):
         for config in members:
             runs.begin(config, corpus)
-        manager = checkpoints.open_checkpoints(folder, keep=t.keep if own else 1)
-        step, state = _first_state(longest, placement, manager)
-        records = [
-            Record(config, step, wrote=watch.wrote, diverged=watch.diverged) for config in members
-        ]
-        if own:
-            settles_at = longest.compression.settles_at
-            records[0].best = checkpoints.best_loss(folder / "checkpoints", settles_at)
-        clock = _Clock(records)
-        parameters = _parameters(longest)
-        watch.began(step, parameters)
-        try:
-            while step < t.steps:
-                end = boundary(step, longest, placement.steps_per_call)
-                state, metrics = placement.advance(state, step, end - step)
-                clock.add(step, metrics)
-                step = end
-                due = step % t.evaluate_every == 0 or step % t.checkpoint_every == 0
-                if due or step == t.steps:
-                    clock.catch_up()
-                    losses = placement.losses(state, "validation", t.evaluation_batches)
-                    for record, loss in zip(records, losses, strict=True):
-                        record.add_validation(step, loss, clock.seconds())
-                    if saves(step, longest, better=own and records[0].improved):
-                        checkpoints.save(manager, step, state, losses[0] if own else 0.0)
-                watch.passed(step, state)
-                if due:
-                    clock.restart()
-            clock.catch_up()
-        except (UserError, KeyboardInterrupt):
-            manager.wait_until_finished()
-            raise
-        manager.wait_until_finished()
-        train = placement.losses(state, "train", t.evaluation_batches)
+        keep = longest.train.keep if own else 1
+        with checkpoints.open_checkpoints(folder, keep=keep) as manager:
+            step, state = _first_state(longest, placement, manager)
+            records = [
+                Record(config, step, wrote=watch.wrote, diverged=watch.diverged)
+                for config in members
+            ]
+            if own:
+                settles_at = longest.compression.settles_at
+                records[0].best = checkpoints.best_loss(folder / "checkpoints", settles_at)
+            parameters = _parameters(longest)
+            watch.began(step, parameters)
+            clock = Clock(records)
+
+            def save(step: int, state: State, losses: Sequence[float]) -> None:
+                if saves(step, longest, better=own and records[0].improved):
+                    # Which member is best is not asked in the middle of a population.
+                    checkpoints.save(manager, step, state, losses[0] if own else 0.0)
+
+            state = take_steps(step, state, longest, placement, clock, save, watch)
+        train = placement.losses(state, "train", longest.train.evaluation_batches)
         validation = placement.losses(state, "validation", None)
-        floor = bigram_loss(
-            corpus.train.tokens, corpus.validation.tokens, corpus.tokenizer.vocab_size
-        )
+        splits = corpus.train.tokens, corpus.validation.tokens
+        floor = bigram_loss(*splits, corpus.tokenizer.vocab_size)
+        seconds = clock.seconds() / len(members) / beside
         summaries = [
-            record.summary(
-                corpus,
-                parameters=parameters,
-                train_loss=train[i],
-                validation_loss=validation[i],
-                bigram_loss=floor,
-                seconds=clock.seconds() / len(members) / beside,
-            )
-            for i, record in enumerate(records)
+            record.summary(corpus, parameters, *losses, bigram_loss=floor, seconds=seconds)
+            for record, *losses in zip(records, train, validation, strict=True)
         ]
         if not own:
             summaries = _leave(records, placement.members(state), summaries)
@@ -152,8 +132,41 @@ def train_together(
             # All at the end: a member with a summary is finished, and members finish together.
             for record, summary in zip(records, summaries, strict=True):
                 runs.write_summary(record.run, summary)
-    manager.close()
     return state, summaries
+
+
+def take_steps(
+    step: int,
+    state: State,
+    config: Config,
+    placement: Placement,
+    clock: Clock,
+    save: Callable[[int, State, Sequence[float]], None],
+    watch: Watch,
+) -> State:
+    """Take all steps from `step` on; record, evaluate and save on the way; return the last state.
+
+    All training of the project goes through this loop. `config` is that of the member with the most
+    steps; `save` is told every validation loss.
+    """
+    t = config.train
+    while step < t.steps:
+        end = boundary(step, config, placement.steps_per_call)
+        state, metrics = placement.advance(state, step, end - step)
+        clock.add(step, metrics)
+        step = end
+        due = step % t.evaluate_every == 0 or step % t.checkpoint_every == 0
+        if due or step == t.steps:
+            clock.catch_up()
+            losses = placement.losses(state, "validation", t.evaluation_batches)
+            for record, loss in zip(clock.records, losses, strict=True):
+                record.add_validation(step, loss, clock.seconds())
+            save(step, state, losses)
+        watch.passed(step, state)
+        if due:
+            clock.restart()
+    clock.catch_up()
+    return state
 
 
 def steps_a_call(config: Config, most: int) -> int:
@@ -204,17 +217,15 @@ def _leave(
         # There is one already if this was interrupted.
         shutil.rmtree(record.run / "checkpoints", ignore_errors=True)
         if record.diverged_at is None:
-            manager = checkpoints.open_checkpoints(record.run, keep=1)
-            steps = record.config.train.steps
-            checkpoints.save(manager, steps, own, summary["validation_loss"])
-            manager.wait_until_finished()
-            manager.close()
+            with checkpoints.open_checkpoints(record.run, keep=1) as manager:
+                steps = record.config.train.steps
+                checkpoints.save(manager, steps, own, summary["validation_loss"])
         known = {key: x if math.isfinite(x) else None for key, x in summary.items()}
         told.append(known | {"diverged_at": record.diverged_at})
     return told
 
 
-class _Clock:
+class Clock:
     """Time the calls, and read their metrics one call late, so that no device is waited for."""
 
     def __init__(self, records: Sequence[Record]):

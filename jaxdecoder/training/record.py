@@ -106,10 +106,10 @@ class Record:
     def summary(
         self,
         corpus: Corpus,
-        *,
         parameters: int,
         train_loss: float,
         validation_loss: float,
+        *,
         bigram_loss: float,
         seconds: float,
     ) -> Summary:
