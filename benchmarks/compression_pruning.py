@@ -32,7 +32,7 @@ from jaxdecoder.compression.pruning import prune, recovery
 from jaxdecoder.config import ModelConfig, load
 from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import Corpus, prepare
-from jaxdecoder.layers.serial import periods
+from jaxdecoder.layers.serial import n_turns
 from jaxdecoder.sampling.generate import encode_prompt, generate, show_sample
 from jaxdecoder.training.runs import Model, load_model, read_config
 
@@ -68,7 +68,7 @@ ROWS: dict[str, Options | None] = {
     "a third of the heads, to the nearest": lambda c: {"method": "heads", "sparsity": 1 / 3},
     "a third of the layers, or the next": lambda c: {
         "method": "layers",
-        "sparsity": at_least_a_third(periods(c)),
+        "sparsity": at_least_a_third(n_turns(c)),
     },
     "a third of the layers, to the nearest": lambda c: {"method": "layers", "sparsity": 1 / 3},
 }
@@ -234,7 +234,7 @@ def _asks(name: str, dense: Model) -> Any:
     """What a row takes away: the counts for parts, else its name."""
     make = ROWS[name]
     asked = {} if make is None else make(dense.config.model)
-    totals = {"heads": dense.config.model.n_heads, "layers": periods(dense.config.model)}
+    totals = {"heads": dense.config.model.n_heads, "layers": n_turns(dense.config.model)}
     method = asked.get("method", name)
     if method not in totals:
         return name

@@ -12,7 +12,7 @@ import pytest
 
 from jaxdecoder import Decoder
 from jaxdecoder.compression import matching
-from jaxdecoder.compression.matching import MATCHINGS, Layer, check, looking, paired
+from jaxdecoder.compression.matching import MATCHINGS, Outputs, check, looking, paired
 from jaxdecoder.config import Config, ConfigError, DistillationConfig, ModelConfig
 from jaxdecoder.config.sections import Teaching
 from tests.models import name_of, random_params, random_tokens, small
@@ -31,7 +31,7 @@ WEIGHTS = jnp.ones((BATCH, TIME))
 
 def layer(width, heads, kv_heads, head):
     shapes = [(width,), (heads, head), (kv_heads, head), (kv_heads, head)]
-    return Layer(*(DRAW.normal(size=(BATCH, TIME, *s)).astype(np.float32) for s in shapes))
+    return Outputs(*(DRAW.normal(size=(BATCH, TIME, *s)).astype(np.float32) for s in shapes))
 
 
 STUDENT = [layer(5, 2, 1, 6) for _ in range(2)]
@@ -115,7 +115,7 @@ def test_a_model_matches_itself_and_turned_streams_and_heads(name):
 @pytest.mark.parametrize("name", MATCHINGS)
 def test_nothing_is_known_of_later_tokens_but_for_whole_rows(name):
     def change(layers):
-        return [Layer(*(np.concatenate([x[:, :4], x[:, 4:] + 1], 1) for x in y)) for y in layers]
+        return [Outputs(*(np.concatenate([x[:, :4], x[:, 4:] + 1], 1) for x in y)) for y in layers]
 
     before = matched(name, STUDENT, TEACHER, WEIGHTS)
     after = matched(name, change(STUDENT), change(TEACHER), WEIGHTS)

@@ -21,7 +21,7 @@ from jaxdecoder.layers import norms
 from jaxdecoder.layers.block import PLACEMENTS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.positions import POSITIONS
-from jaxdecoder.layers.serial import periods, turn
+from jaxdecoder.layers.serial import n_turns, turn
 from jaxdecoder.layers.tree import SERIAL
 from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.training.runs import Model
@@ -99,7 +99,7 @@ def test_a_model_without_parts_is_what_its_config_says(number, name):
         return
     _, fewer, smaller, _ = without(name, config)
     assert_smaller(smaller, fewer)
-    left = {"heads": 2, "neurons": 12, "width": 8, "layers": periods(config) // 2}
+    left = {"heads": 2, "neurons": 12, "width": 8, "layers": n_turns(config) // 2}
     assert part.units(smaller) == left[name]
 
 
@@ -199,8 +199,8 @@ def test_removing_layers_gives_the_logits_of_zeroing_what_they_add(changes):
     config = small(n_layers=4, **changes)
     params, fewer, smaller, keep = without("layers", config)
     assert_smaller(smaller, fewer)
-    gone = np.setdiff1d(np.arange(periods(config)), keep[SERIAL])
-    assert len(gone) == periods(config) // 2
+    gone = np.setdiff1d(np.arange(n_turns(config)), keep[SERIAL])
+    assert len(gone) == n_turns(config) // 2
 
     def cut(path, leaf):
         if path[:2] == SERIAL and path[-2] in ("out", "down"):
@@ -312,7 +312,7 @@ def test_influence_is_one_less_the_cosine_of_the_stream_before_and_after():
         angles = 1 - np.sum(x * y, axis=-1) / lengths
         expected = np.sum(angles * batch.weights) / np.sum(batch.weights)
         assert found[i] == pytest.approx(expected, rel=1e-4)
-    assert len(found) == periods(config)
+    assert len(found) == n_turns(config)
 
 
 def test_the_cosine_of_nothing_is_zero():

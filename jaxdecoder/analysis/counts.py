@@ -18,7 +18,7 @@ from jaxdecoder.layers.linear import scheme_of
 from jaxdecoder.layers.mechanism import AttentionCosts
 from jaxdecoder.layers.norms import NORMS
 from jaxdecoder.layers.positions import POSITIONS
-from jaxdecoder.layers.serial import periods, turn
+from jaxdecoder.layers.serial import n_turns, turn
 
 ADDITIONS: dict[str, Costs] = {
     "convolutions": convolution.COSTS,
@@ -72,7 +72,7 @@ def forward_flops(
 
     blocks = [
         (ATTENTIONS[name].costs, capacity(c, tokens) if routed and training else tokens)
-        for name, routed in turn(c) * periods(c)
+        for name, routed in turn(c) * n_turns(c)
     ]
     entering = sum(n for _, n in blocks)
     exits = len(exits_of(c)) if training else 1

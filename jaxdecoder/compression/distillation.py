@@ -102,7 +102,7 @@ def objective(config: Config) -> Objective:
 def lesson(
     config: Config, tokenizer: Tokenizer, teacher: Decoder | None
 ) -> Callable[[Any, Any, jax.Array, Any], Float[Array, ""]]:
-    """Return the loss of a batch, see `Objective`; its `held` are the teacher's weights.
+    """Return the loss of a batch, see `Objective`; its `constants` are the teacher's weights.
 
     The loss of a token is alpha times the divergence from the teacher, plus 1 - alpha times the
     cross-entropy of the true next token, summed over all exits with their shares. The student's
@@ -114,7 +114,7 @@ def lesson(
     padded = config.data.mode == "padded" and config.data.end_of_text
     end_token = tokenizer.end_token if padded else None
 
-    def loss(params: Params, batch: Any, key: jax.Array, held: Any) -> Float[Array, ""]:
+    def loss(params: Params, batch: Any, key: jax.Array, constants: Any) -> Float[Array, ""]:
         tokens, weights = batch.inputs, batch.weights
         soft: Any = d.alpha
         hard: Any = 1.0 - d.alpha
@@ -135,14 +135,14 @@ def lesson(
         said, theirs = (
             (batch.answers, [])
             if teacher is None
-            else look(teacher, held, tokens, method="features")
+            else look(teacher, constants, tokens, method="features")
         )
 
         def judge(said: Any) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
             """Return the teacher's log-probabilities, and a function to the student's for them."""
             if teacher is None:
                 return answers.told(said), lambda own: answers.outcomes(own, said.tokens)
-            logits: Any = teacher.apply({"params": held}, said, method="logits")
+            logits: Any = teacher.apply({"params": constants}, said, method="logits")
             return soften(logits, temperature), lambda own: own
 
         def mixed(part: Any) -> jax.Array:
@@ -166,7 +166,7 @@ def lesson(
             losses += d.matching_weight * matched
         return jnp.sum(losses * weights)
 
-    def look(decoder: Decoder, *args: Any, **kwargs: Any) -> tuple[Any, list[matching.Layer]]:
+    def look(decoder: Decoder, *args: Any, **kwargs: Any) -> tuple[Any, list[matching.Outputs]]:
         if d.matching != "none":
             return matching.looking(decoder, *args, **kwargs)
         params, *others = args

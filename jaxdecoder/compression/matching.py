@@ -27,7 +27,7 @@ MASKED = -1e30
 """A finite score that softmax turns into 0, so that no difference of scores is infinite."""
 
 
-class Layer(NamedTuple):
+class Outputs(NamedTuple):
     """The outputs of one layer (of parallel stacks: of one stack); queries and keys not rotated."""
 
     stream: Float[Array, "batch time width"]
@@ -38,7 +38,8 @@ class Layer(NamedTuple):
 
 
 PerToken = Float[Array, "batch time"]
-Matching = Callable[[Sequence[Layer], Sequence[Layer], PerToken, Teaching], PerToken]
+Layers = Sequence[Outputs]
+Matching = Callable[[Layers, Layers, PerToken, Teaching], PerToken]
 """(student's layers, teacher's layers, weights of tokens, settings) -> a loss for each token."""
 
 
@@ -53,7 +54,9 @@ def sow_heads(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     return call(*args, **kwargs)
 
 
-def looking(decoder: Decoder, params: Params, *args: Any, **kwargs: Any) -> tuple[Any, list[Layer]]:
+def looking(
+    decoder: Decoder, params: Params, *args: Any, **kwargs: Any
+) -> tuple[Any, list[Outputs]]:
     """Return the result of `decoder.apply`, and the outputs of the layers."""
     with nn.intercept_methods(sow_heads):
         out, seen = decoder.apply({"params": params}, *args, mutable=["intermediates"], **kwargs)
@@ -61,16 +64,16 @@ def looking(decoder: Decoder, params: Params, *args: Any, **kwargs: Any) -> tupl
     return out, LAYERS[config.layout](config, seen["intermediates"][tree.BODY])
 
 
-def serial_layers(config: Architecture, body: Params) -> list[Layer]:
+def serial_layers(config: Architecture, body: Params) -> list[Outputs]:
     """Return the outputs of the blocks, from the first to the last."""
     found = []
     for block, stream in zip(tree.blocks(body), tree.streams(body), strict=True):
         (heads,) = block.get("block", block)["attention"]["mixing"]["heads"]
-        found.append(Layer(stream, *heads))
+        found.append(Outputs(stream, *heads))
     return found
 
 
-def stack_layers(config: Architecture, body: Params) -> list[Layer]:
+def stack_layers(config: Architecture, body: Params) -> list[Outputs]:
     """Return the outputs of the stacks, from the first to the last; heads of a stack in one row."""
 
     def beside(x: Float[Array, "turns batch time heads width"]) -> jax.Array:
@@ -87,11 +90,11 @@ def stack_layers(config: Architecture, body: Params) -> list[Layer]:
         kinds = (
             jnp.concatenate([beside(x) for x in kind], axis=2) for kind in zip(*each, strict=True)
         )
-        found.append(Layer(body[tree.after(tree.stack(number))][0], *kinds))
+        found.append(Outputs(body[tree.after(tree.stack(number))][0], *kinds))
     return found
 
 
-LAYERS: dict[str, Callable[[Architecture, Params], list[Layer]]] = {
+LAYERS: dict[str, Callable[[Architecture, Params], list[Outputs]]] = {
     "serial": serial_layers,
     "parallel_stacks": stack_layers,
 }
@@ -101,7 +104,10 @@ LAYERS: dict[str, Callable[[Architecture, Params], list[Layer]]] = {
 
 
 def relations(
-    student: Sequence[Layer], teacher: Sequence[Layer], weights: PerToken, settings: Teaching
+    student: Layers,
+    teacher: Layers,
+    weights: PerToken,
+    settings: Teaching,
 ) -> PerToken:
     """Match self-attention relations of the last layer (MiniLMv2, arXiv 2012.15828; 2002.10957).
 
@@ -133,7 +139,10 @@ def relation(
 
 
 def similarity(
-    student: Sequence[Layer], teacher: Sequence[Layer], weights: PerToken, settings: Teaching
+    student: Layers,
+    teacher: Layers,
+    weights: PerToken,
+    settings: Teaching,
 ) -> PerToken:
     """Compare cosines between tokens in the residual streams (arXiv 1907.09682).
 
@@ -147,7 +156,7 @@ def similarity(
         x = x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
         return jnp.einsum("bqw,bkw->bqk", x, x)
 
-    def loss(ours: Layer, told: Layer) -> PerToken:
+    def loss(ours: Outputs, told: Outputs) -> PerToken:
         time = ours.stream.shape[1]
         squares = jnp.square(cosines(ours.stream) - cosines(told.stream))
         return jnp.sum(jnp.where(_causal(time), squares, 0.0), axis=-1) / jnp.arange(1, time + 1)
@@ -156,7 +165,10 @@ def similarity(
 
 
 def cka(
-    student: Sequence[Layer], teacher: Sequence[Layer], weights: PerToken, settings: Teaching
+    student: Layers,
+    teacher: Layers,
+    weights: PerToken,
+    settings: Teaching,
 ) -> PerToken:
     """Return 1 - linear centred kernel alignment of the residual streams (arXiv 1905.00414).
 
@@ -174,7 +186,7 @@ def cka(
     def common(x: jax.Array, y: jax.Array) -> Float[Array, " batch"]:
         return jnp.sum(jnp.square(jnp.einsum("btx,bty->bxy", x, y)), axis=(1, 2))
 
-    def loss(ours: Layer, told: Layer) -> PerToken:
+    def loss(ours: Outputs, told: Outputs) -> PerToken:
         x, y = centred(ours.stream), centred(told.stream)
         aligned = common(x, y) * jax.lax.rsqrt(common(x, x) * common(y, y) + 1e-12)
         return jnp.broadcast_to(1.0 - aligned[:, None], weights.shape)
@@ -238,7 +250,9 @@ def _causal(time: int) -> jax.Array:
 
 
 def _mean_over_pairs(
-    loss: Callable[[Layer, Layer], PerToken], student: Sequence[Layer], teacher: Sequence[Layer]
+    loss: Callable[[Outputs, Outputs], PerToken],
+    student: Layers,
+    teacher: Layers,
 ) -> PerToken:
     pairs = zip(student, paired(len(student), len(teacher)), strict=True)
     losses = [loss(ours, teacher[number]) for ours, number in pairs]

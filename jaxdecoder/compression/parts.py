@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import Architecture
 from jaxdecoder.errors import UserError
-from jaxdecoder.layers.serial import periods, turn
+from jaxdecoder.layers.serial import n_turns, turn
 from jaxdecoder.layers.tree import (
     KERNEL,
     SERIAL,
@@ -287,9 +287,9 @@ PARTS: dict[str, Part] = {
     ),
     "layers": Part(
         layers_refusal,
-        periods,
+        n_turns,
         _single,
-        lambda params, c: {SERIAL: jnp.ones(periods(c))},
+        lambda params, c: {SERIAL: jnp.ones(n_turns(c))},
         _ungated,
         remove_layers,
     ),

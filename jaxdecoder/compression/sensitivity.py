@@ -22,7 +22,7 @@ from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
 from jaxdecoder.files import as_png, write_atomically, write_csv
 from jaxdecoder.layers import tree
-from jaxdecoder.layers.serial import periods, turn
+from jaxdecoder.layers.serial import n_turns, turn
 from jaxdecoder.layers.tree import body_matrices, replaced
 from jaxdecoder.training.devices import set_up
 from jaxdecoder.training.evaluation import make_evaluator
@@ -151,11 +151,11 @@ def of_parts(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[Var
 def without_a_layer(model: Model, text: Sequence[Batch], base: float) -> list[Effect]:
     """Measure the model without each of its layers, or turns of its layers' pattern."""
     config, part = model.config.architecture, PARTS["layers"]
-    if part.refusal(config) or periods(config) < 2:
+    if part.refusal(config) or n_turns(config) < 2:
         return []
     rows, evaluate = [], None
-    for gone in track(range(periods(config)), description="without a layer"):
-        keep = np.delete(np.arange(periods(config)), gone)
+    for gone in track(range(n_turns(config)), description="without a layer"):
+        keep = np.delete(np.arange(n_turns(config)), gone)
         params, smaller = part.remove(model.params, config, {tree.SERIAL: keep})
         evaluate = evaluate or make_evaluator(model.decoder.clone(config=smaller))
         loss = evaluate(params, text)

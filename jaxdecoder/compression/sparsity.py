@@ -22,7 +22,7 @@ from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
 from jaxdecoder.layers.tree import Matrices, Path
 from jaxdecoder.training.runs import Model
-from jaxdecoder.training.sparsity import SCOPES, highest
+from jaxdecoder.training.sparsity import SCOPES, keep_highest
 from jaxdecoder.typing import Table
 
 Needed = dict[Path, Any]
@@ -68,7 +68,7 @@ def mask(matrices: Matrices, scores: Matrices, sparsity: float, scope: str) -> M
     """
     groups = SCOPES[scope].split(below_all_where_zero(matrices, scores))
     shapes = {path: weights.shape for path, weights in matrices.items()}
-    kept = [highest(group, _dropped(np.asarray(group), sparsity)) for group in groups]
+    kept = [keep_highest(group, _dropped(np.asarray(group), sparsity)) for group in groups]
     return SCOPES[scope].join(kept, shapes)
 
 
@@ -87,7 +87,7 @@ def n_of_m(matrices: Matrices, scores: Matrices, n: int, m: int) -> Matrices:
         if d_in % m:
             raise UserError(f"--m {m}: {'/'.join(path)} has {d_in} inputs, which it must divide")
         groups = x.swapaxes(-1, -2).reshape(-1, m)
-        kept = highest(groups, jnp.array([m - n]))
+        kept = keep_highest(groups, jnp.array([m - n]))
         return kept.reshape(*layers, d_out, d_in).swapaxes(-1, -2)
 
     return {path: keep(path, x) for path, x in ranked.items()}

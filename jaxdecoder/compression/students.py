@@ -222,7 +222,7 @@ def chosen_layers(teacher: ModelConfig, student: ModelConfig) -> list[int] | str
     For each block of the student, it is the block nearest to an even spacing that is of the same
     kind (attention, router) and leaves enough blocks above it for the rest.
     """
-    kinds, wanted = (serial.turn(c) * serial.periods(c) for c in (teacher, student))
+    kinds, wanted = (serial.turn(c) * serial.n_turns(c) for c in (teacher, student))
     if len(wanted) > len(kinds):
         return f"model.n_layers: {len(kinds)} there, {len(wanted)} here; at most {len(kinds)} fit"
     chosen: list[int] = []

@@ -69,7 +69,7 @@ class Slots(NamedTuple):
         """How many there are."""
         return self.ring + len(self.pinned)
 
-    def held(self, cursor: Cursor, time: int) -> Int[Array, "batch slots"]:
+    def positions(self, cursor: Cursor, time: int) -> Int[Array, "batch slots"]:
         """Return positions in the slots once `time` more tokens are written; negative: none."""
         newest = jnp.asarray(cursor.length) + time - 1
         number = newest - (newest - jnp.arange(self.ring)) % self.ring
@@ -82,10 +82,10 @@ class Slots(NamedTuple):
 
     def visible(self, cursor: Cursor, time: int) -> Int[Array, "batch slots"]:
         """Return the same, less what the pinned slots hold of the ring's tokens."""
-        held = self.held(cursor, time)
+        found = self.positions(cursor, time)
         oldest = (cursor.length + time - self.ring - cursor.start)[:, None]
-        twice = (jnp.arange(self.size) >= self.ring) & (held >= oldest)
-        return jnp.where(twice, -1, held)
+        twice = (jnp.arange(self.size) >= self.ring) & (found >= oldest)
+        return jnp.where(twice, -1, found)
 
     def empty(self, config: Architecture, batch: int, dtype: DTypeLike) -> KeysAndValues:
         """Return a cache that has seen nothing."""
@@ -134,7 +134,7 @@ def _write(
         if not slots.pinned:
             return old
         first = slots.ring
-    which = slots.held(cursor, time)[:, first:] - cursor.query_positions(time)[:, :1]
+    which = slots.positions(cursor, time)[:, first:] - cursor.query_positions(time)[:, :1]
     which = which[:, None, :, None]
     taken = jnp.take_along_axis(new, jnp.clip(which, 0), axis=2)
     return old.at[:, :, first:].set(jnp.where(which >= 0, taken, old[:, :, first:]))

@@ -213,7 +213,7 @@ class Routed(nn.Module):
         router = nn.Dense(1, kernel_init=nn.initializers.normal(c.init_std), name="router")
         score = router(x.astype(jnp.float32))[..., 0]
         if dropout is not None:
-            taken, chosen = highest(score, capacity(c, x.shape[1]))
+            taken, chosen = top_tokens(score, capacity(c, x.shape[1]))
             positions = jnp.broadcast_to(positions, x.shape[:2])
             rows = jnp.arange(len(x))[:, None]
             of_these = x[rows, chosen]
@@ -268,7 +268,7 @@ def capacity(config: ModelConfig, tokens: int) -> int:
     return max(1, round(config.mod_capacity * tokens))
 
 
-def highest(
+def top_tokens(
     score: Float[Array, "batch time"], count: int
 ) -> tuple[Bool[Array, "batch time"], Int[Array, "batch count"]]:
     """Return where each row's `count` highest scores are, and their indices in order."""

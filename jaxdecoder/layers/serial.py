@@ -108,15 +108,15 @@ class Serial(nn.Module):
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
-                length=periods(c),
-                unroll=1 if loops(c) else periods(c),
+                length=n_turns(c),
+                unroll=1 if loops(c) else n_turns(c),
             )(c, self.dtype, name=tree.BLOCKS)
             x, trail = blocks(x, positions, None, None, dropout)
             return Passed(norm(x), None, *self._trained(norm, trail))
         if head is not None and x.shape[1] == 1 and len(exits_of(c)) > 1:
             return self._stop_early(lambda x: head(norm(x)), x, positions, caches, cursor)
         extended: list[PyTree] = []
-        for i in range(periods(c)):
+        for i in range(n_turns(c)):
             own = caches[i * len(turn(c)) : (i + 1) * len(turn(c))]
             blocks = Turn(c, self.dtype, name=tree.unrolled(i))
             x, trail = blocks(x, positions, own, cursor, dropout)
@@ -148,7 +148,7 @@ class Serial(nn.Module):
             streams = trail.streams.reshape(c.n_layers, *trail.streams.shape[2:])
             shares = exits_of(c).items()
             exits = tuple((s, norm(streams[d - 1])) for d, s in shares if d < c.n_layers)
-        routed = sum(routed for _, routed in turn(c)) * periods(c)
+        routed = sum(routed for _, routed in turn(c)) * n_turns(c)
         if trail.penalty is None:
             return exits, 0.0
         return exits, c.mod_loss_weight / routed * jnp.sum(trail.penalty, axis=0)
@@ -177,7 +177,7 @@ def turn(config: ModelConfig) -> tuple[tuple[str, bool], ...]:
     return tuple((mechanisms[i % len(mechanisms)], routed[i % len(routed)]) for i in range(length))
 
 
-def periods(config: ModelConfig) -> int:
+def n_turns(config: ModelConfig) -> int:
     """Return how often the turn repeats over the depth."""
     return config.n_layers // len(turn(config))
 
@@ -189,7 +189,7 @@ def empty_caches(config: Architecture, batch: int, dtype: DTypeLike) -> Caches:
         cache = empty_cache(config, mechanism, batch, dtype)
         return empty_routed_cache(config, batch, cache) if routed else cache
 
-    return tuple(empty(*block) for block in turn(config) * periods(config))
+    return tuple(empty(*block) for block in turn(config) * n_turns(config))
 
 
 def norms(c: Architecture) -> int:

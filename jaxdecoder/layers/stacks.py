@@ -128,7 +128,7 @@ class Stack(nn.Module):
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(None, None, 0, None, None),
-            axis_size=periods(c),
+            axis_size=n_turns(c),
         )(c, self.width // c.layers_side_by_side, self.dtype, name=tree.BLOCKS)
         slices, caches = blocks(x, positions, caches, cursor, dropout)
         x = jnp.moveaxis(slices, 0, -2).reshape(*x.shape[:-1], self.width)
@@ -176,7 +176,7 @@ def width(config: Architecture) -> int:
     return WIDENING * config.d_model
 
 
-def periods(config: Architecture) -> int:
+def n_turns(config: Architecture) -> int:
     """Return how often the attention pattern repeats within a stack."""
     return config.layers_side_by_side // len(config.attention_pattern)
 
@@ -187,7 +187,7 @@ def empty_caches(config: Architecture, batch: int, dtype: DTypeLike) -> Caches:
     def of_stack() -> Caches:
         return tuple(
             jax.tree.map(
-                lambda x: jnp.broadcast_to(x, (periods(config), *x.shape)),
+                lambda x: jnp.broadcast_to(x, (n_turns(config), *x.shape)),
                 ATTENTIONS[name].empty_cache(config, batch, dtype),
             )
             for name in config.attention_pattern

@@ -186,8 +186,8 @@ def boundary(step: int, config: Config, per_call: int) -> int:
     A function of the step alone, so that a resumed run makes the same calls.
     """
     t = config.train
-    periods = [per_call, t.evaluate_every, t.checkpoint_every, t.sample_every]
-    return min(t.steps, *((step // every + 1) * every for every in periods if every))
+    intervals = [per_call, t.evaluate_every, t.checkpoint_every, t.sample_every]
+    return min(t.steps, *((step // every + 1) * every for every in intervals if every))
 
 
 def _first_state(

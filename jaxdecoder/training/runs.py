@@ -78,14 +78,14 @@ def lock(run: Path) -> Iterator[None]:
     """Keep a second process out of a run folder; the system frees it when the process dies."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(run / ".lock").acquire(timeout=0)
+        acquired = filelock.FileLock(run / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(
             f"{run}: another process is training in this folder; give {ANOTHER_FOLDER}"
         ) from None
     except OSError as error:
         raise UserError(f"{run}: {error.strerror}") from None
-    with held:
+    with acquired:
         yield
 
 

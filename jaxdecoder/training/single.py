@@ -108,7 +108,7 @@ class Alone:
             shapes,
             self.shardings,
         )
-        self.held = jax.device_put(objective.held, everywhere(self.mesh))
+        self.constants = jax.device_put(objective.constants, everywhere(self.mesh))
         self._evaluate = make_evaluator(make_decoder(config))
         self._call = jax.jit(
             fuse(make_step(config, objective=objective)),
@@ -133,7 +133,7 @@ class Alone:
         rows = self._rows()
         stacked = Feed.of(self.config, self.corpus, "train").at(step, count, rows)
         batches = _place(self.objective.feed(stacked, step, rows), batch_sharding(self.mesh, 1))
-        return self._call(state, batches, self.held)
+        return self._call(state, batches, self.constants)
 
     def losses(self, state: State, split: SplitName, count: int | None) -> Sequence[float]:
         """Return the mean loss over `count` fixed batches of a split, or over all of it."""

@@ -75,7 +75,7 @@ def count_of(share: float, size: int) -> int:
     return math.floor(share * size + 0.5)
 
 
-def highest(
+def keep_highest(
     scores: Float[Array, "groups members"], dropped: Int[Array, "#groups"]
 ) -> Bool[Array, "groups members"]:
     """Return False for exactly `dropped` lowest scores of each group; ties go by place."""
@@ -129,7 +129,7 @@ def gradual(c: CompressionConfig) -> optax.GradientTransformation:
         kept = []
         for groups in sizes:
             counts = np.array([count_of(share, groups.shape[1]) for share in schedule.values()])
-            kept.append(highest(groups, jnp.asarray(counts, jnp.int32)[number][None]))
+            kept.append(keep_highest(groups, jnp.asarray(counts, jnp.int32)[number][None]))
         masks = scope.join(kept, shapes)
         cut = {path: jnp.where(masks[path], theirs[path], -x) for path, x in ours.items()}
         return replaced(updates, cut)

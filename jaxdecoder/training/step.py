@@ -57,15 +57,15 @@ Gradients = tuple[Float[Array, ""], Params]
 class Objective(NamedTuple):
     """The loss that training minimises.
 
-    loss: (params, batch, key, held) -> the loss summed over the batch's tokens, in nats. The key
-        is the step's own.
-    held: arrays that every step takes along unchanged, such as the weights of a teacher.
+    loss: (params, batch, key, constants) -> the loss summed over the batch's tokens, in nats. The
+        key is the step's own.
+    constants: arrays that every step takes along unchanged, such as the weights of a teacher.
     feed: (batches of some steps, the first of them, this host's rows) -> what the loss gets of them
         as its batch. It has `weights`, and all its arrays begin with the axes (steps, batch).
     """
 
     loss: Callable[[Params, PyTree, jax.Array, PyTree], Float[Array, ""]]
-    held: PyTree = ()
+    constants: PyTree = ()
     feed: Callable[[Batch, int, slice], PyTree] = lambda stacked, step, rows: stacked
 
 
@@ -86,7 +86,7 @@ def next_token(config: Config, dropout: Rate | None = None) -> Objective:
     rate = config.model.dropout if dropout is None else dropout
     decoder = make_decoder(config)
 
-    def loss(params: Params, batch: Batch, key: jax.Array, held: PyTree) -> jax.Array:
+    def loss(params: Params, batch: Batch, key: jax.Array, constants: PyTree) -> jax.Array:
         return summed_cross_entropy(decoder, params, batch, dropout=rate, dropout_key=key)
 
     return Objective(loss)
@@ -156,12 +156,12 @@ def make_step(
     schedule = make_schedule(config.optimizer, h.steps, h.learning_rate)
     accumulation = config.train.gradient_accumulation
 
-    def gradients(params: Params, batch: PyTree, key: jax.Array, held: PyTree) -> Gradients:
+    def gradients(params: Params, batch: PyTree, key: jax.Array, constants: PyTree) -> Gradients:
         if accumulation == 1:
-            return jax.value_and_grad(loss)(params, batch, key, held)
+            return jax.value_and_grad(loss)(params, batch, key, constants)
 
         def add_part(total: Gradients, part_and_key: PyTree) -> tuple[Gradients, None]:
-            part = jax.value_and_grad(loss)(params, *part_and_key, held)
+            part = jax.value_and_grad(loss)(params, *part_and_key, constants)
             return jax.tree.map(jnp.add, total, part), None
 
         # Interleaved rows, so that every device has its share of every part.
@@ -172,10 +172,10 @@ def make_step(
         total, _ = jax.lax.scan(add_part, zeros, (parts, jax.random.split(key, accumulation)))
         return total
 
-    def step(state: State, batch: PyTree, held: PyTree = ()) -> tuple[State, Metrics]:
+    def step(state: State, batch: PyTree, constants: PyTree = ()) -> tuple[State, Metrics]:
         # A step's randomness depends on the seed and the step alone, so a run can stop anywhere.
         key = jax.random.fold_in(jax.random.key(h.seed + 1), state.step)
-        total, grads = gradients(state.params, batch, key, held)
+        total, grads = gradients(state.params, batch, key, constants)
         count = jnp.maximum(jnp.sum(batch.weights), 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
@@ -198,7 +198,7 @@ def make_step(
 def fuse(step: Step) -> Step:
     """Fuse several steps into one call: batches and metrics gain a leading axis."""
 
-    def several(state: State, batches: PyTree, held: PyTree = ()) -> tuple[State, Metrics]:
-        return jax.lax.scan(lambda state, batch: step(state, batch, held), state, batches)
+    def several(state: State, batches: PyTree, constants: PyTree = ()) -> tuple[State, Metrics]:
+        return jax.lax.scan(lambda state, batch: step(state, batch, constants), state, batches)
 
     return several
