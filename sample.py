@@ -73,15 +73,11 @@ def main() -> None:
     if options.dtype != "auto":
         decoder = decoder.clone(dtype=jnp.dtype(options.dtype))
         params = packing.cast(params, decoder.dtype)
-    # Spare rows of the head mean nothing. Penalties apply to the raw logits; top-k, top-p and min-p
-    # apply after the temperature.
-    steps = [filters.first(model.tokenizer.vocab_size), filters.temperature(options.temperature)]
-    if options.repetition_penalty is not None:
-        steps.insert(1, filters.repetition_penalty(options.repetition_penalty))
-    for name in ("top_k", "top_p", "min_p"):
-        value = getattr(options, name)
-        if value is not None:
-            steps.append(getattr(filters, name)(value))
+    # Spare rows of the head mean nothing.
+    steps = [filters.first(model.tokenizer.vocab_size)]
+    for name, make in filters.FILTERS.items():
+        if (value := getattr(options, name)) is not None:
+            steps.append(make(value))
     texts = [_read(options.prompt_file)] if options.prompt_file else list(options.prompt) or [""]
     texts = [text for text in texts for _ in range(options.num_samples)]
     chunks = generate(

@@ -154,3 +154,11 @@ def test_the_same_arguments_give_the_same_filter_so_that_decoding_compiles_once(
 def test_a_value_out_of_range_is_refused_by_name(make, value):
     with pytest.raises(UserError, match=f"{make.__name__} = {value}"):
         make(value)
+
+
+def test_every_filter_of_one_number_is_an_option():
+    import sample
+
+    options = {field.name for field in dataclasses.fields(sample.Options)}
+    assert set(filters.FILTERS) <= options
+    assert all(callable(make(1)) for make in filters.FILTERS.values())

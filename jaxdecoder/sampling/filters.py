@@ -104,6 +104,19 @@ def repetition_penalty(factor: float) -> Filter:
     return apply
 
 
+FILTERS: dict[str, Callable[..., Filter]] = {
+    "repetition_penalty": repetition_penalty,
+    "temperature": temperature,
+    "top_k": top_k,
+    "top_p": top_p,
+    "min_p": min_p,
+}
+"""The filters that take one number, in the order in which `sample.py` applies them.
+
+A penalty is for the raw logits; what cuts off the unlikely ones comes after the temperature.
+"""
+
+
 def _check(name: str, value: float, fine: bool, right: str) -> None:
     if not fine:
         raise UserError(f"{name} = {value}: must be {right}")
