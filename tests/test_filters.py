@@ -1,5 +1,7 @@
 """A filter is its definition, written out for one row of probabilities."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
