@@ -60,7 +60,7 @@ def backward(
 
     def of_part(part: tuple[jax.Array, Operands, *tuple[jax.Array, ...]]) -> Gradients:
         entries, operands, *results = part
-        # Not outside of the loop, where XLA leaves out roundings to half precision.
+        # Inside the loop: outside of it, XLA leaves out roundings to half precision.
         return _backward(problem, entries, operands, Known.of(*results))
 
     found = jax.lax.map(of_part, (parts.indices(), parts.operands(operands), *results))
@@ -72,11 +72,8 @@ def backward(
     )
 
 
-_Row = tuple[online.Sums, jax.Array]
-"""The softmax of a row of blocks, and the sum of its weighted values."""
-
 _OverColumns = tuple[jax.Array, Sequence[AnyArray]]
-"""The gradients of the queries and of the score, which every column adds to."""
+"""The gradients of the queries and of the score, to which every column adds."""
 
 
 def _block(time: int) -> int:
@@ -136,7 +133,7 @@ def _forward(
     q, k, v = blocks.rows(operands.q), blocks.columns(operands.k), blocks.columns(operands.v)
 
     def row(_: None, i: Index) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        def column(check: bool, j: Index, carry: _Row) -> _Row:
+        def column(check: bool, j: Index, carry: online.Running) -> online.Running:
             sums, mixed = carry
             s = blocks.new_score(i, j, blocks.products(q[i], k[j]), operands.score)
             s = jnp.where(blocks.allowed(i, j), s, -jnp.inf) if check else s
@@ -224,7 +221,7 @@ def _walk(
 
 
 class _Blocks:
-    """The tiling of one call. Rows are blocks of queries, (batch, kv_heads, group, block, ...)."""
+    """One call cut into blocks. Rows are blocks of queries, columns are blocks of keys."""
 
     def __init__(self, problem: Problem, operands: Operands, entries: jax.Array):
         self.problem, self.operands, self.entries = problem, operands, entries

@@ -1,15 +1,14 @@
-"""The output head and its loss, which needs no logits of all tokens at once.
+"""The output head and its loss, computed without the logits of all tokens at once.
 
 A batch of 2 x 2048 tokens has 1.8 GB of float32 logits over a vocabulary of 110,000, and as many
-gradients of them. Here the vocabulary passes by in chunks: the forward pass keeps a running
-logarithm of the sum of exponentials (arXiv 1805.02867) and the target's logit, and the backward
-pass computes a chunk's logits again for its share of the gradients. Chunks are of the vocabulary
-rather than of the tokens, so that a chunk's gradient of the kernel is written once, and tokens
-that are sharded over devices stay where they are.
+gradients of them. Here the vocabulary is cut into chunks. The forward pass keeps an online softmax
+(`online.py`) and the target's logit; the backward pass computes a chunk's logits again for its
+share of the gradients. The vocabulary is cut rather than the tokens, so that a chunk's gradient of
+the kernel is written once, and tokens that are sharded over devices stay where they are.
 
-A GPU's tensor cores want whole tiles: there the vocabulary is filled up with columns of zeros,
-whose logits are -inf. It also has room for more logits at a time, and where it has for all of them
-they are kept for the backward pass, which is spared their product.
+A GPU's tensor cores need whole tiles: there the vocabulary is filled up with columns of zeros,
+whose logits are -inf. A GPU also has room for more logits at a time. If it has room for all of
+them, they are kept, and the backward pass need not compute them again.
 """
 
 from __future__ import annotations
@@ -28,18 +27,19 @@ from jaxdecoder.kernels import online
 from jaxdecoder.kernels.device import current_device
 from jaxdecoder.kernels.packing import Packed
 from jaxdecoder.kernels.padding import padded, round_up
+from jaxdecoder.kernels.product import dot
 from jaxdecoder.kernels.quantized import packed_product
 from jaxdecoder.kernels.typing import Carry
 from jaxdecoder.typing import Index
 
 
 class Limits(NamedTuple):
-    """Numbers of logits, 4 bytes each."""
+    """How many logits, of 4 bytes each, may exist at a time."""
 
     whole: int
-    """Up to so many are quickest in one piece, which spares the backward pass a product."""
+    """Up to this many are computed in one piece, which spares the backward pass a product."""
     chunk: int
-    """As many are in a chunk: on a CPU they should fit its caches."""
+    """The size of a chunk otherwise: on a CPU it should fit the caches."""
 
 
 CPU, ACCELERATOR = Limits(2**21, 2**20), Limits(2**26, 2**24)
@@ -48,10 +48,10 @@ NARROWEST = 512
 """Entries of the vocabulary in a chunk, at least: narrower products waste a device."""
 
 TILE = 128
-"""Columns of a GPU's products are a multiple of it."""
+"""The columns of a GPU's products are a multiple of this."""
 
 USUAL_MEMORY = 60_000_000_000
-"""Bytes that JAX takes of an H100's 80 GB: for programs that are compiled for a card elsewhere."""
+"""Bytes that JAX takes of an H100's 80 GB, for programs compiled on a machine without a card."""
 
 
 def device_tile() -> int:
@@ -127,7 +127,7 @@ def cross_entropy(
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     columns = vocab
     if tile > 1:
-        # Equal chunks, so that the last one is no waste.
+        # Equal chunks, so that little of the last one is filled up.
         count = -(-vocab // chunk)
         chunk = round_up(-(-vocab // count), tile)
         columns = round_up(vocab, chunk)
@@ -137,7 +137,7 @@ def cross_entropy(
 
 
 class _Head(NamedTuple):
-    """What logits are made of; and the gradients of it."""
+    """The arrays that logits are computed from, or their gradients."""
 
     features: Float[Array, "tokens width"]
     kernel: Float[Array, "width vocab"]
@@ -145,7 +145,7 @@ class _Head(NamedTuple):
 
 
 class _Cut(NamedTuple):
-    """How logits are computed; static."""
+    """How logits are computed, and in which chunks: the static part."""
 
     logit_softcap: float | None
     chunk: int
@@ -223,7 +223,7 @@ def _forward(
         sums, chosen = add(empty, 0, cut.columns, whole)
     else:
         sums, chosen = cut.over_chunks(add, empty)
-    # Not `finish`: every token has logits, and a NaN among them shall stay one.
+    # Not `online.finish`: no row is empty, and NaN in logits must give NaN.
     logsumexp = sums.largest + jnp.log(sums.total)
     return logsumexp - chosen, _Kept(given, targets, logsumexp, whole)
 
@@ -243,9 +243,9 @@ def _backward(cut: _Cut, kept: _Kept, g: jax.Array) -> tuple[_Head, None]:
             d_logits = d_logits * (1 - jnp.square(logits / logit_softcap))
         factor = d_logits.astype(dtype)
         d_bias = None if bias is None else jnp.sum(d_logits, axis=0).astype(bias.dtype)
-        d_kernel = _dot(features, factor, (0, 0)).astype(kernel.dtype)
+        d_kernel = dot(features, factor, (0, 0)).astype(kernel.dtype)
         part = _columns(head.kernel, start, size, axis=1).astype(dtype)
-        return _Head(_dot(factor, part, (1, 1)), d_kernel, d_bias)
+        return _Head(dot(factor, part, (1, 1)), d_kernel, d_bias)
 
     def add(carry: _Head, start: Index, size: int) -> _Head:
         d_features, d_kernel, d_bias = of(start, size, cut.logits(head, start, size))
@@ -274,9 +274,3 @@ _chunked.defvjp(_forward, _backward)
 
 def _columns(x: jax.Array, start: Index, size: int, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
-
-
-def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """Return the product over one axis of each, summed in float32."""
-    dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)

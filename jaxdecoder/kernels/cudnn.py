@@ -1,6 +1,6 @@
-"""Attention by NVIDIA's cuDNN, where its masks are the ones wanted, with JAX's gradient rule.
+"""Attention by NVIDIA's cuDNN, with JAX's gradient rule, for the few masks that it has.
 
-Causal, a causal window, or no mask at all; in half precision; without scores and dropout.
+These are causal, a causal window, and no mask; in half precision, without scores and dropout.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
 class _Pattern(NamedTuple):
-    """A mask in cuDNN's own words."""
+    """A mask as cuDNN describes it."""
 
     causal: bool
     window: int | None = None
-    """How many keys back a query sees, itself not counted."""
+    """The number of earlier keys that a query sees; None for all of them."""
 
 
 def _pattern(mask: Mask) -> _Pattern | None:
+    """Return the mask as cuDNN's, or None if cuDNN has no such mask."""
     match mask:
         case Mask("everything"):
             return _Pattern(causal=False)
@@ -81,7 +82,7 @@ def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None
 
 
 def _capability() -> float:
-    """Of the machine's first card; of any card, where there is none and one only compiles."""
+    """Return that of the machine's first card, or 8.0 to compile on a machine without one."""
     try:
         return float(jax.devices("cuda")[0].compute_capability)
     except RuntimeError:

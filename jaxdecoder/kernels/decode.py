@@ -1,6 +1,6 @@
-"""Attention of a few queries to a long cache: decoding, where reading the cache is all the work.
+"""Attention of a few queries to a long cache, as in decoding: reading the cache takes the time.
 
-It is `reference.attention`, but on NVIDIA GPUs, which have a kernel for it (`decode_kernel.py`).
+NVIDIA GPUs have a kernel for it (`decode_kernel.py`); elsewhere it is `reference.attention`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def decode_attention(
     k_index: Int[Array, "#batch k_time"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "batch q_time heads width"]:
-    """softmax(score(scale q k^T)) v over the allowed keys; a query with none gives zeros.
+    """Compute softmax(score(scale q k^T)) v over the allowed keys; a query with none gives zeros.
 
-    As `reference.attention`, which it is everywhere but on NVIDIA GPUs. There a kernel reads keys
-    and values as they lie in a cache (batch, kv_heads, k_time, width), where `k` and `v` are its
-    `swapaxes(1, 2)`. It has no gradient.
+    The arguments are those of `reference.attention`. The kernel of NVIDIA GPUs reads a cache
+    (batch, kv_heads, k_time, width) as it lies, if `k` and `v` are its `swapaxes(1, 2)`. It has no
+    gradient.
 
     Raises:
         UserError: for an unknown `implementation`, or "kernel" where it cannot do this.

@@ -22,12 +22,13 @@ from jaxdecoder.kernels.device import Device
 from jaxdecoder.kernels.padding import padded
 from jaxdecoder.kernels.portable_launch import Sizes, launched, of_entry, triton, whole
 from jaxdecoder.kernels.problem import field, holds_arrays
+from jaxdecoder.kernels.product import dot
 from jaxdecoder.kernels.scores import Score
 from jaxdecoder.kernels.typing import Ref
 from jaxdecoder.typing import Index
 
 BLOCK, WARPS, STAGES = 64, 4, 3
-# Parts of the cache, so that there are some programs for each of a large card's processors.
+# The number of programs at least, so that each processor of a large card has some.
 PROGRAMS = 512
 MOST_ROWS = 64
 
@@ -174,20 +175,13 @@ def _decode_kernel(
     q, q_at = refs.q[...], refs.q_index[query]
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
-    def dot(a: jax.Array, b: jax.Array, b_axis: int) -> jax.Array:
-        axes = (((1,), (b_axis,)), ((), ()))
-        return jax.lax.dot_general(
-            a, b, axes, precision=precision, preferred_element_type=jnp.float32
-        )
-
-    def step(n: Index, carry: tuple[online.Sums, jax.Array]) -> tuple[online.Sums, jax.Array]:
+    def step(n: Index, carry: online.Running) -> online.Running:
         sums, mixed = carry
-        # The last block begins early enough to end in time, and leaves out what it has in common
-        # with the one before.
+        # The last block ends where the keys end, and leaves out those of the block before.
         start = jnp.minimum(n * BLOCK, plan.k_time - BLOCK)
         slot = start + jax.lax.broadcasted_iota(jnp.int32, (BLOCK,), 0)
         keys = pl.ds(start, BLOCK)
-        s = dot(q, refs.k[keys, :], 1) * plan.scale
+        s = dot(q, refs.k[keys, :], (1, 1), precision) * plan.scale
         if score is not None:
             index = (batch, head[:, None], q_at[:, None], refs.k_index[keys][None, :])
             s = score.function(s, *index, *Score.parameters(refs.score, head[:, None]))
@@ -196,7 +190,7 @@ def _decode_kernel(
         s = jnp.where((allowed != 0) & (slot >= n * BLOCK)[None, :], s, -jnp.inf)
         sums, weights, shrink = online.add(sums, s)
         v = refs.v[keys, :]
-        more = dot(weights.astype(v.dtype), v, 0)
+        more = dot(weights.astype(v.dtype), v, (1, 0), precision)
         return sums, mixed * online.spread(shrink, mixed.shape) + more
 
     zeros = jnp.zeros((plan.rows,), jnp.float32)

@@ -1,4 +1,4 @@
-"""The device that a computation is traced for, by what JAX can know of it before it runs."""
+"""The device that a computation is traced for, as far as JAX knows it before the run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Device(NamedTuple):
     platform: str
     """cpu, gpu or tpu"""
     kind: str
-    """What the maker calls it, such as NVIDIA H200."""
+    """The maker's name for it, such as NVIDIA H200."""
 
 
 def current_device() -> Device:
-    """What the computation being traced will run on, as far as can be known."""
+    """Return the device that the computation being traced will run on, as far as JAX knows."""
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if abstract is not None:
         return Device(abstract.platform or jax.default_backend(), abstract.device_kind)

@@ -48,7 +48,7 @@ class Implementations(Mapping[str, Implementation]):
 
 
 IMPLEMENTATIONS = Implementations("reference", "chunked", "portable", "hopper", "cudnn")
-# Below this length, a plain softmax over all scores is the quickest.
+# Below this length, a softmax over all scores at once is the quickest.
 SHORT = 128
 
 log = logging.getLogger(__name__)
@@ -316,7 +316,7 @@ def _check_shapes(q: Unchecked, k: Unchecked, v: Unchecked) -> None:
 
 
 _Segments = tuple[AnyArray, AnyArray] | None
-"""Those of queries, (batch or 1, q_time), and those of keys, (batch or 1, k_time)."""
+"""Segments of queries, (batch or 1, q_time), and of keys, (batch or 1, k_time)."""
 
 
 def _segments(segment_ids: Unchecked, batch: int, q_time: int, k_time: int) -> _Segments:

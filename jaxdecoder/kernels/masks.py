@@ -35,8 +35,8 @@ from jaxdecoder.kernels.typing import AnyArray, Indices
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
-# How many (query, key) pairs are looked at in one go when a block has to be evaluated entry by
-# entry, the side of the largest tile, and how many pairs `block_map(exact=True)` may look at.
+# When blocks are evaluated entry by entry: the number of (query, key) pairs at a time, the side of
+# the largest tile, and the number of pairs that `block_map(exact=True)` may evaluate.
 CHUNK_ENTRIES = 2**21
 TILE = 512
 EXACT_ENTRIES = 2**28
@@ -362,7 +362,7 @@ RULES = {
 
 
 class Operator(NamedTuple):
-    """An operator on answers, the like on block states, and the state that decides the result."""
+    """An operator on answers, its equal on block states, and the state that decides the result."""
 
     answers: Callable[[Answers, Answers], Answers]
     states: Callable[..., np.ndarray]
@@ -450,7 +450,7 @@ def _operands_cheapest_first(mask: Mask) -> list[Mask]:
 def _states_along(axis: str, mask: Mask, bounds: Bounds) -> np.ndarray:
     """Return the exact states of a mask that depends on one axis, by counting along it."""
     q_lo, q_hi, k_lo, k_hi = bounds
-    # Every distance q - k between a block's least and greatest occurs in it.
+    # A block contains every distance q - k between its least and its greatest.
     lo, hi = (q_lo - k_hi + 1, q_hi - k_lo) if axis == "distance" else (k_lo, k_hi)
     start = int(lo.min())
     positions = np.arange(start, int(hi.max()), dtype=np.int32)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 
 class Base(NamedTuple):
-    """What exponentials are powers of."""
+    """The base of the exponentials: e, or 2 where that is quicker."""
 
     power: Callable[[jax.Array], jax.Array]
     log: Callable[[jax.Array], jax.Array]
@@ -33,8 +33,12 @@ class Sums(NamedTuple):
     """The sum of power(score - largest)."""
 
 
+Running = tuple[Sums, jax.Array]
+"""The softmax of the scores so far, and the sum of their weighted values (*rows, width)."""
+
+
 class Added(NamedTuple):
-    """What more scores make of a softmax."""
+    """The result of adding scores to a softmax."""
 
     sums: Sums
     weights: jax.Array

@@ -27,7 +27,7 @@ GRANULARITIES = ("tensor", "channel", "group")
 
 
 class Format(NamedTuple):
-    """What a weight is stored as.
+    """The format of a stored weight.
 
     storage: the dtype of codes; `codes` of them share one element.
     lowest, largest: the levels' ends. The symmetric scheme has -largest to largest.
@@ -47,7 +47,7 @@ class Format(NamedTuple):
 
 
 def _to_pairs(levels: jax.Array) -> jax.Array:
-    """Two levels in a byte: those of the first half of the rows in its low nibbles."""
+    """Pack two levels in a byte: those of the first half of the rows in the low nibbles."""
     low, high = jnp.split((levels + 8).astype(jnp.uint8), 2, axis=-2)
     return low | (high << 4)
 
@@ -58,7 +58,7 @@ def _from_pairs(codes: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _from_float(codes: jax.Array, mantissa: int) -> tuple[jax.Array, ...]:
-    """Floats of 8 bits by their bits, which makes vector code of what else is none on CPUs."""
+    """Convert floats of 8 bits by their bits, so that XLA makes vector code of it on CPUs."""
     bias = 2 ** (6 - mantissa) - 1
     wide = jax.lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.int32)
     magnitude = wide & 0x7F
@@ -67,6 +67,18 @@ def _from_float(codes: jax.Array, mantissa: int) -> tuple[jax.Array, ...]:
     subnormal = magnitude.astype(jnp.float32) * 2.0 ** (1 - bias - mantissa)
     value = jnp.where(magnitude < 2**mantissa, subnormal, normal)
     return (jnp.where(wide > 0x7F, -value, value),)
+
+
+def _float_format(storage: DTypeLike, largest: int, mantissa: int) -> Format:
+    return Format(
+        storage,
+        1,
+        -largest,
+        largest,
+        lambda levels: levels.astype(storage),
+        lambda codes: _from_float(codes, mantissa),
+        integer=False,
+    )
 
 
 FORMATS: dict[str, Format] = {
@@ -80,29 +92,13 @@ FORMATS: dict[str, Format] = {
     ),
     "int4": Format(jnp.uint8, 2, -8, 7, _to_pairs, _from_pairs, offset=8),
     # arXiv 2209.05433
-    "float8_e4m3fn": Format(
-        jnp.float8_e4m3fn,
-        1,
-        -448,
-        448,
-        lambda levels: levels.astype(jnp.float8_e4m3fn),
-        lambda codes: _from_float(codes, 3),
-        integer=False,
-    ),
-    "float8_e5m2": Format(
-        jnp.float8_e5m2,
-        1,
-        -57344,
-        57344,
-        lambda levels: levels.astype(jnp.float8_e5m2),
-        lambda codes: _from_float(codes, 2),
-        integer=False,
-    ),
+    "float8_e4m3fn": _float_format(jnp.float8_e4m3fn, 448, mantissa=3),
+    "float8_e5m2": _float_format(jnp.float8_e5m2, 57344, mantissa=2),
 }
 
 
 class Scheme(NamedTuple):
-    """How kernels are quantized. `group_size`: inputs that share a scale, for group."""
+    """How kernels are quantized. With granularity group, `group_size` inputs share a scale."""
 
     format: str = "int8"
     granularity: str = "channel"
@@ -114,11 +110,11 @@ class Scheme(NamedTuple):
         return FORMATS[self.format]
 
     def groups(self, d_in: int) -> int:
-        """Groups of inputs that have a scale."""
+        """Count the groups of inputs that have a scale of their own."""
         return d_in // self.group_size if self.granularity == "group" else 1
 
     def columns(self, d_out: int) -> int:
-        """Columns that have a scale."""
+        """Count the columns that have a scale of their own."""
         return 1 if self.granularity == "tensor" else d_out
 
 
@@ -149,7 +145,7 @@ class Packed:
         return self.codes.shape[0] * self.scheme.kind.codes, self.codes.shape[1]
 
     def dequantized(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "d_in d_out"]:
-        """The kernel that the codes stand for."""
+        """Return the kernel that the codes stand for."""
         d_in, d_out = self.shape
         groups, kind = self.scales.shape[0], self.scheme.kind
         raw = kind.decode(self.codes.reshape(groups, -1, d_out))
@@ -157,7 +153,7 @@ class Packed:
         return ((jnp.concatenate(raw, axis=1) - offset) * scales).reshape(d_in, d_out).astype(dtype)
 
     def columns(self, chosen: Int[Array, "*rows"]) -> Float[Array, "*rows d_in"]:
-        """Some columns of the kernel, one a row, float32."""
+        """Return some columns of the kernel as rows, float32."""
 
         def take(x: jax.Array) -> jax.Array:
             return jnp.take(x, chosen.reshape(-1), axis=1)
@@ -170,7 +166,7 @@ class Packed:
 
 
 def spread(packed: Packed) -> tuple[jax.Array, jax.Array]:
-    """What decoded codes are multiplied by, and what is taken from them before.
+    """Return the scales of decoded codes, and the offsets to subtract from codes before.
 
     Both are (groups, 1, columns).
     """
@@ -182,9 +178,9 @@ def spread(packed: Packed) -> tuple[jax.Array, jax.Array]:
 
 
 def steps_of(scheme: Scheme, kernel: Float[Array, "d_in d_out"]) -> Steps:
-    """The scales that hold every weight, and zero points at which zero is exact.
+    """Return the scales whose levels reach every weight, and zero points at which zero is exact.
 
-    Zero stays zero in every scheme, so a pruned kernel is as sparse afterwards.
+    Zero stays zero in every scheme, so a pruned kernel stays as sparse.
     """
     kind = scheme.kind
     grouped = kernel.reshape(scheme.groups(kernel.shape[0]), -1, kernel.shape[1])
@@ -208,7 +204,7 @@ def levels_of(
     scales: jax.Array,
     zeros: jax.Array | None,
 ) -> Float[Array, "*rows columns"]:
-    """The nearest levels; scales and zero points are of shapes that broadcast."""
+    """Return the nearest levels; the shapes of scales and zero points broadcast."""
     kind = scheme.kind
     lowest = -kind.largest if scheme.symmetric else kind.lowest
     levels = weights / scales
@@ -222,12 +218,12 @@ def levels_of(
 
 
 def weights_of(levels: jax.Array, scales: jax.Array, zeros: jax.Array | None) -> jax.Array:
-    """What levels stand for."""
+    """Return the weights that levels stand for."""
     return scales * (levels if zeros is None else levels - zeros.astype(jnp.float32))
 
 
 def pack(scheme: Scheme, levels: Float[Array, "d_in d_out"], steps: Steps) -> Packed:
-    """Levels as they are stored."""
+    """Encode levels as they are stored."""
     d_out = levels.shape[1]
     grouped = levels.reshape(steps.scales.shape[0], -1, d_out)
     codes = scheme.kind.encode(grouped).reshape(-1, d_out)
@@ -236,7 +232,7 @@ def pack(scheme: Scheme, levels: Float[Array, "d_in d_out"], steps: Steps) -> Pa
 
 @partial(jax.jit, static_argnums=0)
 def quantize(scheme: Scheme, kernel: Float[Array, "d_in d_out"]) -> Packed:
-    """A kernel rounded to the nearest levels."""
+    """Round a kernel to the nearest levels."""
     kernel = kernel.astype(jnp.float32)
     steps = steps_of(scheme, kernel)
     grouped = kernel.reshape(steps.scales.shape[0], -1, kernel.shape[1])
@@ -248,7 +244,7 @@ def quantize(scheme: Scheme, kernel: Float[Array, "d_in d_out"]) -> Packed:
 def straight_through(
     scheme: Scheme, kernel: Float[Array, "d_in d_out"]
 ) -> Float[Array, "d_in d_out"]:
-    """The kernel that `quantize` makes, with the gradient of the one it was (arXiv 1308.3432)."""
+    """Return the quantized kernel, with the gradient of the given one (arXiv 1308.3432)."""
     constant = jax.lax.stop_gradient(kernel)
     return quantize(scheme, constant).dequantized() + (kernel - constant)
 
@@ -256,11 +252,11 @@ def straight_through(
 # --- Parameters ----------------------------------------------------------------------------------
 
 PARTS = ("codes", "scales", "zeros")
-"""The parameters of a packed kernel, where a float one has `kernel`; the last may be missing."""
+"""Names of a packed kernel's parameters, where a float one has `kernel`; zeros may be missing."""
 
 
 def empty(scheme: Scheme, d_in: int, d_out: int) -> dict[str, jax.Array]:
-    """The parameters of a packed kernel, all zero."""
+    """Return the parameters of a packed kernel, all zero."""
     kind, shape = scheme.kind, (scheme.groups(d_in), scheme.columns(d_out))
     parts = {
         "codes": jnp.zeros((d_in // kind.codes, d_out), kind.storage),
@@ -270,7 +266,7 @@ def empty(scheme: Scheme, d_in: int, d_out: int) -> dict[str, jax.Array]:
 
 
 def parameters_of(packed: Packed) -> dict[str, jax.Array]:
-    """The parameters of a packed kernel."""
+    """Return the parameters of a packed kernel."""
     parts = {name: getattr(packed, name) for name in PARTS}
     return {name: part for name, part in parts.items() if part is not None}
 
@@ -288,12 +284,12 @@ def over_layers(
 
 
 def of_parameters(scheme: Scheme, parts: Params) -> Packed:
-    """The kernel of these parameters, which may be of several layers."""
+    """Return the kernel of these parameters, which may be of several layers."""
     return Packed(parts["codes"], parts["scales"], parts.get("zeros"), scheme)
 
 
 def cast(params: Params, dtype: DTypeLike) -> Params:
-    """Float parameters in another type of float. Codes stay, and the scales that they need."""
+    """Convert float parameters to another type of float, except the parts of packed kernels."""
 
     def convert(path: KeyPath, leaf: jax.Array) -> jax.Array:
         stays = path[-1].key in PARTS
@@ -303,16 +299,16 @@ def cast(params: Params, dtype: DTypeLike) -> Params:
 
 
 class Size(NamedTuple):
-    """How large a model is."""
+    """The size of a model."""
 
     parameters: int
-    """Weights, however they are stored; scales and zero points are none."""
+    """Weights, however they are stored, without scales and zero points."""
     nonzero: int
     bytes: int
 
 
 def size(params: PyTree, *, nonzero: bool = True) -> Size:
-    """Of a tree of parameters, packed or not; counting those that are not zero reads them all."""
+    """Return the size of a tree of parameters; counting those that are not zero reads them all."""
     if isinstance(params, Mapping):
         if "codes" in params:
             rest = {name: leaf for name, leaf in params.items() if name not in PARTS}

@@ -136,7 +136,7 @@ def _flat(
 
 def _partitioned(function: Flat, ins: tuple[str, ...], outs: tuple[str, ...]) -> Flat:
     """Return the function as XLA may partition it, and `vmap` add axes to it."""
-    # Constants of its own, such as lists of blocks, are allowed inside another jit only.
+    # Only inside another jit may the function have constants, such as lists of blocks.
     partitioned = custom_partitioning(jax.jit(function))
     partitioned.def_partition(
         functools.partial(_partition, function, ins, outs),
@@ -170,7 +170,7 @@ def _sharding_rule(
     """Return which axes of the arrays belong together, so that Shardy propagates shardings."""
     sizes = _sizes(ins, in_types)
     group = sizes[HEADS] // sizes[KV_HEADS]
-    # Query heads are key heads times the group, where neither is 1: Shardy has no such factors.
+    # Query heads are key heads times the group; Shardy has no factors of size 1.
     heads: str | CompoundFactor = HEADS if sizes[KV_HEADS] == 1 else CompoundFactor("k", "h")
     if group == 1:
         heads = KV_HEADS

@@ -28,7 +28,7 @@ from jaxdecoder.kernels.problem import (
     LogSumExp,
     Operands,
     Problem,
-    captures_arrays,
+    reads_arrays,
 )
 from jaxdecoder.kernels.typing import AnyArray, Carry, Ref
 from jaxdecoder.typing import Index
@@ -37,8 +37,8 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 LARGEST_WIDTH = 256
 
 
-# By width, for widths up to it: the largest blocks that leave room in the registers and the shared
-# memory of a Hopper card, by the compilers' own report.
+# For widths up to the key, the sizes of the three `KERNELS`: the largest blocks that fit into the
+# registers and the shared memory of a Hopper card, by the compilers' report.
 HALF = {
     64: (Sizes(128, 64, 8, 3), Sizes(64, 64, 4, 2), Sizes(64, 64, 4, 2)),
     128: (Sizes(128, 64, 8, 2), Sizes(64, 64, 8, 2), Sizes(64, 64, 8, 2)),
@@ -130,9 +130,7 @@ def _forward_kernel(
     place = _Place(tiling, refs, batch, head)
     q = place.queries(refs.operands.q, i)
 
-    def step(
-        check: bool, n: Index, carry: tuple[online.Sums, jax.Array]
-    ) -> tuple[online.Sums, jax.Array]:
+    def step(check: bool, n: Index, carry: online.Running) -> online.Running:
         sums, mixed = carry
         j = lists.indices[i, n]
         products = place.products(q, place.keys(refs.operands.k, j))
@@ -143,7 +141,8 @@ def _forward_kernel(
         sums, weights, shrink = online.add(sums, s, may_be_empty=may_be_empty)
         v = place.keys(refs.operands.v, j)
         weights = place.dropped(i, j, weights).astype(v.dtype)
-        return sums, mixed * online.spread(shrink, mixed.shape) + tiling.dot(weights, v)
+        more = tiling.dot(weights, v)
+        return sums, mixed * online.spread(shrink, mixed.shape) + more
 
     rows = jnp.zeros((tiling.block_q,), jnp.float32)
     mixed = jnp.zeros((tiling.block_q, tiling.padded_width), jnp.float32)
@@ -167,7 +166,8 @@ def _queries_kernel(
         keys = place.of_keys(j)
         _, ds, parts = place.gradient(check, i, j, queries, keys)
         totals = [a + b.astype(jnp.float32) for a, b in zip(totals, parts, strict=True)]
-        return total + tiling.dot(ds.astype(keys.k.dtype), keys.k), totals
+        ds = ds.astype(keys.k.dtype)
+        return total + tiling.dot(ds, keys.k), totals
 
     none = [jnp.float32(0)] * sum(ref.shape[0] for ref in dscore)
     zeros = jnp.zeros((tiling.block_q, tiling.padded_width), jnp.float32)
@@ -193,7 +193,8 @@ def _keys_kernel(tiling: Tiling, lists: masks.BlockLists, refs: Inputs, dk: Ref,
             weights, ds, _ = place.gradient(check, i, j, queries, keys, learned=False)
             dropped = place.dropped(i, j, weights).astype(queries.dout.dtype)
             dv = carry.v + tiling.dot(dropped, queries.dout)
-            return _Keys(carry.k + tiling.dot(ds.astype(queries.q.dtype), queries.q), dv)
+            ds = ds.astype(queries.q.dtype)
+            return _Keys(carry.k + tiling.dot(ds, queries.q), dv)
 
         return _walk(lists, j, step, carry)
 
@@ -258,7 +259,7 @@ class _Place:
     def products(self, of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
         """Return the products of all pairs of rows, as scores lie."""
         a, b = (of_keys, of_queries) if self.keys_first else (of_queries, of_keys)
-        return self.tiling.dot(a, b, transpose_b=True)
+        return self.tiling.dot(a, b, (1, 1))
 
     def along_queries(self, numbers: jax.Array) -> jax.Array:
         return numbers[None, :] if self.keys_first else numbers[:, None]
@@ -358,7 +359,6 @@ class _Place:
 
 def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None:
     width, dtype = operands.q.shape[-1], operands.q.dtype
-    captured = captures_arrays(problem, operands)
     if device.platform == "gpu" and triton is None:
         return f"jax {jax.__version__} no longer compiles Pallas kernels with Triton"
     if device.platform not in ("cpu", "gpu"):
@@ -367,11 +367,7 @@ def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None
         return f"it computes in {', '.join(jnp.dtype(d).name for d in DTYPES)}, not in {dtype}"
     if width > LARGEST_WIDTH:
         return f"its heads may be {LARGEST_WIDTH} wide, not {width}"
-    if not masks.is_positional(problem.positional_mask):
-        return "a kernel has no array to look documents up in, unless they are joined by & alone"
-    if captured is not None:
-        return f"{captured} reads an array, which a kernel has no place for"
-    return None
+    return reads_arrays(problem, operands)
 
 
 IMPLEMENTATION = Implementation(*over_devices(forward, backward), _refuses)

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.padding import padded, round_up
 from jaxdecoder.kernels.problem import Known, Operands, Problem, alike, field, result
+from jaxdecoder.kernels.product import dot
 from jaxdecoder.kernels.segments import lists_of
 from jaxdecoder.kernels.typing import AnyArray
 
@@ -58,7 +59,8 @@ class Tiling:
         # Triton's tiles are powers of two, and its matrix products at least 16 wide.
         self.padded_width = max(16, 1 << (self.width - 1).bit_length())
         self.ragged = self.padded_k != self.k_time
-        self.precision = jax.lax.Precision.HIGHEST if operands.q.dtype == jnp.float32 else None
+        precision = jax.lax.Precision.HIGHEST if operands.q.dtype == jnp.float32 else None
+        self.dot = functools.partial(dot, precision=precision)
 
     def lists(self, operands: Operands, by_keys: bool = False) -> masks.BlockLists:
         """Return the blocks with work, with a first axis for batch entries: see `lists_of`."""
@@ -87,15 +89,16 @@ class Tiling:
 
     def by_query(self, like: jax.Array) -> Result:
         """Return a result with a row of numbers for every query, head and batch entry."""
-        shape = (self.batch, self.padded_q, self.heads, self.padded_width)
-        block = (None, self.block_q, None, self.padded_width)
-        return result(shape, like.dtype, like), pl.BlockSpec(block, lambda i, h, b: (b, i, h, 0))
+        return self._rows(like, self.padded_q, self.heads, self.block_q)
 
     def by_key(self, like: jax.Array) -> Result:
         """Return a result with a row of numbers for every key, key head and batch entry."""
-        shape = (self.batch, self.padded_k, self.kv_heads, self.padded_width)
-        block = (None, self.block_k, None, self.padded_width)
-        return result(shape, like.dtype, like), pl.BlockSpec(block, lambda j, h, b: (b, j, h, 0))
+        return self._rows(like, self.padded_k, self.kv_heads, self.block_k)
+
+    def _rows(self, like: jax.Array, time: int, heads: int, block: int) -> Result:
+        shape, part = (self.batch, time, heads, self.padded_width), (None, block, None)
+        spec = pl.BlockSpec((*part, self.padded_width), lambda i, h, b: (b, i, h, 0))
+        return result(shape, like.dtype, like), spec
 
     def by_row(self, like: jax.Array) -> Result:
         """Return a result with a number for every query, head and batch entry."""
@@ -109,13 +112,6 @@ class Tiling:
         shape = (self.batch, self.heads, self.padded_q // self.block_q, n)
         spec = pl.BlockSpec((None, None, None, n), lambda i, h, b: (b, h, i, 0))
         return result(shape, jnp.float32, operand), spec
-
-    def dot(self, a: jax.Array, b: jax.Array, transpose_b: bool = False) -> jax.Array:
-        """Return the matrix product, summed in float32."""
-        axes = (1,), (1 if transpose_b else 0,)
-        return jax.lax.dot_general(
-            a, b, (axes, ((), ())), precision=self.precision, preferred_element_type=jnp.float32
-        )
 
     def call(
         self,

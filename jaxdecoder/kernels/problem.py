@@ -27,7 +27,7 @@ Tree = TypeVar("Tree")
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The static part: a key for caches, and a constant for the compiler.
+    """The static part of a problem: a key for caches, and a constant for the compiler.
 
     A pair of positions is allowed if `mask` allows it. A kernel finds its blocks with `states`,
     and inside a PARTIAL block asks `allowed`. Positions count from 0, for queries and for keys.
@@ -76,18 +76,12 @@ class Problem:
         return allowed if k_time is None else allowed & (k_index < k_time)
 
     def new_score(
-        self,
-        operands: tuple[scores.Operand, ...],
-        score: jax.Array,
-        batch: Indices,
-        head: Indices,
-        q_index: Indices,
-        k_index: Indices,
+        self, operands: tuple[scores.Operand, ...], score: jax.Array, *index: Indices
     ) -> jax.Array:
-        """Apply the score function to scaled scores."""
+        """Apply the score function to scaled scores at (batch, head, q_index, k_index)."""
         if self.score is None:
             return score
-        return scores.Score(self.score).apply(operands, score, batch, head, q_index, k_index)
+        return scores.Score(self.score).apply(operands, score, *index)
 
 
 @functools.lru_cache(maxsize=64)
@@ -177,22 +171,26 @@ def never_refuses(problem: Problem, operands: Operands, device: Device) -> None:
     """Refuse no problem: the `Implementation.refuses` of what runs everywhere."""
 
 
-def captures_arrays(problem: Problem, operands: Operands) -> str | None:
-    """Name the function, mask or score, that closes over arrays, which no kernel can take in."""
+def reads_arrays(problem: Problem, operands: Operands) -> str | None:
+    """Return why no kernel can take mask and score in, if they read arrays of their own."""
+    if not masks.is_positional(problem.positional_mask):
+        return "a kernel has no array to look documents up in, unless they are joined by & alone"
     parameters = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands.score)
-    return _captures_arrays(problem, parameters)
+    captured = _captures_arrays(problem, parameters)
+    return captured and f"{captured} reads an array, which a kernel has no place for"
 
 
 @functools.lru_cache(maxsize=256)
 def _captures_arrays(problem: Problem, parameters: tuple[jax.ShapeDtypeStruct, ...]) -> str | None:
+    """Name the function, mask or score, that closes over arrays, if one does."""
     index = jax.ShapeDtypeStruct((8, 8), jnp.int32)
     score = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     one = jax.ShapeDtypeStruct((), jnp.int32)
     if holds_arrays(problem.positional_mask, index, index):
         return "the mask"
     if problem.score is not None:
-        value = scores.Score(problem.score, (), problem.learned)
-        if holds_arrays(value.apply, parameters, score, one, one, index, index):
+        apply = scores.Score(problem.score).apply
+        if holds_arrays(apply, parameters, score, one, one, index, index):
             return "the score"
     return None
 

@@ -1,4 +1,4 @@
-"""The matrix product of linear layers."""
+"""Matrix products: of linear layers, and of tiles inside kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxdecoder.kernels.device import current_device
+
+
+def dot(
+    a: jax.Array,
+    b: jax.Array,
+    axes: tuple[int, int] = (1, 0),
+    precision: jax.lax.Precision | None = None,
+) -> jax.Array:
+    """Return the matrix product over one axis of each, summed in float32."""
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def product(

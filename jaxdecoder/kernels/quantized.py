@@ -1,8 +1,8 @@
 """The product of activations and a packed kernel.
 
-Decoding multiplies a row or two by every weight there is, and waits for the memory that these come
-from; there the codes are read as they lie, a quarter or an eighth of the bytes. Many rows are worth
-more than their weights: then the kernel is unpacked once, for the product that floats have.
+Decoding multiplies a row or two by every weight, and reading the weights takes the time. There the
+codes are read as they lie, which are a quarter or an eighth of the bytes. With many rows the
+product takes longer than reading: then the kernel is unpacked once, for a product of floats.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from jaxdecoder.kernels.packing import Packed, spread
 from jaxdecoder.kernels.product import product
 
 FEW_ROWS = 4
-"""Up to so many, reading codes is quicker than unpacking them for a product of floats."""
+"""Up to this many rows, reading codes is quicker than unpacking them for a product of floats."""
 
 TILE = 8
-"""Inputs whose products one pass over the columns adds up, at most: as many as have registers."""
+"""The most inputs whose products one pass over the columns sums: as many as have registers."""
 
 LARGEST_ACTIVATION = 127
 
@@ -35,10 +35,10 @@ def packed_product(
     activations: str = "float",
     preferred_element_type: DTypeLike | None = None,
 ) -> Float[Array, "*batch d_out"]:
-    """x @ kernel, in the type of x, or in the preferred one.
+    """Compute x @ kernel, in the type of x or in the preferred one.
 
     `activations`: int8 rounds each row of x to 255 levels first (W8A8 with dynamic scales, arXiv
-    2208.07339 less its outliers); gradients go straight through that.
+    2208.07339 without its outliers); gradients pass the rounding unchanged.
     """
     rounds = activations == "int8"
     dtype = preferred_element_type or x.dtype
@@ -54,20 +54,20 @@ def packed_product(
 
 
 def by_codes(x: Float[Array, "rows d_in"], kernel: Packed) -> Float[Array, "rows d_out"]:
-    """x @ kernel in float32, for few rows.
+    """Compute x @ kernel in float32, for few rows.
 
-    Codes are converted where they are multiplied, in a loop over the columns that adds up a tile of
-    inputs. The terms are written out: XLA makes vector code of that, and none of a sum over inputs
-    that are not floats in memory.
+    Codes are converted where they are multiplied, in a loop over the columns that sums a tile of
+    inputs. The terms of the sum are written out, because XLA makes no vector code of a sum over
+    inputs that are not floats in memory.
     """
     terms = _terms(x.astype(jnp.float32), kernel, kernel.scheme.kind.decode)
     return _joined(_added(a * b for a, b in terms), _added(a for a, _ in terms), kernel)
 
 
 def by_integers(x: Float[Array, "rows d_in"], kernel: Packed) -> Float[Array, "rows d_out"]:
-    """rounded(x) @ kernel for few rows and whole levels, its sums of products exact.
+    """Compute rounded(x) @ kernel for few rows and whole levels, with exact sums of products.
 
-    Products are of 16 bits, and so are sums of as many as cannot overflow.
+    Products have 16 bits, and so have sums of as many as cannot overflow.
     """
     integers, scale = rounded_to_integers(x.astype(jnp.float32))
     kind = kernel.scheme.kind
@@ -82,9 +82,9 @@ def by_integers(x: Float[Array, "rows d_in"], kernel: Packed) -> Float[Array, "r
 
 
 def rounded(x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_in"]:
-    """Each row rounded to whole multiples of a 127th of its largest; gradients go straight through.
+    """Round each row to multiples of a 127th of its largest magnitude; gradients pass unchanged.
 
-    It is off by half of that at most.
+    The error is at most half of that step.
     """
     constant = jax.lax.stop_gradient(x)
     integers, scale = rounded_to_integers(constant.astype(jnp.float32))
@@ -94,7 +94,7 @@ def rounded(x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_in"]:
 def rounded_to_integers(
     x: Float[Array, "*batch d_in"],
 ) -> tuple[Float[Array, "*batch d_in"], Float[Array, "*batch 1"]]:
-    """Those whole numbers, from -127 to 127, and the scale of each row."""
+    """Return the whole numbers of `rounded`, from -127 to 127, and the scale of each row."""
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     scale = jnp.where(largest > 0, largest / LARGEST_ACTIVATION, 1.0)
     return jnp.round(x / scale), scale
@@ -103,16 +103,15 @@ def rounded_to_integers(
 def _terms(
     x: jax.Array, kernel: Packed, decode: Callable[[jax.Array], tuple[jax.Array, ...]]
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """Factors whose products add up to a tile's: inputs (groups, tiles, rows, 1) and decoded codes
-    (groups, tiles, 1, d_out), a pair for each input of a tile.
+    """Return the factors of each tile's sum of products, a pair for each input of a tile.
 
-    The two pass a barrier together: a loop around would otherwise be free to unpack the kernel
-    before it begins, and to read floats.
+    A pair is inputs (groups, tiles, rows, 1) and decoded codes (groups, tiles, 1, d_out). Both pass
+    a barrier together, without which a loop around might unpack the kernel first and read floats.
     """
     groups, per = kernel.scales.shape[0], kernel.scheme.kind.codes
     x, codes = jax.lax.optimization_barrier((x, kernel.codes))
     if not kernel.scheme.kind.integer:
-        # As bits: XLA makes wider floats even of a slice of these.
+        # As bits, because XLA converts small floats to wider ones even to slice them.
         codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
     stored, d_out = codes.shape
     in_group = stored // groups
@@ -127,18 +126,18 @@ def _terms(
 
 
 def _joined(products: jax.Array, inputs: jax.Array, kernel: Packed) -> Float[Array, "rows d_out"]:
-    """The scaled sum over all tiles, of which each has its sums of products and of inputs."""
+    """Scale and sum over all tiles, given each tile's sums of products and of inputs."""
     scales, offset = (part[:, :, None] for part in spread(kernel))
     if kernel.zeros is not None or kernel.scheme.kind.offset:
         products = products - offset * inputs
     groups, tiles, rows, d_out = products.shape
     scaled = (scales * products).reshape(groups * tiles, rows * d_out)
-    # A product, as XLA would put the loop over the columns inside one over the tiles for a sum.
+    # As a product: for a sum, XLA would put the loop over the columns inside one over the tiles.
     return (jnp.ones((1, groups * tiles)) @ scaled).reshape(rows, d_out)
 
 
 def _added(terms: Iterable[jax.Array]) -> jax.Array:
-    """Their sum, in their own type."""
+    """Return the sum of the terms, in their own type."""
     return functools.reduce(jnp.add, terms)
 
 
@@ -146,4 +145,4 @@ _integers: dict[int, Callable[[jax.Array], tuple[jax.Array, ...]]] = {
     1: lambda codes: (codes.astype(jnp.int16),),
     2: lambda codes: ((codes & 15).astype(jnp.int16), (codes >> 4).astype(jnp.int16)),
 }
-"""Codes as whole numbers, by how many share an element."""
+"""Decode codes as whole numbers; the key is how many codes share an element."""

@@ -38,7 +38,7 @@ from jaxdecoder.kernels.problem import (
     LogSumExp,
     Operands,
     Problem,
-    captures_arrays,
+    reads_arrays,
     result,
 )
 
@@ -51,18 +51,8 @@ PLAIN = {
     128: {"forward": Sizes(128, 2), "queries": Sizes(64, 2), "kv": Sizes(64, 2)},
 }
 OTHERS = {
-    64: {
-        "forward": Sizes(64, 4),
-        "queries": Sizes(64, 3),
-        "k": Sizes(64, 3),
-        "v": Sizes(64, 3),
-    },
-    128: {
-        "forward": Sizes(64, 3),
-        "queries": Sizes(64, 2),
-        "k": Sizes(64, 2),
-        "v": Sizes(64, 2),
-    },
+    64: {"forward": Sizes(64, 4), "queries": Sizes(64, 3), "k": Sizes(64, 3), "v": Sizes(64, 3)},
+    128: {"forward": Sizes(64, 3), "queries": Sizes(64, 2), "k": Sizes(64, 2), "v": Sizes(64, 2)},
 }
 KERNELS = {"forward": FORWARD, "queries": QUERIES, **KEYS}
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -230,7 +220,6 @@ def gradient_of_keys(
 
 def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None:
     width, dtype = operands.q.shape[-1], operands.q.dtype
-    captured = captures_arrays(problem, operands)
     numbers = sum(x.size // x.shape[0] for x in operands.score)
     if not HOPPER & set(re.split(r"\W+", device.kind)):
         return f"its kernels are for Hopper GPUs, not for a {device.kind}"
@@ -242,13 +231,8 @@ def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None
         return f"its heads are multiples of 16 wide, up to {LARGEST_WIDTH}, not {width}"
     if numbers > MOST_NUMBERS:
         return f"its scores read at most {MOST_NUMBERS} number a head, not {numbers}"
-    if not masks.is_positional(problem.positional_mask):
-        return "a kernel has no array to look documents up in, unless they are joined by & alone"
-    if captured is not None:
-        return f"{captured} reads an array, which a kernel has no place for"
-    return _cannot_compile(
-        problem, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands.score)
-    )
+    parameters = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands.score)
+    return reads_arrays(problem, operands) or _cannot_compile(problem, parameters)
 
 
 @functools.lru_cache(maxsize=256)

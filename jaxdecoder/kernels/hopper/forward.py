@@ -35,10 +35,6 @@ class _Memory(NamedTuple):
     turn: Ref
 
 
-_Carry = tuple[online.Sums, jax.Array]
-"""The softmax of the queries, and the sum of their weighted values."""
-
-
 def _memory(launch: Launch) -> _Memory:
     if launch.consumers != 2 and launch.sizes.turns != "none":
         raise ValueError(f"{launch.sizes}: only two warpgroups take turns")
@@ -65,7 +61,7 @@ def _load(block: Block) -> None:
 
 
 class _Turn(NamedTuple):
-    """Whose the tensor cores are: of two warpgroups, one multiplies while the other does not."""
+    """The turn at the tensor cores: of two warpgroups, one multiplies while the other does not."""
 
     barrier: Ref
     kind: str
@@ -131,7 +127,7 @@ def _compute(block: Block, warpgroup: jax.Array, results: list[Ref]) -> None:
         return products
 
     def softmax(
-        check: bool, step: Step, products: list[jax.Array], carry: _Carry
+        check: bool, step: Step, products: list[jax.Array], carry: online.Running
     ) -> tuple[online.Sums, jax.Array, jax.Array]:
         """Add the scores of a step; return the sums, the rescaled values, and the weights."""
         n = step.number
@@ -150,8 +146,8 @@ def _compute(block: Block, warpgroup: jax.Array, results: list[Ref]) -> None:
         return lax.optimization_barrier((sums, mixed, weights))
 
     def visit(
-        check: bool, step: Step, carry: _Carry, products: list[jax.Array], more: bool
-    ) -> tuple[_Carry, list[jax.Array]]:
+        check: bool, step: Step, carry: online.Running, products: list[jax.Array], more: bool
+    ) -> tuple[online.Running, list[jax.Array]]:
         n = step.number
         sums, mixed, weights = softmax(check, step, products, carry)
         turn.weighed()
@@ -178,14 +174,15 @@ def _compute(block: Block, warpgroup: jax.Array, results: list[Ref]) -> None:
     at = block.here()
     queries = launch.rows(at, warpgroup)
     divisor, found = online.finish(sums, online.TWO)
-    # Where the queries were there is room for what they attend to.
+    # The output takes the place of the queries in shared memory.
     out, logsumexp = owned["q"], shared.logsumexp.at[warpgroup]
+    # One division a row, rather than one a value as elsewhere.
     out[...] = (mixed * online.spread(1.0 / divisor, mixed.shape)).astype(launch.dtype)
     logsumexp[...] = found
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out, results[0].at[at.batch, queries, at.head])
     plgpu.copy_smem_to_gmem(logsumexp, results[1].at[at.batch, at.head, queries])
-    # Shared memory must outlast its being read; what is written is there when the kernel ends.
+    # The kernel must not end before its shared memory has been read; writing ends with the kernel.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -32,11 +32,11 @@ class _Memory(NamedTuple):
     douts: Ring
     stage: Ref | None
     joint: _Joint | None
-    """Where one kernel computes all gradients."""
+    """For the kernel that computes all gradients."""
 
 
 class _Joint(NamedTuple):
-    """How compute warpgroups make the gradient of the queries out of all their keys.
+    """Shared memory in which compute warpgroups sum the gradient of the queries over their keys.
 
     Each computes its share of the width, once the gradients of scores of all of them are there.
     """
@@ -191,7 +191,7 @@ def _compute(wanted: str, block: Block, warpgroup: jax.Array, results: list[Ref]
             found = memory.multiply(*of_weights, stage=stage)
         shared.douts.release(n)
         if "k" in wanted:
-            # Half as many registers hold them while the products are under way.
+            # In half precision they take half the registers while the products are under way.
             weights = lax.optimization_barrier(rounded).astype(jnp.float32)
             [dweights] = found
             if drops:
@@ -200,7 +200,7 @@ def _compute(wanted: str, block: Block, warpgroup: jax.Array, results: list[Ref]
             factor_of_keys: jax.Array | Ref = ds.astype(launch.dtype)
             last = [factors(n + 1)] if more else []
             if joint is not None:
-                # It leaves the registers.
+                # From here on `ds` is in shared memory, and needs no registers.
                 factor_of_keys = joint.show(n, warpgroup, factor_of_keys)
                 last.insert(0, of_queries(joint))
             of_keys = Product(factor_of_keys, queries["q"], sums["k"])
@@ -219,7 +219,7 @@ def _compute(wanted: str, block: Block, warpgroup: jax.Array, results: list[Ref]
         # No keys are overwritten while another warpgroup still multiplies with them.
         pl.when(at.n_columns() * launch.group > 0)(lambda: plgpu.barrier_wait(joint.read))
 
-    # Where the keys and values were there is room for their gradients.
+    # The gradients take the place of the keys and values in shared memory.
     at = block.here()
     keys = launch.rows(at, warpgroup)
     scales = {"k": launch.problem.scale, "v": 1.0}
@@ -231,7 +231,7 @@ def _compute(wanted: str, block: Block, warpgroup: jax.Array, results: list[Ref]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-# By what they compute: both gradients of wide heads do not fit into the registers.
+# By the gradients that they compute: for wide heads not both fit into the registers.
 KEYS = {
     wanted: Kernel(
         f"attention_{name}_gradient",

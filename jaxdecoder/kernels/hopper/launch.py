@@ -25,13 +25,13 @@ from jaxdecoder.kernels.segments import lists_of
 from jaxdecoder.kernels.typing import AnyArray, Leaf, Ref
 from jaxdecoder.typing import Index
 
-# By the number of compute warpgroups: the registers of a thread of the one that moves memory, which
-# hands its others on, and of those that compute. A block has 64k registers, evenly at first.
+# By the number of compute warpgroups: the registers of a thread in the warpgroup that moves memory,
+# and in those that compute, to which it gives the others. A block has 64k registers.
 REGISTERS = {2: (24, 240), 3: (32, 160)}
-# Heads are attended to together while what streams past them fits into this much of the
+# Heads run side by side as long as the arrays that they stream fit into this much of the
 # second-level cache, of which Hopper cards have 50 MB.
 CACHE_BYTES = 32 * 2**20
-# Of the 227 KiB of shared memory that a block may have, what alignment leaves.
+# A block may have 227 KiB of shared memory; alignment takes the rest.
 SHARED_BYTES = 224 * 2**10
 # Whether a kernel may have results that start as zeros: since jax 0.11, like this function.
 TOTALS = hasattr(plgpu, "force_gpu_interpret_mode")
@@ -84,15 +84,15 @@ class Block(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What the warpgroups of a block do, and share."""
+    """The programs of a block's warpgroups, and the memory that they share."""
 
     name: str
     memory: Callable[[Launch], Memory]
     """Gives the types of shared memory."""
     load: Callable[[Block], None]
-    """What the warpgroup does that copies."""
+    """The program of the warpgroup that copies."""
     compute: Callable[[Block, jax.Array, list[Ref]], None]
-    """(block, warpgroup, results), what those do that compute."""
+    """(block, warpgroup, results): the program of those that compute."""
     rows_are_keys: bool = False
 
 
@@ -264,7 +264,7 @@ class Launch:
             work, arrays = jax.tree.unflatten(tree, refs[: len(given)])
 
             def here() -> At:
-                # A barrier keeps the compiler from keeping the answer, at the price of registers.
+                # The barrier keeps the compiler from holding the answer in registers.
                 section = lax.optimization_barrier(lax.axis_index("section"))
                 place = section * together + lax.axis_index("head")
                 batch, head = lax.div(place, jnp.int32(heads)), lax.rem(place, jnp.int32(heads))
@@ -295,7 +295,7 @@ class Launch:
             compiler_params=tiles.COMPILER,
             interpret=self.interpret,
         )(*given)
-        # Mosaic's launch forgets what varies over a mesh.
+        # Mosaic's launch loses the mesh axes that its results vary over.
         return alike((given, [*found, *(total[...] for total in totals)]))[1]
 
     def _heads_together(self) -> int:

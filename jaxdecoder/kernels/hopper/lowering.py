@@ -42,7 +42,7 @@ def vjp(
     The function works on every score apart. The gradients of the parameters are not summed: there
     is a term for every score.
     """
-    # With a copy of each number for every score, its derivatives are not summed.
+    # A copy of each number for every score keeps its derivatives from being summed.
     parameters = jax.tree.map(lambda x: jnp.broadcast_to(x, score.shape), parameters)
 
     def value_and_slopes(

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxdecoder.kernels.typing import Ref
 from jaxdecoder.typing import Index
 
-# Where the tensor cores leave a product in the registers of a warpgroup.
+# The places of a product in the registers of a warpgroup, as the tensor cores leave it.
 TILE = plgpu.Layout.WGMMA
 
 

@@ -117,7 +117,7 @@ def _compute(block: Block, warpgroup: jax.Array, results: list[Ref]) -> None:
     carry = memory.zeros(ROWS, launch.width), none
     dq, sums = walk_with(at, 1, multiply, visit, carry, ahead=launch.sizes.rotated)
 
-    # Where the queries were there is room for their gradient.
+    # The gradient takes the place of the queries in shared memory.
     at = block.here()
     queries = launch.rows(at, warpgroup)
     out = owned["q"]

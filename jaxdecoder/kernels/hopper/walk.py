@@ -1,4 +1,4 @@
-"""How a block of a Hopper kernel walks over the columns that its row of the mask leaves."""
+"""The steps of a Hopper kernel's block: which columns it visits, and in which order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Products = TypeVar("Products")
 
 
 class Work(NamedTuple):
-    """A launch's rows of blocks, in the order they are begun, and the columns each of them walks.
+    """A launch's rows of blocks, in the order they are begun, and the columns that each visits.
 
     int32. See `masks.BlockLists`, which are here for each batch entry or, with a first axis of 1,
     for all.
@@ -59,27 +59,27 @@ class At(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step of a walk. What is not asked for is not computed."""
+    """One step of a walk. Its properties are computed only where they are read."""
 
     number: Index
     """The count of steps before it."""
     within: Index
-    """The count of steps before it of those that need a mask, or of those that need none."""
+    """The count of steps before it whose columns need a mask like its own, or none like its own."""
     first: Index
-    """In the list of columns, the first that these visit."""
+    """The place of the first of these columns in the list."""
     span: Index
-    """The number of columns that these visit for each member."""
+    """The number of these columns."""
     members: int
     """Heads that share the walk."""
 
     @property
     def member(self) -> Index:
-        """The number of the head, of those that share the walk."""
+        """The number of the step's head, of those that share the walk."""
         return jnp.int32(0) if self.members == 1 else lax.div(self.within, self.span)
 
     @property
     def column(self) -> Index:
-        """The place in the list of columns."""
+        """The step's place in the list of columns."""
         return self.first + (self.within if self.members == 1 else lax.rem(self.within, self.span))
 
 
