@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from runs import ROOT
 
 from benchmarks.card import __main__ as examination
 from benchmarks.card import (
@@ -31,6 +30,7 @@ from jaxdecoder.analysis import parameters
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.kernels import flash, hopper, masks
 from tests import card
+from tests.runs import ROOT
 
 # --- The runner --------------------------------------------------------------------------------
 
