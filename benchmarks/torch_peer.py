@@ -1,6 +1,9 @@
-"""The peer of the CPU benchmarks: GPT-2 of `transformers`, in a child process.
+"""The peers of the CPU benchmarks, in child processes: GPT-2 of `transformers`, and a plain GPT.
 
     python torch_peer.py train '{"batch_size": 12, "context_length": 64, "n_layers": 4, ...}'
+
+`train` trains that of `transformers`, `train_plain` the GPT of `torch_gpt.py`, whose attention is
+one fused operation; `sample` generates with that of `transformers`.
 
 It prints one line of JSON when ready; then, for every line n on its standard input, it does n
 steps (or generates n tokens) and prints the seconds they took. Training runs under
@@ -17,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch_gpt import GPT
 
 
 def gpt2(shape: dict[str, Any]) -> transformers.GPT2LMHeadModel:
@@ -38,25 +42,60 @@ def gpt2(shape: dict[str, Any]) -> transformers.GPT2LMHeadModel:
 
 
 def train(shape: dict[str, Any]) -> Callable[[int], None]:
-    """Forward, backward, clipping and AdamW."""
+    """Train GPT-2 of `transformers`."""
     model = gpt2(shape).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
     compiled = torch.compile(model)
+
+    def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = compiled(input_ids=inputs, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    return _steps(shape, model, loss_of)
+
+
+def train_plain(shape: dict[str, Any]) -> Callable[[int], None]:
+    """Train a plain GPT, with attention in one fused operation."""
+    model = GPT(shape).train()
+    return _steps(shape, model, torch.compile(model))
+
+
+def _steps(
+    shape: dict[str, Any],
+    model: torch.nn.Module,
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> Callable[[int], None]:
+    """Forward, backward, clipping and the optimiser."""
+    optimizers = optimizers_of(model, shape.get("optimizer", "adamw"))
     tokens = torch.randint(shape["vocab_size"], (shape["batch_size"], shape["context_length"] + 1))
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].reshape(-1)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def steps(count: int) -> None:
         for _ in range(count):
-            logits = compiled(input_ids=inputs, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
-            loss.backward()
+            loss_of(inputs, targets).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad(set_to_none=True)
 
     return steps
+
+
+def optimizers_of(model: torch.nn.Module, name: str) -> list[torch.optim.Optimizer]:
+    """AdamW, fused; with Muon on the matrices of the blocks if that is asked for."""
+    parameters = dict(model.named_parameters())
+    moved = {}
+    if name == "muon":
+        moved = {
+            key: p
+            for key, p in parameters.items()
+            if p.ndim == 2
+            and not any(word in key for word in ("token", "position", "head", "wte", "wpe"))
+        }
+    rest = [p for key, p in parameters.items() if key not in moved]
+    adam = torch.optim.AdamW(rest, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    if not moved:
+        return [adam]
+    return [torch.optim.Muon(list(moved.values()), lr=2e-2, weight_decay=0.1), adam]
 
 
 def sample(shape: dict[str, Any]) -> Callable[[int], None]:
@@ -80,7 +119,7 @@ def sample(shape: dict[str, Any]) -> Callable[[int], None]:
     return tokens
 
 
-TASKS = {"train": train, "sample": sample}
+TASKS = {"train": train, "train_plain": train_plain, "sample": sample}
 
 
 def main() -> None:

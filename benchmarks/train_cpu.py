@@ -1,15 +1,18 @@
-"""Training speed on CPUs, next to GPT-2 of `transformers` under `torch.compile`.
+"""Training speed on CPUs, next to two peers under `torch.compile`.
 
-    python benchmarks/train_cpu.py [--peer-python .venv-torch/bin/python] [--shapes small medium]
+    python benchmarks/train_cpu.py [--peer-python .venv-torch/bin/python] [--shapes demo]
+        [--optimizers adamw muon]
 
-Both train the same shape in float32: forward, backward, clipping and AdamW, no dropout. Use a
-quiet machine: the peer's threads wait for each other more often, so a busy one slows it more.
+The peers are GPT-2 of `transformers` and a plain GPT (`torch_gpt.py`) with fused attention. All
+train the same shape in float32: forward, backward, clipping and the optimiser, no dropout. Use a
+quiet machine: the peers' threads wait for each other more often, so a busy one slows them more.
 Results go to benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from typing import Any
 
@@ -24,6 +27,14 @@ SHAPES: dict[str, dict[str, int]] = {
         "d_model": 128,
         "vocab_size": 65,
     },
+    "demo": {
+        "batch_size": 8,
+        "context_length": 256,
+        "n_layers": 4,
+        "n_heads": 4,
+        "d_model": 128,
+        "vocab_size": 1024,
+    },
     "medium": {
         "batch_size": 64,
         "context_length": 256,
@@ -35,12 +46,13 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 # How each shape is trained here; the arithmetic of a step is the same. Passes of a few sequences
 # keep the activations of the larger one in the caches.
-GRADIENT_ACCUMULATION = {"small": 1, "medium": 8}
+GRADIENT_ACCUMULATION = {"small": 1, "demo": 1, "medium": 8}
 # Steps in one turn.
-STEPS = {"small": 20, "medium": 1}
+STEPS = {"small": 20, "demo": 5, "medium": 1}
+PEERS = {"transformers": "train", "plain": "train_plain"}
 
 
-def ours(shape: dict[str, int], accumulation: int, steps: int) -> Turn:
+def ours(shape: dict[str, int], accumulation: int, steps: int, optimizer: str) -> Turn:
     """Compiles `steps` steps as one call; a turn gives the seconds they took."""
     import jax
     import numpy as np
@@ -54,7 +66,7 @@ def ours(shape: dict[str, int], accumulation: int, steps: int) -> Turn:
     batch_size = shape.pop("batch_size")
     config = Config(
         model=ModelConfig(**shape),
-        optimizer=OptimizerConfig(schedule="constant"),
+        optimizer=OptimizerConfig(name=optimizer, schedule="constant"),
         train=TrainConfig(batch_size=batch_size, gradient_accumulation=accumulation),
     )
     mesh = make_mesh(config)
@@ -83,17 +95,21 @@ def ours(shape: dict[str, int], accumulation: int, steps: int) -> Turn:
     return turn
 
 
-def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Alternating turns of both on one shape."""
+def compare(name: str, optimizer: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Alternating turns of all sides on one shape."""
     shape, steps = SHAPES[name], STEPS[name]
     accumulation = options.gradient_accumulation or GRADIENT_ACCUMULATION[name]
-    mine = ours(shape, accumulation, steps)
+    sides, versions = {"jaxdecoder": ours(shape, accumulation, steps, optimizer)}, {}
     tokens = shape["batch_size"] * shape["context_length"]
-    with peer(options.peer_python, "train", shape, options.threads) as (theirs, versions):
-        sides = {"jaxdecoder": mine, "transformers": theirs}
-        result = alternate(name, sides, steps, options.rounds, tokens)
+    told = {**shape, "optimizer": optimizer}
+    with contextlib.ExitStack() as peers:
+        for who in options.peers:
+            started = peer(options.peer_python, PEERS[who], told, options.threads)
+            sides[who], versions = peers.enter_context(started)
+        result = alternate(f"{name} {optimizer}", sides, steps, options.rounds, tokens)
     return {
         "shape": {"name": name, **shape},
+        "optimizer": optimizer,
         "gradient_accumulation": accumulation,
         "versions": versions,
         **result,
@@ -103,6 +119,8 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Reads the command line and measures."""
     options = parser(__doc__.split("\n")[0], "train_cpu", SHAPES)
+    options.add_argument("--optimizers", nargs="+", choices=["adamw", "muon"], default=["adamw"])
+    options.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     options.add_argument("--devices", type=int, default=1, help="CPU devices the cores make up")
     options.add_argument("--gradient-accumulation", type=int, help="instead of the shape's own")
     chosen = options.parse_args()
@@ -114,7 +132,12 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     set_up(Config(train=TrainConfig(cpu_devices=chosen.devices)))
     described = describe(devices=chosen.devices)
-    write(chosen.out, {**described, "results": [compare(name, chosen) for name in chosen.shapes]})
+    results = [
+        compare(name, optimizer, chosen)
+        for name in chosen.shapes
+        for optimizer in chosen.optimizers
+    ]
+    write(chosen.out, {**described, "results": results})
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def peer(
 def alternate(name: str, sides: dict[str, Turn], count: int, rounds: int, tokens: int) -> Any:
     """Alternating turns of `count` on each side; `tokens` are those of one step.
 
-    Prints and returns medians, quartiles, tokens/s and the ratio of the first side to the second.
+    Prints and returns medians, quartiles, tokens/s and the ratio of the first side to the fastest
+    of the others.
     """
     seconds: dict[str, list[float]] = {who: [] for who in sides}
     for _ in range(rounds):
@@ -84,9 +85,9 @@ def alternate(name: str, sides: dict[str, Turn], count: int, rounds: int, tokens
             f"{name:10} {who:12} {median:9.2f} ms a step ({low:.2f} to {high:.2f}), "
             f"{1e3 * tokens / median:9,.0f} tokens/s"
         )
-    first, second = (result[who]["tokens_per_second"] for who in sides)
-    result["ratio"] = first / second
-    print(f"{name:10} ratio        {first / second:9.2f}", flush=True)
+    first, *others = (result[who]["tokens_per_second"] for who in sides)
+    result["ratio"] = first / max(others)
+    print(f"{name:10} ratio        {result['ratio']:9.2f}", flush=True)
     return result
 
 
