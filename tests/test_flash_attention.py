@@ -21,15 +21,15 @@ from models import slow
 
 from jaxdecoder.config import model
 from jaxdecoder.errors import UserError
-from jaxdecoder.kernels import chunked, flash, flash_attention, masks, portable, scores
+from jaxdecoder.kernels import chunked, flash, flash_attention, masks, portable, rows, scores
 from jaxdecoder.kernels.device import Device
 from tests.runs import devices
 
-ON_CPU = ("reference", "chunked", "portable")
+ON_CPU = ("reference", "rows", "chunked", "portable")
 every_implementation = pytest.mark.parametrize("implementation", ON_CPU)
 # The reference is plain JAX operations, which every transformation of JAX's takes.
 every_operation = pytest.mark.parametrize(
-    "implementation", [*slow("reference"), "chunked", "portable"]
+    "implementation", [*slow("reference"), "rows", "chunked", "portable"]
 )
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
 
@@ -40,6 +40,7 @@ def small_blocks():
     sixteen = dict.fromkeys(portable.KERNELS, portable.Sizes(16, 16, 4, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "BLOCK", 16)
+        patch.setattr(rows, "BLOCK", 16)
         patch.setattr(portable, "sizes", lambda *_: sixteen)
         yield
 
@@ -388,7 +389,7 @@ def test_inside_vmap_scan_and_remat(implementation):
         close(jax.tree.map(lambda x, i=i: x[i], found), wanted[i], 1e-5)
 
 
-@pytest.mark.parametrize("implementation", [*slow("reference", "chunked"), "portable"])
+@pytest.mark.parametrize("implementation", [*slow("reference", "rows", "chunked"), "portable"])
 def test_exports(implementation):
     made = make(SURROUNDED)
     arguments = (made.q, made.k, made.v, made.operands)
@@ -559,6 +560,7 @@ CPU = Device("cpu", "cpu")
     ("device", "time", "case", "chosen"),
     [
         (CPU, 32, Case(), "reference"),
+        (CPU, 256, Case(), "rows"),
         (CPU, 1024, Case(), "chunked"),
         (GPU, 1024, Case(mask="strided"), "hopper"),
         (GPU, 1024, Case(mask="strided", width=256), "portable"),

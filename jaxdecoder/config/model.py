@@ -35,7 +35,7 @@ Layout = Literal["serial", "parallel_stacks"]
 Depth = Literal["fixed", "early_exit", "mixture_of_depths"]
 ExitConfidence = Literal["probability", "margin"]
 Initializer = Literal["normal", "uniform_fan_in", "scaled"]
-Implementation = Literal["auto", "reference", "chunked", "portable", "hopper", "cudnn"]
+Implementation = Literal["auto", "reference", "rows", "chunked", "portable", "hopper", "cudnn"]
 
 PAIRED: tuple[Position, ...] = ("alibi", "t5")
 GATED: tuple[Activation, ...] = ("swiglu", "geglu", "reglu")

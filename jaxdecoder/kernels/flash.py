@@ -47,9 +47,13 @@ class Implementations(Mapping[str, Implementation]):
         return len(self.names)
 
 
-IMPLEMENTATIONS = Implementations("reference", "chunked", "portable", "hopper", "cudnn")
+IMPLEMENTATIONS = Implementations("reference", "rows", "chunked", "portable", "hopper", "cudnn")
 # Below this length, a softmax over all scores at once is the quickest.
 SHORT = 128
+# A CPU keeps the weights of this many scores in its caches (`benchmarks/attention_cpu.py`).
+FEW_SCORES = 2**21
+# More queries than these are too many blocks for a program without a loop.
+MOST_ROWS = 512
 
 log = logging.getLogger(__name__)
 
@@ -196,6 +200,9 @@ def _candidates(operands: Operands, device: Device) -> list[tuple[str, str]]:
     q_time, k_time = operands.q.shape[1], operands.k.shape[1]
     if max(q_time, k_time) < SHORT or q_time == 1:
         return [("reference", f"{q_time} queries of {k_time} keys are quickest in one piece")]
+    n_scores = operands.q.shape[0] * operands.q.shape[2] * q_time * k_time // jax.device_count()
+    if device.platform == "cpu" and n_scores <= FEW_SCORES and q_time <= MOST_ROWS:
+        return [("rows", f"the weights of {n_scores:,} scores stay in the caches")]
     linear = "it skips empty blocks, in memory linear in the length"
     kernels = [
         ("cudnn", "NVIDIA's own kernel knows this mask"),
