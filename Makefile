@@ -49,8 +49,8 @@ card:
 	$(PYTHON) -m benchmarks.card --minutes $(MINUTES) --out $(CARD) $(if $(QUICK),--quick)
 
 bench: $(INSTALLED) $(PEER)/.installed
-	$(VENV)/bin/python benchmarks/train_cpu.py --peer-python $(PEER)/bin/python
-	$(VENV)/bin/python benchmarks/sample_cpu.py --peer-python $(PEER)/bin/python
+	$(VENV)/bin/python -m benchmarks.train_cpu --peer-python $(PEER)/bin/python
+	$(VENV)/bin/python -m benchmarks.sample_cpu --peer-python $(PEER)/bin/python
 
 $(INSTALLED): pyproject.toml requirements.txt requirements-test.txt
 	@python="$(PYTHON)"; echo "$(VENV): $$python, $$($$python --version)"; $$python -m venv $(VENV)

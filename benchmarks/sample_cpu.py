@@ -1,6 +1,6 @@
 """Sampling speed on CPUs, next to `generate` of `transformers` GPT-2 with its cache.
 
-    python benchmarks/sample_cpu.py [--peer-python .venv-torch/bin/python] [--shapes one sixteen]
+    python -m benchmarks.sample_cpu [--peer-python .venv-torch/bin/python] [--shapes one sixteen]
 
 Both draw at temperature 1 from the same shape after prompts of 8 tokens, with weights and compute
 in the dtype that `--dtype` says on both sides. Results go to benchmarks/results/.
@@ -12,7 +12,7 @@ import argparse
 import time
 from typing import Any
 
-from turns import Turn, alternate, describe, parser, peer, write
+from benchmarks.turns import Turn, alternate, describe, parser, peer, write
 
 GPT = {"context_length": 256, "n_layers": 6, "n_heads": 6, "d_model": 384, "vocab_size": 65}
 SHAPES = {"one": {"batch_size": 1, **GPT}, "sixteen": {"batch_size": 16, **GPT}}

@@ -1,6 +1,6 @@
 """Training speed on CPUs, next to two peers under `torch.compile`.
 
-    python benchmarks/train_cpu.py [--peer-python .venv-torch/bin/python] [--shapes demo]
+    python -m benchmarks.train_cpu [--peer-python .venv-torch/bin/python] [--shapes demo]
         [--optimizers adamw muon]
 
 The peers are GPT-2 of `transformers` and a plain GPT (`torch_gpt.py`) with fused attention. All
@@ -16,7 +16,7 @@ import contextlib
 import time
 from typing import Any
 
-from turns import Turn, alternate, describe, parser, peer, write
+from benchmarks.turns import Turn, alternate, describe, parser, peer, write
 
 SHAPES: dict[str, dict[str, int]] = {
     "small": {
