@@ -25,7 +25,6 @@ from jaxdecoder.layers import convolution, copying, depth
 from jaxdecoder.layers.attention import ATTENTIONS, projection_parameters, projections
 from jaxdecoder.layers.costs import FLOAT32, Costs, Kernels, weights
 from jaxdecoder.layers.costs import parameters as parameters_of
-from jaxdecoder.layers.depth import capacity, exits_of
 from jaxdecoder.layers.linear import scheme_of
 from jaxdecoder.layers.mechanism import AttentionCosts
 from jaxdecoder.layers.norms import NORMS
@@ -83,11 +82,11 @@ def forward_flops(
         return costs.mixing(c, tokens, start)
 
     blocks = [
-        (ATTENTIONS[name].costs, capacity(c, tokens) if routed and training else tokens)
+        (ATTENTIONS[name].costs, depth.capacity(c, tokens) if routed and training else tokens)
         for name, routed in turn(c) * n_turns(c)
     ]
     entering = sum(n for _, n in blocks)
-    exits = len(exits_of(c)) if training else 1
+    exits = len(depth.exits_of(c)) if training else 1
     flops = {
         "attention_projections": 2 * entering * weights(projections(c)),
         "attention": 2 * sum(mixing(costs, n) for costs, n in blocks),
@@ -115,7 +114,7 @@ def early_exit_flops(
     c = config.resolve()
     whole = forward_flops(c, 1, start=start, dense=dense)
     share = mean_depth / c.n_layers
-    exits = tuple(exits_of(c))
+    exits = tuple(depth.exits_of(c))
     below = max((depth for depth in exits if depth <= mean_depth), default=exits[0])
     above = min((depth for depth in exits if depth >= mean_depth), default=exits[-1])
     asked = exits.index(below) + 1 + (mean_depth - below) / max(1, above - below)
@@ -209,11 +208,8 @@ def with_vocab_size(config: Config, where: str) -> ModelConfig:
     """Return the config's model; its vocabulary is the tokenizer's where that has a fixed size."""
     if config.model.vocab_size is not None:
         return config.model
-    known = {
-        "byte": 256 + config.data.end_of_text,
-        "gpt2": GPT2_VOCAB_SIZE,
-        "r50k_base": GPT2_VOCAB_SIZE,
-    }
+    known = dict.fromkeys(("gpt2", "r50k_base"), GPT2_VOCAB_SIZE)
+    known["byte"] = 256 + config.data.end_of_text
     if config.data.tokenizer not in known:
         raise UserError(
             f"{where}: model.vocab_size is not given, and the size of the tokenizer "

@@ -1,7 +1,4 @@
-"""The counts of a config as tables.
-
-python -m jaxdecoder.analysis configs/shakespeare_nano.toml --model.vocab-size 65
-"""
+"""The counts of a config as tables, for a terminal; see the package."""
 
 from __future__ import annotations
 

@@ -188,11 +188,7 @@ class ModelConfig:
         return isinstance(other, ModelConfig) and vars(self) == vars(other)
 
     def resolve(self) -> Architecture:
-        """Return this config with every derived field filled in.
-
-        Raises:
-            ConfigError: if vocab_size is not known.
-        """
+        """Return this config with every derived field filled in; vocab_size must be known."""
         if self.vocab_size is None:
             raise ConfigError("model.vocab_size", None, "the decoder needs to know it")
         derived = {
