@@ -13,13 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import slow
 
+from jaxdecoder.config import ModelConfig, choices
 from jaxdecoder.kernels import packing
-from jaxdecoder.kernels.packing import FORMATS, GRANULARITIES, Scheme
+from jaxdecoder.kernels.packing import FORMATS, Scheme
 
 GROUP = 6
 SCHEMES = [
     Scheme(name, granularity, GROUP, symmetric)
-    for name, granularity, symmetric in itertools.product(FORMATS, GRANULARITIES, (True, False))
+    for name, granularity, symmetric in itertools.product(
+        FORMATS, choices(ModelConfig, "weight_granularity"), (True, False)
+    )
     if symmetric or FORMATS[name].integer
 ]
 # Of floats: the bits of the mantissa and the smallest step; of whole numbers: the levels' ends.

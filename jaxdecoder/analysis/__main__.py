@@ -1,7 +1,4 @@
-"""The counts of a config as tables.
-
-python -m jaxdecoder.analysis configs/shakespeare_nano.toml --model.vocab-size 65
-"""
+"""The counts of a config as tables, for a terminal; see the package."""
 
 from __future__ import annotations
 
@@ -11,15 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jaxdecoder.analysis.counts import (
-    FlopsPerToken,
-    cache_bytes,
-    early_exit_flops,
-    flops_per_token,
-    parameters,
-    weight_bytes,
-    with_vocab_size,
-)
+from jaxdecoder import analysis
 from jaxdecoder.config import ModelConfig, load
 from jaxdecoder.errors import UserError, friendly
 from jaxdecoder.layers.depth import exits_of
@@ -31,7 +20,7 @@ def report(config: ModelConfig) -> list[Table]:
 
 
 def _parameter_table(config: ModelConfig) -> Table:
-    counts = parameters(config)
+    counts = analysis.parameters(config)
     table = _table("parameters", "count", "share")
     for part, count in counts.items():
         _add(table, part, f"{count:,}", f"{count / counts['total']:.1%}")
@@ -39,14 +28,14 @@ def _parameter_table(config: ModelConfig) -> Table:
 
 
 def _flops_table(config: ModelConfig) -> Table:
-    flops, dense = flops_per_token(config), flops_per_token(config, dense=True)
-    table = _table("FLOPs a token", *FlopsPerToken._fields)
+    flops, dense = analysis.flops_per_token(config), analysis.flops_per_token(config, dense=True)
+    table = _table("FLOPs a token", *analysis.FlopsPerToken._fields)
     for part in flops.train:
         _add(table, part, *(_short(column[part]) for column in flops))
     _add(table, "total, dense attention", *(_short(column["total"]) for column in dense))
     exits = exits_of(config)
     for depth in exits if len(exits) > 1 else ():
-        early = early_exit_flops(config, depth, start=config.context_length - 1)["total"]
+        early = analysis.early_exit_flops(config, depth, start=config.context_length - 1)["total"]
         _add(table, f"total, stopping at depth {depth}", "", "", _short(early))
     table.caption = (
         "Matrix products, 2 a multiply-add; attention over the pairs its mask allows; train is "
@@ -58,8 +47,8 @@ def _flops_table(config: ModelConfig) -> Table:
 def _bytes_table(config: ModelConfig) -> Table:
     sizes = {"float32": 4, "bfloat16": 2}
     table = _table("bytes", *sizes)
-    weights = [weight_bytes(config, size) for size in sizes.values()]
-    cache = [cache_bytes(config, size) for size in sizes.values()]
+    weights = [analysis.weight_bytes(config, size) for size in sizes.values()]
+    cache = [analysis.cache_bytes(config, size) for size in sizes.values()]
     _add(table, "weights", *(f"{n:,}" for n in weights))
     _add(table, "cache, a sequence", *(f"{n:,}" for n in cache))
     a_token = (f"{n / config.context_length:,.0f}" for n in cache)
@@ -96,7 +85,7 @@ def main() -> None:
             "usage: python -m jaxdecoder.analysis CONFIG.toml [--model.field value ...]"
         )
     path = Path(arguments[0])
-    model = with_vocab_size(load(path, arguments[1:]), str(path))
+    model = analysis.with_vocab_size(load(path, arguments[1:]), str(path))
     console = Console()
     for table in report(model):
         console.print(table)

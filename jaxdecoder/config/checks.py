@@ -11,7 +11,9 @@ from typing import get_args
 # The module rather than its classes: it runs these checks, and is still loading.
 from jaxdecoder.config import model
 from jaxdecoder.config.fields import ConfigError, nearest_multiples
-from jaxdecoder.config.levels import Wrong, weight_levels
+
+Wrong = tuple[str, str]
+"""A field of a `ModelConfig`, and why its value cannot be."""
 
 Check = Callable[["model.ModelConfig"], Iterator[Wrong]]
 
@@ -117,8 +119,7 @@ def linformer(c: model.ModelConfig) -> Iterator[Wrong]:
     """Check that blocks divide the context, and are no smaller than what they become."""
     block, context = c.attention_block, c.context_length
     if context % block or block == context:
-        near = sorted(sorted(divisors(context)[:-1], key=lambda n: abs(n - block))[:2])
-        would_do = " or ".join(map(str, near)) or "nothing"
+        would_do = nearest(divisors(context)[:-1], block) or "nothing"
         yield (
             "attention_block",
             f"linformer's blocks must divide model.context_length = {context}, two at least; "
@@ -223,6 +224,52 @@ def parallel(c: model.ModelConfig) -> Iterator[Wrong]:
         )
 
 
+def weight_levels(c: model.ModelConfig) -> Iterator[Wrong]:
+    """Check that the weight format has what is asked of it, and groups fit every kernel."""
+    if not c.quantized:
+        if c.activation_format != "float":
+            yield (
+                "activation_format",
+                'is for weights of few levels, and model.weight_format = "float32"; "float" '
+                "would do",
+            )
+        return
+    floats = c.weight_format.startswith("float")
+    if floats and not c.weight_symmetric:
+        why = f'model.weight_format = "{c.weight_format}" has no zero point; true would do'
+        yield "weight_symmetric", why
+    if floats and c.activation_format != "float":
+        yield (
+            "activation_format",
+            f'is multiplied with whole numbers, and model.weight_format = "{c.weight_format}" '
+            'has others; "float" would do',
+        )
+    # How many inputs linear layers have; those of wider stacks are multiples of these.
+    fan_ins = {"model.d_model": c.d_model}
+    if c.attention_projection:
+        fan_ins["model.n_heads x model.d_head"] = c.n_heads * c.head_width
+    if c.feed_forward and c.feed_forward_projection:
+        fan_ins["model.d_ff"] = c.hidden_width
+    even = c.weight_format == "int4"
+    for name, width in fan_ins.items():
+        if even and width % 2:
+            why = f'two weights share a byte, and {name} = {width} is odd; "int8" would do'
+            yield "weight_format", why
+    if c.weight_granularity == "group":
+        for why in _misfits(c.weight_group_size, fan_ins, even):
+            yield "weight_group_size", why
+
+
+def _misfits(size: int, fan_ins: dict[str, int], even: bool) -> Iterator[str]:
+    if even and size % 2:
+        would_do = nearest_multiples(size, 2)
+        yield f"two weights of int4 share a byte, so it must be even; {would_do} would do"
+    for name, width in fan_ins.items():
+        if width % size:
+            fitting = [n for n in divisors(width) if not (even and n % 2)]
+            yield f"does not divide {name} = {width}; {nearest(fitting, size)} would"
+
+
 OF_COMPONENTS: dict[str, Check] = {
     "parallel_stacks": stacks,
     "fixed_sparse": fixed_sparse,
@@ -260,3 +307,8 @@ CHECKS: tuple[Check, ...] = (
 def divisors(n: int) -> list[int]:
     """Return all divisors of n, the smallest first."""
     return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def nearest(options: list[int], to: int) -> str:
+    """Return the two options that are nearest to a number, the smaller first."""
+    return " or ".join(map(str, sorted(sorted(options, key=lambda n: abs(n - to))[:2])))

@@ -16,26 +16,22 @@ from jaxdecoder.config.fields import (
     Positive,
     PositiveFloat,
 )
-from jaxdecoder.config.levels import ActivationFormat, Granularity, WeightFormat
 
 Position = Literal["none", "learned", "sinusoidal", "rope", "alibi", "t5"]
 Norm = Literal["layernorm", "rmsnorm", "none"]
 NormPlacement = Literal["pre", "post", "sandwich", "parallel", "none"]
 Activation = Literal["relu", "gelu", "gelu_exact", "swish", "relu2", "swiglu", "geglu", "reglu"]
 AttentionName = Literal[
-    "full",
-    "sliding_window",
-    "longformer",
-    "fixed_sparse",
-    "strided_sparse",
-    "linformer",
-    "linear",
+    "full", "sliding_window", "longformer", "fixed_sparse", "strided_sparse", "linformer", "linear"
 ]
 Layout = Literal["serial", "parallel_stacks"]
 Depth = Literal["fixed", "early_exit", "mixture_of_depths"]
 ExitConfidence = Literal["probability", "margin"]
 Initializer = Literal["normal", "uniform_fan_in", "scaled"]
 Implementation = Literal["auto", "reference", "rows", "chunked", "portable", "hopper", "cudnn"]
+WeightFormat = Literal["float32", "int8", "int4", "float8_e4m3fn", "float8_e5m2"]
+Granularity = Literal["tensor", "channel", "group"]
+ActivationFormat = Literal["float", "int8"]
 
 PAIRED: tuple[Position, ...] = ("alibi", "t5")
 GATED: tuple[Activation, ...] = ("swiglu", "geglu", "reglu")
@@ -192,11 +188,7 @@ class ModelConfig:
         return isinstance(other, ModelConfig) and vars(self) == vars(other)
 
     def resolve(self) -> Architecture:
-        """Return this config with every derived field filled in.
-
-        Raises:
-            ConfigError: if vocab_size is not known.
-        """
+        """Return this config with every derived field filled in; vocab_size must be known."""
         if self.vocab_size is None:
             raise ConfigError("model.vocab_size", None, "the decoder needs to know it")
         derived = {

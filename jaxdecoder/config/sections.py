@@ -63,9 +63,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.source in ("text", "huggingface") and not self.path:
-            raise ConfigError(
-                "data.path", self.path, f"the source {self.source!r} needs a path to read from"
-            )
+            why = f"the source {self.source!r} needs a path to read from"
+            raise ConfigError("data.path", self.path, why)
 
 
 @dataclass(frozen=True)
@@ -154,11 +153,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.gradient_accumulation:
-            raise ConfigError(
-                "train.gradient_accumulation",
-                self.gradient_accumulation,
-                f"must divide train.batch_size = {self.batch_size}",
-            )
+            why = f"must divide train.batch_size = {self.batch_size}"
+            raise ConfigError("train.gradient_accumulation", self.gradient_accumulation, why)
 
 
 @dataclass(frozen=True)
@@ -187,15 +183,11 @@ class CompressionConfig:
         if not self.sparsity:
             return
         if not self.keep_zeros:
-            raise ConfigError(
-                "compression.keep_zeros", False, "what compression.sparsity makes zero must stay so"
-            )
+            why = "what compression.sparsity makes zero must stay so"
+            raise ConfigError("compression.keep_zeros", False, why)
         if self.sparsity_from > self.sparsity:
-            raise ConfigError(
-                "compression.sparsity_from",
-                self.sparsity_from,
-                f"must be at most compression.sparsity = {self.sparsity}",
-            )
+            why = f"must be at most compression.sparsity = {self.sparsity}"
+            raise ConfigError("compression.sparsity_from", self.sparsity_from, why)
         least = max(1, self.sparsity_begin)
         if self.sparsity_end < least:
             raise ConfigError(
@@ -212,15 +204,7 @@ class CompressionConfig:
 
     def settled(self) -> CompressionConfig:
         """The same once the share is reached: zeros stay, and no more are made."""
-        return replace(
-            self,
-            sparsity=0.0,
-            sparsity_from=0.0,
-            sparsity_begin=0,
-            sparsity_end=0,
-            sparsity_every=10,
-            sparsity_scope="matrix",
-        )
+        return CompressionConfig(recipe=self.recipe, keep_zeros=self.keep_zeros)
 
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
@@ -262,26 +246,16 @@ class Teaching:
     """For cached_top_k: what the file may take; more is refused."""
 
     def __post_init__(self) -> None:
-        if self.cached_top_k and self.on_policy:
-            raise ConfigError(
-                "distillation.cached_top_k",
-                self.cached_top_k,
-                f"what distillation.on_policy = {self.on_policy:g} samples is known to no cache; "
-                "0 would do",
+        if self.cached_top_k and (self.on_policy or self.matching != "none"):
+            why = (
+                f"what distillation.on_policy = {self.on_policy:g} samples is known to no cache"
+                if self.on_policy
+                else f'distillation.matching = "{self.matching}" looks into the teacher as it runs'
             )
-        if self.cached_top_k and self.matching != "none":
-            raise ConfigError(
-                "distillation.cached_top_k",
-                self.cached_top_k,
-                f'distillation.matching = "{self.matching}" looks into the teacher as it runs; '
-                "0 would do",
-            )
+            raise ConfigError("distillation.cached_top_k", self.cached_top_k, f"{why}; 0 would do")
         if not self.alpha and not self.on_policy and self.matching == "none":
-            raise ConfigError(
-                "distillation.alpha",
-                self.alpha,
-                "nothing would be learned from the teacher; 0.5 would do, or a matching",
-            )
+            why = "nothing would be learned from the teacher; 0.5 would do, or a matching"
+            raise ConfigError("distillation.alpha", self.alpha, why)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from jaxdecoder.kernels.problem import (
     Operands,
     Problem,
     field,
-    never_refuses,
 )
 from jaxdecoder.kernels.segments import lists_of
 from jaxdecoder.kernels.typing import AnyArray, Carry
@@ -104,8 +103,9 @@ class _Parts:
 
         def of_parts(path: KeyPath, x: AnyArray) -> jax.Array:
             name = field(path)
-            one_for_all = name.endswith("_segments") and x.shape[0] == 1
-            return self.shared(x) if one_for_all or name in ("score", "dropout") else self.cut(x)
+            if name in ("score", "dropout") or (name.endswith("_segments") and x.shape[0] == 1):
+                return jnp.broadcast_to(x, (self.n_parts, *x.shape))  # one for all
+            return self.cut(x)
 
         found: Operands = jax.tree_util.tree_map_with_path(of_parts, operands)
         return found
@@ -114,10 +114,6 @@ class _Parts:
         """Turn (batch, ...) into (parts, batch of a part, ...)."""
         x = jnp.reshape(x, (self.devices, self.n_parts, -1, *x.shape[1:])).swapaxes(0, 1)
         return x.reshape(self.n_parts, -1, *x.shape[3:])
-
-    def shared(self, x: AnyArray) -> jax.Array:
-        """Repeat an array for every part."""
-        return jnp.broadcast_to(x, (self.n_parts, *x.shape))
 
     def join(self, x: jax.Array) -> jax.Array:
         """Undo `cut`."""
@@ -135,7 +131,7 @@ def _forward(
     def row(_: None, i: Index) -> tuple[None, tuple[jax.Array, jax.Array]]:
         def column(check: bool, j: Index, carry: online.Running) -> online.Running:
             sums, mixed = carry
-            s = blocks.new_score(i, j, blocks.products(q[i], k[j]), operands.score)
+            s = blocks.new_score(i, j, blocks.products(q[i], k[j]), *operands.score)
             s = jnp.where(blocks.allowed(i, j), s, -jnp.inf) if check else s
             may_be_empty = check or problem.score is not None
             sums, weights, shrink = online.add(sums, s, may_be_empty=may_be_empty)
@@ -165,12 +161,9 @@ def _backward(problem: Problem, entries: jax.Array, operands: Operands, known: K
     def column(carry: _OverColumns, j: Index) -> tuple[_OverColumns, tuple[jax.Array, jax.Array]]:
         def row(check: bool, i: Index, carry: Gradients) -> Gradients:
             dq, dk, dv, dscore = carry.q, carry.k, carry.v, carry.score
-
-            def new_score(s: jax.Array, *score: scores.Operand) -> jax.Array:
-                return blocks.new_score(i, j, s, score)
-
             s, pull = blocks.products(q[i], k[j]), None
             if problem.score is not None:
+                new_score = functools.partial(blocks.new_score, i, j)
                 s, pull = scores.gradient(new_score, s, operands.score, problem.learned)
             s = s if not check else jnp.where(blocks.allowed(i, j), s, -jnp.inf)
             weights = jnp.exp(s - logsumexp[i][..., None])
@@ -205,11 +198,11 @@ def _walk(
     """Run body(check, column, carry) over the blocks of a row; `check` is False for FULL ones."""
     counts, full_counts, indices = (jnp.asarray(x) for x in lists)
 
-    def step(check: bool, n: Index, carry: Carry) -> Carry:
-        return body(check, indices[row, n], carry)
-
     def loop(check: bool, start: Index, end: Index, carry: Carry) -> Carry:
-        return jax.lax.fori_loop(start, end, functools.partial(step, check), carry)
+        def step(n: Index, carry: Carry) -> Carry:
+            return body(check, indices[row, n], carry)
+
+        return jax.lax.fori_loop(start, end, step, carry)
 
     if not isinstance(lists.counts, np.ndarray):  # none is FULL
         return loop(True, 0, counts[row], carry)
@@ -284,9 +277,7 @@ class _Blocks:
     def products(self, q: jax.Array, k: jax.Array) -> jax.Array:
         return einsum("bhgqw,bhkw->bhgqk", q, k) * self.problem.scale
 
-    def new_score(
-        self, i: Index, j: Index, s: jax.Array, score: tuple[scores.Operand, ...]
-    ) -> jax.Array:
+    def new_score(self, i: Index, j: Index, s: jax.Array, *score: scores.Operand) -> jax.Array:
         return self.problem.new_score(score, s, *self.index(i, j))
 
     def allowed(self, i: Index, j: Index) -> AnyArray:
@@ -312,4 +303,4 @@ def _split(x: jax.Array, axis: int, block: int, filling: float = 0) -> jax.Array
     return jnp.moveaxis(x.reshape(shape), axis, 0)
 
 
-IMPLEMENTATION = Implementation(forward, backward, never_refuses)
+IMPLEMENTATION = Implementation(forward, backward)

@@ -6,7 +6,7 @@ These are causal, a causal window, and no mask; in half precision, without score
 from __future__ import annotations
 
 import importlib.util
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +18,17 @@ from jaxdecoder.kernels.problem import Implementation, Operands, Problem
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
-class _Pattern(NamedTuple):
-    """A mask as cuDNN describes it."""
-
-    causal: bool
-    window: int | None = None
-    """The number of earlier keys that a query sees; None for all of them."""
-
-
-def _pattern(mask: Mask) -> _Pattern | None:
-    """Return the mask as cuDNN's, or None if cuDNN has no such mask."""
+def _pattern(mask: Mask) -> dict[str, Any] | None:
+    """Return the mask in the terms of `dot_product_attention`, or None if cuDNN has no such."""
     match mask:
         case Mask("everything"):
-            return _Pattern(causal=False)
+            return {"is_causal": False}
         case Mask("causal"):
-            return _Pattern(causal=True)
+            return {"is_causal": True}
         case Mask("&", (Mask("causal"), Mask("sliding_window", (int(n),)))) | Mask(
             "&", (Mask("sliding_window", (int(n),)), Mask("causal"))
         ):
-            return _Pattern(causal=True, window=n - 1)
+            return {"is_causal": True, "local_window_size": (n - 1, 0)}
     return None
 
 
@@ -44,16 +36,9 @@ def forward(problem: Problem, operands: Operands) -> tuple[jax.Array, None]:
     """See `problem.Implementation`."""
     pattern = _pattern(problem.mask)
     assert pattern is not None
-    out = jax.nn.dot_product_attention(
-        operands.q,
-        operands.k,
-        operands.v,
-        scale=problem.scale,
-        is_causal=pattern.causal,
-        local_window_size=None if pattern.window is None else (pattern.window, 0),
-        implementation="cudnn",
-    )
-    return out, None
+    q, k, v, *_ = operands
+    attend = jax.nn.dot_product_attention
+    return attend(q, k, v, scale=problem.scale, implementation="cudnn", **pattern), None
 
 
 def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None:
@@ -76,7 +61,7 @@ def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None
         return "cuDNN's dropout is not the one of this operation"
     if pattern is None or operands.q_segments is not None:
         return "its masks are causal(), causal() & sliding_window(n) and everything() alone"
-    if pattern.causal and q.shape[1] != k.shape[1]:
+    if pattern["is_causal"] and q.shape[1] != k.shape[1]:
         return "under its causal mask there are as many queries as keys"
     return None
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdecoder.kernels import online, portable, scores
 from jaxdecoder.kernels.device import Device
 from jaxdecoder.kernels.padding import padded
-from jaxdecoder.kernels.portable_launch import Sizes, launched, of_entry, triton, whole
+from jaxdecoder.kernels.portable_launch import Result, Sizes, launched, of_entry, triton, whole
 from jaxdecoder.kernels.problem import field, holds_arrays
 from jaxdecoder.kernels.product import dot
 from jaxdecoder.kernels.scores import Score
@@ -119,16 +119,8 @@ def _plan(
     rows = max(16, 1 << (q_time * group - 1).bit_length())
     n_blocks = math.ceil(k_time / BLOCK)
     parts = min(n_blocks, math.ceil(PROGRAMS / (batch * kv_heads)))
-    return _Plan(
-        q_time=q_time,
-        group=group,
-        rows=rows,
-        width=width,
-        k_time=max(k_time, BLOCK),
-        n_blocks=n_blocks,
-        blocks_per_part=math.ceil(n_blocks / parts),
-        scale=scale,
-    )
+    per_part = math.ceil(n_blocks / parts)
+    return _Plan(q_time, group, rows, width, max(k_time, BLOCK), n_blocks, per_part, scale)
 
 
 def _parts(plan: _Plan, score: Score | None, inputs: _Inputs) -> list[jax.Array]:
@@ -143,25 +135,18 @@ def _parts(plan: _Plan, score: Score | None, inputs: _Inputs) -> list[jax.Array]
         name = field(path)
         return (of_head if name in "qkv" else whole if name == "score" else of_entry)(x)
 
-    shape = (n_parts, batch, kv_heads, plan.rows)
-    of_rows = None, None, None, plan.rows
-    results = [
-        (
-            jax.ShapeDtypeStruct((*shape, plan.width), jnp.float32),
-            pl.BlockSpec((*of_rows, plan.width), lambda n, h, b: (n, b, h, 0, 0)),
-        ),
-        (
-            jax.ShapeDtypeStruct(shape, jnp.float32),
-            pl.BlockSpec(of_rows, lambda n, h, b: (n, b, h, 0)),
-        ),
-    ]
+    def of_rows(*columns: int) -> Result:
+        shape, part = (plan.rows, *columns), (0,) * (1 + len(columns))
+        spec = pl.BlockSpec((None, None, None, *shape), lambda n, h, b: (n, b, h, *part))
+        return jax.ShapeDtypeStruct((n_parts, batch, kv_heads, *shape), jnp.float32), spec
+
     return launched(
         functools.partial(_decode_kernel, plan, score),
         Sizes(plan.rows, BLOCK, WARPS, STAGES),
         (n_parts, kv_heads, batch),
         (inputs,),
         (jax.tree_util.tree_map_with_path(spec, inputs),),
-        results,
+        [of_rows(plan.width), of_rows()],
     )
 
 
@@ -216,12 +201,7 @@ def refuses(q: jax.Array, k: jax.Array, score: Score | None, device: Device) -> 
         return f"heads must be a power of two from 16 to 256 wide, not {width}"
     if rows > MOST_ROWS:
         return f"a key head may have at most {MOST_ROWS} queries, not {rows}"
-    if score is not None and _captures(score, q.shape[2]):
+    s, index = jax.ShapeDtypeStruct((), jnp.float32), [jax.ShapeDtypeStruct((), jnp.int32)] * 4
+    if score is not None and holds_arrays(score.apply, score.operands, s, *index):
         return "the score function closes over an array, which a kernel has no place for"
     return None
-
-
-def _captures(score: Score, heads: int) -> bool:
-    index = jax.ShapeDtypeStruct((), jnp.int32)
-    s = jax.ShapeDtypeStruct((), jnp.float32)
-    return holds_arrays(score.apply, score.operands, s, index, index, index, index)

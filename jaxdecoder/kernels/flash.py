@@ -37,9 +37,6 @@ class Implementations(Mapping[str, Implementation]):
         found: Implementation = import_module(f"jaxdecoder.kernels.{name}").IMPLEMENTATION
         return found
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
@@ -97,17 +94,7 @@ def flash_attention(
         UserError: for shapes that do not fit, types that are no floats, a mask or score that is not
             a pure function, or an `implementation` that cannot do what is asked.
     """
-    problem, operands = state(
-        q,
-        k,
-        v,
-        mask=mask,
-        score=score,
-        scale=scale,
-        segment_ids=segment_ids,
-        dropout_rate=dropout_rate,
-        dropout_seed=dropout_seed,
-    )
+    problem, operands = state(q, k, v, mask, score, scale, segment_ids, dropout_rate, dropout_seed)
     choice = choose(problem, operands, implementation)
     line = f"attention: {choice.name}, because {choice.reason}"
     log.debug(line)
@@ -120,12 +107,8 @@ def flash_attention(
     return scaled(out, dropout_rate) if problem.dropout else out
 
 
-class _Kept(NamedTuple):
-    """What the forward pass keeps for the backward pass."""
-
-    operands: Operands
-    out: jax.Array
-    logsumexp: LogSumExp
+_Kept = tuple[Operands, jax.Array, LogSumExp]
+"""Operands, output and logarithms: what the backward pass needs."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -136,13 +119,13 @@ def _attention(name: str, problem: Problem, operands: Operands) -> jax.Array:
 def _forward(name: str, problem: Problem, operands: Operands) -> tuple[jax.Array, _Kept]:
     out, logsumexp = IMPLEMENTATIONS[name].forward(problem, operands)
     assert logsumexp is not None
-    return out, _Kept(operands, out, logsumexp)
+    return out, (operands, out, logsumexp)
 
 
 def _backward(name: str, problem: Problem, kept: _Kept, dout: jax.Array) -> tuple[Operands]:
-    operands, backward = kept.operands, IMPLEMENTATIONS[name].backward
+    operands, backward = kept[0], IMPLEMENTATIONS[name].backward
     assert backward is not None
-    gradients = backward(problem, operands, kept.out, kept.logsumexp, dout)
+    gradients = backward(problem, *kept, dout)
     learned = scores.chosen(operands.score, problem.learned)
     found = (x.astype(like.dtype) for x, like in zip(gradients.score, learned, strict=True))
     score = scores.put_back(found, map(jnp.zeros_like, operands.score), problem.learned)
@@ -161,17 +144,18 @@ class Choice(NamedTuple):
 
 
 def choose(
-    problem: Problem,
-    operands: Operands,
-    implementation: str = "auto",
-    device: Device | None = None,
+    problem: Problem, operands: Operands, implementation: str = "auto", device: Device | None = None
 ) -> Choice:
     """Choose the implementation that will run; `device` is the current one when left out."""
     device = current_device() if device is None else device
+
+    def refusal(name: str) -> str | None:
+        return IMPLEMENTATIONS[name].refuses(problem, operands, device)
+
     if implementation == "auto":
         refused: list[str] = []
         for name, reason in _candidates(operands, device):
-            why_not = IMPLEMENTATIONS[name].refuses(problem, operands, device)
+            why_not = refusal(name)
             if why_not is None:
                 return Choice(name, "; ".join([reason, *refused]))
             refused.append(f"{name} cannot, because {why_not}")
@@ -181,13 +165,9 @@ def choose(
             f"attention: there is no implementation {implementation!r}; "
             f"there are auto, {', '.join(IMPLEMENTATIONS)}"
         )
-    why_not = IMPLEMENTATIONS[implementation].refuses(problem, operands, device)
+    why_not = refusal(implementation)
     if why_not is not None:
-        able = [
-            name
-            for name, other in IMPLEMENTATIONS.items()
-            if other.refuses(problem, operands, device) is None
-        ]
+        able = [name for name in IMPLEMENTATIONS if refusal(name) is None]
         raise UserError(
             f"attention: {implementation} cannot do this, because {why_not}. "
             f"These can: {', '.join(['auto', *able])}"
@@ -203,16 +183,14 @@ def _candidates(operands: Operands, device: Device) -> list[tuple[str, str]]:
     n_scores = operands.q.shape[0] * operands.q.shape[2] * q_time * k_time // jax.device_count()
     if device.platform == "cpu" and n_scores <= FEW_SCORES and q_time <= MOST_ROWS:
         return [("rows", f"the weights of {n_scores:,} scores stay in the caches")]
-    linear = "it skips empty blocks, in memory linear in the length"
-    kernels = [
+    everywhere = "it skips empty blocks, in memory linear in the length, on any device"
+    candidates = [
         ("cudnn", "NVIDIA's own kernel knows this mask"),
         ("hopper", "its kernels are made for Hopper GPUs"),
         ("portable", "its kernels fit any NVIDIA GPU"),
+        ("chunked", everywhere),
     ]
-    return [
-        *(kernels if device.platform == "gpu" else ()),
-        ("chunked", f"{linear}, on any device"),
-    ]
+    return candidates if device.platform == "gpu" else candidates[-1:]
 
 
 # --- From arguments to a problem ---------------------------------------------------------------
@@ -223,7 +201,6 @@ def state(
     q: Float[Array, "batch q_time heads width"],
     k: Float[Array, "batch k_time kv_heads width"],
     v: Float[Array, "batch k_time kv_heads width"],
-    *,
     mask: masks.Mask | MaskFunction,
     score: scores.Score | scores.ScoreFunction | None = None,
     scale: float | None = None,

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, SupportsIndex
 
 import jax
@@ -150,12 +150,12 @@ def sliding_window(n: SupportsIndex) -> Mask:
 
     The future is allowed: `causal() & sliding_window(n)` allows exactly n keys.
     """
-    return Mask("sliding_window", (_positive("sliding_window", "n", n),))
+    return Mask("sliding_window", _positive("sliding_window", n=n))
 
 
 def first(n: SupportsIndex) -> Mask:
     """Let every query see the first n keys (global tokens, attention sinks): k < n."""
-    return Mask("first", (_positive("first", "n", n),))
+    return Mask("first", _positive("first", n=n))
 
 
 def prefix(n: SupportsIndex) -> Mask:
@@ -165,7 +165,7 @@ def prefix(n: SupportsIndex) -> Mask:
     `causal() | first(n)`, because later queries see the prefix anyway. Alone or under `&`, `prefix`
     excludes later queries and `first` does not.
     """
-    return Mask("prefix", (_positive("prefix", "n", n),))
+    return Mask("prefix", _positive("prefix", n=n))
 
 
 def strided(n: SupportsIndex) -> Mask:
@@ -174,13 +174,12 @@ def strided(n: SupportsIndex) -> Mask:
     The column term of the strided Sparse Transformer (arXiv 1904.10509), which is
     `causal() & (sliding_window(n) | strided(n))`.
     """
-    return Mask("strided", (_positive("strided", "n", n),))
+    return Mask("strided", _positive("strided", n=n))
 
 
 def dilated(window: SupportsIndex, dilation: SupportsIndex) -> Mask:
     """Let a query see the last `window` keys that are `dilation` apart (arXiv 2004.05150)."""
-    lengths = _positive("dilated", "window", window), _positive("dilated", "dilation", dilation)
-    return Mask("dilated", lengths)
+    return Mask("dilated", _positive("dilated", window=window, dilation=dilation))
 
 
 def fixed_blocks(block: SupportsIndex, summary: SupportsIndex = 1) -> Mask:
@@ -188,7 +187,7 @@ def fixed_blocks(block: SupportsIndex, summary: SupportsIndex = 1) -> Mask:
 
     A query sees its own block of `block` positions, and the last `summary` positions of each.
     """
-    size = _positive("fixed_blocks", "block", block)
+    (size,) = _positive("fixed_blocks", block=block)
     last = _integer("fixed_blocks", "summary", summary)
     if not 0 <= last <= size:
         raise UserError(f"fixed_blocks: summary must lie between 0 and block = {size}, not {last}")
@@ -201,8 +200,7 @@ def summaries(block: SupportsIndex, rank: SupportsIndex, start: SupportsIndex) -
     From `start` on, every block in turn has `rank` such keys. A query sees those of the blocks
     before its own: 0 <= k - start < rank * (q // block).
     """
-    sizes = _positive("summaries", "block", block), _positive("summaries", "rank", rank)
-    return Mask("summaries", (*sizes, _positive("summaries", "start", start)))
+    return Mask("summaries", _positive("summaries", block=block, rank=rank, start=start))
 
 
 def documents(segment_ids: ArrayLike | AnyArray) -> Mask:
@@ -386,30 +384,22 @@ def _allowed(mask: Mask, q: Indices, k: Indices) -> Answers:
     return RULES[mask.rule].allowed(q, k, *mask.arguments)
 
 
-def _leaves(mask: Mask) -> Iterator[Mask]:
-    if mask.rule == "~" or mask.rule in OPERATORS:
+def _operands(mask: Mask, operators: Iterable[str] = PRECEDENCE) -> Iterator[Mask]:
+    """Yield what operators, of these kinds or of any, join, in whatever way it is bracketed."""
+    if mask.rule in operators:
         for operand in mask.arguments:
-            yield from _leaves(operand)
-    else:
-        yield mask
-
-
-def _chain(mask: Mask, rule: str) -> Iterator[Mask]:
-    """Yield the operands of a & b & c, in whatever way it is bracketed."""
-    if mask.rule == rule:
-        for operand in mask.arguments:
-            yield from _chain(operand, rule)
+            yield from _operands(operand, operators)
     else:
         yield mask
 
 
 def _axis(mask: Mask) -> str | None:
-    axes = {RULES[leaf.rule].axis for leaf in _leaves(mask)}
+    axes = {RULES[leaf.rule].axis for leaf in _operands(mask)}
     return axes.pop() if len(axes) == 1 else None
 
 
 def _is_evaluated(mask: Mask) -> bool:
-    return any(leaf.rule == "from_function" for leaf in _leaves(mask))
+    return any(leaf.rule == "from_function" for leaf in _operands(mask))
 
 
 # --- Blocks ------------------------------------------------------------------------------------
@@ -430,17 +420,15 @@ def _states(mask: Mask, bounds: Bounds, wanted: np.ndarray) -> np.ndarray:
             states = combine(states, _states(operand, bounds, open_))
         return states
     blocks = RULES[mask.rule].blocks
-    return (
-        _evaluated_states(mask, bounds, wanted)
-        if blocks is None
-        else blocks(bounds, *mask.arguments)
-    )
+    if blocks is None:
+        return _evaluated_states(mask, bounds, wanted)
+    return blocks(bounds, *mask.arguments)
 
 
 def _operands_cheapest_first(mask: Mask) -> list[Mask]:
     """Return a chain's operands, joining those along one axis, which decides them exactly."""
     joined: dict[str | Mask, Mask] = {}
-    for operand in _chain(mask, mask.rule):
+    for operand in _operands(mask, mask.rule):
         axis = _axis(operand)
         key = axis or operand
         joined[key] = Mask(mask.rule, (joined[key], operand)) if axis in joined else operand
@@ -508,13 +496,8 @@ def _tiles(
 
 
 def _grid(q_length: int, k_length: int, block_q: int, block_k: int, q_offset: int) -> Bounds:
-    for name, value in (
-        ("q_length", q_length),
-        ("k_length", k_length),
-        ("block_q", block_q),
-        ("block_k", block_k),
-    ):
-        _positive("block_map", name, value)
+    lengths = {"q_length": q_length, "k_length": k_length, "block_q": block_q, "block_k": block_k}
+    _positive("block_map", **lengths)
     q_lo = np.arange(0, q_length, block_q, dtype=np.int32)[:, None]
     k_lo = np.arange(0, k_length, block_k, dtype=np.int32)[None, :]
     return Bounds(
@@ -607,12 +590,12 @@ def allowed_entries(mask: Mask, q_length: int, k_length: int, q_offset: int = 0)
 
 def is_positional(mask: Mask) -> bool:
     """Return whether the mask is arithmetic on positions, without `documents` to look up."""
-    return all(leaf.rule != "documents" for leaf in _leaves(mask))
+    return all(leaf.rule != "documents" for leaf in _operands(mask))
 
 
 def is_simple(mask: Mask) -> bool:
     """Return whether every rule is quick to compute: on the distance or on the key alone."""
-    return all(RULES[leaf.rule].axis is not None for leaf in _leaves(mask))
+    return all(RULES[leaf.rule].axis is not None for leaf in _operands(mask))
 
 
 def split_documents(mask: Mask) -> tuple[Mask, Int32[np.ndarray, " time"] | None]:
@@ -621,8 +604,8 @@ def split_documents(mask: Mask) -> tuple[Mask, Int32[np.ndarray, " time"] | None
     Without a `documents` among the operands of `&`, the ids are None. A `documents` under `|` or
     `~` stays where it is: see `is_positional`.
     """
-    rest = [operand for operand in _chain(mask, "&") if operand.rule != "documents"]
-    found = [_labels(m.arguments[0]) for m in _chain(mask, "&") if m.rule == "documents"]
+    rest = [operand for operand in _operands(mask, "&") if operand.rule != "documents"]
+    found = [_labels(m.arguments[0]) for m in _operands(mask, "&") if m.rule == "documents"]
     if not found:
         return mask, None
     if len({labels.size for labels in found}) > 1:
@@ -648,11 +631,12 @@ def _integer(mask: str, name: str, value: SupportsIndex) -> int:
         ) from error
 
 
-def _positive(mask: str, name: str, value: SupportsIndex) -> int:
-    number = _integer(mask, name, value)
-    if number <= 0:
-        raise UserError(f"{mask}: {name} must be at least 1, not {number}")
-    return number
+def _positive(mask: str, **lengths: SupportsIndex) -> tuple[int, ...]:
+    numbers = {name: _integer(mask, name, value) for name, value in lengths.items()}
+    for name, number in numbers.items():
+        if number <= 0:
+            raise UserError(f"{mask}: {name} must be at least 1, not {number}")
+    return tuple(numbers.values())
 
 
 def _check_is_a_mask(function: MaskFunction) -> None:

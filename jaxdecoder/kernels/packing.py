@@ -23,8 +23,6 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxdecoder.kernels.typing import Leaf
 from jaxdecoder.typing import Params
 
-GRANULARITIES = ("tensor", "channel", "group")
-
 
 class Format(NamedTuple):
     """The format of a stored weight.
@@ -46,6 +44,10 @@ class Format(NamedTuple):
     integer: bool = True
 
 
+def _as(dtype: DTypeLike, numbers: jax.Array) -> jax.Array:
+    return numbers.astype(dtype)
+
+
 def _to_pairs(levels: jax.Array) -> jax.Array:
     """Pack two levels in a byte: those of the first half of the rows in the low nibbles."""
     low, high = jnp.split((levels + 8).astype(jnp.uint8), 2, axis=-2)
@@ -57,7 +59,7 @@ def _from_pairs(codes: jax.Array) -> tuple[jax.Array, ...]:
     return (wide & 15).astype(jnp.float32), (wide >> 4).astype(jnp.float32)
 
 
-def _from_float(codes: jax.Array, mantissa: int) -> tuple[jax.Array, ...]:
+def _from_float(mantissa: int, codes: jax.Array) -> tuple[jax.Array, ...]:
     """Convert floats of 8 bits by their bits, so that XLA makes vector code of it on CPUs."""
     bias = 2 ** (6 - mantissa) - 1
     wide = jax.lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.int32)
@@ -70,25 +72,13 @@ def _from_float(codes: jax.Array, mantissa: int) -> tuple[jax.Array, ...]:
 
 
 def _float_format(storage: DTypeLike, largest: int, mantissa: int) -> Format:
-    return Format(
-        storage,
-        1,
-        -largest,
-        largest,
-        lambda levels: levels.astype(storage),
-        lambda codes: _from_float(codes, mantissa),
-        integer=False,
-    )
+    encode, decode = partial(_as, storage), partial(_from_float, mantissa)
+    return Format(storage, 1, -largest, largest, encode, decode, integer=False)
 
 
 FORMATS: dict[str, Format] = {
     "int8": Format(
-        jnp.int8,
-        1,
-        -128,
-        127,
-        lambda levels: levels.astype(jnp.int8),
-        lambda codes: (codes.astype(jnp.float32),),
+        jnp.int8, 1, -128, 127, partial(_as, jnp.int8), lambda codes: (_as(jnp.float32, codes),)
     ),
     "int4": Format(jnp.uint8, 2, -8, 7, _to_pairs, _from_pairs, offset=8),
     # arXiv 2209.05433
@@ -292,8 +282,7 @@ def cast(params: Params, dtype: DTypeLike) -> Params:
     """Convert float parameters to another type of float, except the parts of packed kernels."""
 
     def convert(path: KeyPath, leaf: jax.Array) -> jax.Array:
-        stays = path[-1].key in PARTS
-        return leaf if stays else leaf.astype(dtype)
+        return leaf if path[-1].key in PARTS else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(convert, params)
 

@@ -186,10 +186,8 @@ def _sharding_rule(
         return tuple(ArrayMapping(*map(factor, layout)) for layout in layouts)
 
     arguments = mappings(ins), mappings(outs)
-    replicated = tuple(whole)
-    if not isinstance(heads, CompoundFactor):
-        return SdyShardingRule(*arguments, need_replication_factors=replicated)
-    return SdyShardingRule(*arguments, need_replication_factors=replicated, h=group)
+    rule = functools.partial(SdyShardingRule, *arguments, need_replication_factors=tuple(whole))
+    return rule(h=group) if isinstance(heads, CompoundFactor) else rule()
 
 
 def _partition(

@@ -71,7 +71,7 @@ def forward(
         functools.partial(_forward_kernel, tiling),
         tiling.lists(operands),
         tiling.inputs(operands),
-        [tiling.by_query(operands.q), tiling.by_row(operands.q)],
+        [tiling.rows(operands.q, tiling.block_q), tiling.by_row(operands.q)],
         tiling.heads,
     )
     return tiling.cut(out, tiling.q_time), logsumexp[:, :, : tiling.q_time]
@@ -97,7 +97,7 @@ def gradient_of_queries(
         functools.partial(_queries_kernel, tiling),
         tiling.lists(operands),
         tiling.inputs(operands, known),
-        [tiling.by_query(operands.q), *map(tiling.by_row_of, learned)],
+        [tiling.rows(operands.q, tiling.block_q), *map(tiling.by_row_of, learned)],
         tiling.heads,
     )
     pairs = zip(dscore, learned, strict=True)
@@ -114,7 +114,7 @@ def gradient_of_keys(
         functools.partial(_keys_kernel, tiling),
         tiling.lists(operands, by_keys=True),
         tiling.inputs(operands, known),
-        [tiling.by_key(operands.k), tiling.by_key(operands.v)],
+        [tiling.rows(x, tiling.block_k) for x in (operands.k, operands.v)],
         tiling.kv_heads,
     )
     return tiling.cut(dk, tiling.k_time), tiling.cut(dv, tiling.k_time)
@@ -141,8 +141,7 @@ def _forward_kernel(
         sums, weights, shrink = online.add(sums, s, may_be_empty=may_be_empty)
         v = place.keys(refs.operands.v, j)
         weights = place.dropped(i, j, weights).astype(v.dtype)
-        more = tiling.dot(weights, v)
-        return sums, mixed * online.spread(shrink, mixed.shape) + more
+        return sums, mixed * online.spread(shrink, mixed.shape) + tiling.dot(weights, v)
 
     rows = jnp.zeros((tiling.block_q,), jnp.float32)
     mixed = jnp.zeros((tiling.block_q, tiling.padded_width), jnp.float32)
@@ -327,13 +326,7 @@ class _Place:
         return jnp.where(kept, weights, 0.0)
 
     def gradient(
-        self,
-        check: bool,
-        i: Index,
-        j: Index,
-        queries: _Queries,
-        keys: _Keys,
-        learned: bool = True,
+        self, check: bool, i: Index, j: Index, queries: _Queries, keys: _Keys, learned: bool = True
     ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
         """Return the weights, the gradient of the scores, and those of the learned numbers."""
         problem, pull = self.tiling.problem, None
@@ -352,9 +345,7 @@ class _Place:
         weights = jnp.exp(s - self.along_queries(queries.logsumexp))
         dweights = self.dropped(i, j, self.products(queries.dout, keys.v))
         ds = weights * (dweights - self.along_queries(queries.delta))
-        if pull is None:
-            return weights, ds, []
-        return weights, *pull(ds)
+        return (weights, ds, []) if pull is None else (weights, *pull(ds))
 
 
 def _refuses(problem: Problem, operands: Operands, device: Device) -> str | None:

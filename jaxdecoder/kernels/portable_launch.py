@@ -87,17 +87,11 @@ class Tiling:
         """Take the padding off an array (batch, time, heads, width)."""
         return x[:, :time, :, : self.width]
 
-    def by_query(self, like: jax.Array) -> Result:
-        """Return a result with a row of numbers for every query, head and batch entry."""
-        return self._rows(like, self.padded_q, self.heads, self.block_q)
-
-    def by_key(self, like: jax.Array) -> Result:
-        """Return a result with a row of numbers for every key, key head and batch entry."""
-        return self._rows(like, self.padded_k, self.kv_heads, self.block_k)
-
-    def _rows(self, like: jax.Array, time: int, heads: int, block: int) -> Result:
-        shape, part = (self.batch, time, heads, self.padded_width), (None, block, None)
-        spec = pl.BlockSpec((*part, self.padded_width), lambda i, h, b: (b, i, h, 0))
+    def rows(self, like: jax.Array, block: int) -> Result:
+        """Return a result like queries or keys, of which a program writes a block of one head."""
+        batch, time, heads, _ = like.shape
+        shape = batch, round_up(time, block), heads, self.padded_width
+        spec = pl.BlockSpec((None, block, None, shape[3]), lambda i, h, b: (b, i, h, 0))
         return result(shape, like.dtype, like), spec
 
     def by_row(self, like: jax.Array) -> Result:

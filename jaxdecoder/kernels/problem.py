@@ -162,13 +162,9 @@ class Implementation(NamedTuple):
     backward: Callable[[Problem, Operands, jax.Array, LogSumExp, jax.Array], Gradients] | None
     """(problem, operands, out, logsumexp, dout) -> gradients. Without it JAX differentiates
     `forward`, which may then give None for the logarithm."""
-    refuses: Callable[[Problem, Operands, Device], str | None]
+    refuses: Callable[[Problem, Operands, Device], str | None] = lambda *_: None
     """Says why it cannot solve a problem of such operands on a device, as the end of the sentence
     "it cannot, because ..."; None if it can."""
-
-
-def never_refuses(problem: Problem, operands: Operands, device: Device) -> None:
-    """Refuse no problem: the `Implementation.refuses` of what runs everywhere."""
 
 
 def reads_arrays(problem: Problem, operands: Operands) -> str | None:

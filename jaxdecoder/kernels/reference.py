@@ -10,13 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxdecoder.kernels.dropout import Rate, drops, keep, scaled, threshold
-from jaxdecoder.kernels.problem import (
-    Implementation,
-    LogSumExp,
-    Operands,
-    Problem,
-    never_refuses,
-)
+from jaxdecoder.kernels.problem import Implementation, LogSumExp, Operands, Problem
 from jaxdecoder.kernels.scores import Score
 
 
@@ -105,4 +99,4 @@ def _attention(
     return out.reshape(batch, q_time, heads, width), logsumexp
 
 
-IMPLEMENTATION = Implementation(forward, None, never_refuses)
+IMPLEMENTATION = Implementation(forward, None)

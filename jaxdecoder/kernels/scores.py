@@ -43,9 +43,7 @@ T = TypeVar("T")
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["operands"],
-    meta_fields=["function", "learned"],
+    jax.tree_util.register_dataclass, data_fields=["operands"], meta_fields=["function", "learned"]
 )
 @dataclasses.dataclass(frozen=True)
 class Score:
@@ -75,18 +73,9 @@ class Score:
             for array in arrays
         )
 
-    def apply(
-        self,
-        operands: tuple[Operand, ...],
-        score: jax.Array,
-        batch: Indices,
-        head: Indices,
-        q_index: Indices,
-        k_index: Indices,
-    ) -> jax.Array:
-        """Return the new scores, with `operands` in the place of the score's own."""
-        index = batch, head, q_index, k_index
-        return self.function(score, *index, *self.parameters(operands, head))
+    def apply(self, operands: tuple[Operand, ...], score: jax.Array, *index: Indices) -> jax.Array:
+        """Return the new scores at (batch, head, q_index, k_index), with `operands` for its own."""
+        return self.function(score, *index, *self.parameters(operands, index[1]))
 
     def __call__(
         self, score: ArrayLike, batch: Indices, head: Indices, q_index: Indices, k_index: Indices
@@ -161,9 +150,7 @@ def soft_cap(cap: float | int) -> Score:
     return Score(_With(_soft_cap, (cap,)))
 
 
-def _soft_cap(
-    constants: tuple[float], score: Array, batch: Indices, head: Indices, q: Indices, k: Indices
-) -> Array:
+def _soft_cap(constants: tuple[float], score: Array, *index: Indices) -> Array:
     (cap,) = constants
     return cap * jnp.tanh(score * (1 / cap))
 
@@ -270,9 +257,8 @@ def from_function(
     arrays = tuple(_operand("from_function", "an operand", operand, 1, 2) for operand in operands)
     flags = (learned,) * len(arrays) if isinstance(learned, bool) else tuple(learned)
     if len(flags) != len(arrays):
-        raise UserError(
-            f"from_function: learned has {len(flags)} entries for {len(arrays)} operands"
-        )
+        entries = f"{len(flags)} entries for {len(arrays)} operands"
+        raise UserError(f"from_function: learned has {entries}")
     score = Score(function, arrays, flags)
     _check_is_a_score(score)
     return score
@@ -290,16 +276,11 @@ def compose(*scores: Score) -> Score:
 
 
 def _compose(
-    parts: tuple[tuple[ScoreFunction, int], ...],
-    score: jax.Array,
-    batch: Indices,
-    head: Indices,
-    q: Indices,
-    k: Indices,
-    *parameters: Parameter,
+    parts: tuple[tuple[ScoreFunction, int], ...], score: jax.Array, *rest: Indices | Parameter
 ) -> jax.Array:
+    index, parameters = rest[:4], rest[4:]
     for function, count in parts:
-        score = function(score, batch, head, q, k, *parameters[:count])
+        score = function(score, *index, *parameters[:count])
         parameters = parameters[count:]
     return score
 

@@ -70,16 +70,12 @@ class Attention(nn.Module):
 
         score = None if position.score is None else position.score(c, name="positions")()
         mixing = ATTENTIONS[self.mechanism].mixing(c, name="mixing")
-        mixed, cache = mixing(
-            Heads(q, k, v, positions, rotate, score, seen), cache, cursor, dropout
-        )
-
+        given = Heads(q, k, v, positions, rotate, score, seen)
+        mixed, cache = mixing(given, cache, cursor, dropout)
         out = mixed.reshape(batch, time, c.query_width)
         if c.attention_projection:
-            output = project(
-                c.query_width, c.d_model, bias=c.bias, residual_output=True, name="out"
-            )
-            out = output(out)
+            output = partial(project, c.query_width, c.d_model, bias=c.bias)
+            out = output(residual_output=True, name="out")(out)
         return Dropout()(out, dropout), cache
 
 

@@ -108,14 +108,12 @@ def extend(
     """
     time = k.shape[1]
     new = KeysAndValues(*(x.swapaxes(1, 2).astype(cache.k.dtype) for x in (k, v)))
-    written = KeysAndValues(
-        *(_write(*pair, cursor, slots) for pair in zip(cache, new, strict=True))
-    )
+    written = jax.tree.map(lambda old, x: _write(old, x, cursor, slots), cache, new)
     if time == 1:
         return written, slots.visible(cursor, 1), written
     if isinstance(cursor.length, np.ndarray | np.generic) and cursor.length == 0:
         return new, cursor.query_positions(time), written
-    seen = KeysAndValues(*(jnp.concatenate(pair, 2) for pair in zip(cache, new, strict=True)))
+    seen = jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=2), cache, new)
     positions = [slots.visible(cursor, 0), cursor.query_positions(time)]
     return seen, jnp.concatenate(positions, axis=1), written
 

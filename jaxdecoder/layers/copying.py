@@ -63,24 +63,13 @@ class Copying(nn.Module):
         # The embedding learns as the head's kernel; as a value it is taken as it is.
         value = jax.lax.stop_gradient(embedded).astype(jnp.float32)
         value *= jax.lax.rsqrt(jnp.mean(jnp.square(value), axis=-1, keepdims=True) + c.norm_epsilon)
-        heads = Heads(
-            project("query"),
-            project("key"),
-            value.astype(self.dtype)[:, :, None],
-            positions,
-            rotate=lambda x: x,
-            score=None,
-        )
+        q, k, v = project("query"), project("key"), value.astype(self.dtype)[:, :, None]
+        heads = Heads(q, k, v, positions, rotate=lambda x: x, score=None)
         mixing = FULL.mixing(head(c), name="mixing")
         pointed, cache = mixing(heads, cache, cursor, None)
-        gate = nn.Dense(
-            1,
-            kernel_init=nn.initializers.normal(c.init_std),
-            bias_init=nn.initializers.constant(POINTED),
-            dtype=self.dtype,
-            name="gate",
-        )(features)
-        return features + gate * pointed[:, :, 0], cache
+        init, bias = nn.initializers.normal(c.init_std), nn.initializers.constant(POINTED)
+        gate = nn.Dense(1, dtype=self.dtype, kernel_init=init, bias_init=bias, name="gate")
+        return features + gate(features) * pointed[:, :, 0], cache
 
 
 def head(c: Architecture) -> Architecture:

@@ -177,11 +177,6 @@ class RoutedCache(NamedTuple):
     """Whether the block took token number i of the stream, at i mod context."""
 
 
-def empty_routed_cache(config: Architecture, batch: int, layer: PyTree) -> RoutedCache:
-    """Return the cache of a block that has taken nothing; `layer` is its mechanism's."""
-    return RoutedCache(layer, jnp.zeros((batch, config.context_length), bool))
-
-
 class Routed(nn.Module):
     """A block that takes some of the tokens (mixture of depths, arXiv 2404.02258).
 
@@ -212,24 +207,19 @@ class Routed(nn.Module):
         # Always with a bias: the share of tokens to take is far from a half.
         router = nn.Dense(1, kernel_init=nn.initializers.normal(c.init_std), name="router")
         score = router(x.astype(jnp.float32))[..., 0]
+        taken = score > 0
         if dropout is not None:
             taken, chosen = top_tokens(score, capacity(c, x.shape[1]))
             positions = jnp.broadcast_to(positions, x.shape[:2])
             rows = jnp.arange(len(x))[:, None]
             of_these = x[rows, chosen]
-            out, _ = block(
-                of_these,
-                positions[rows, chosen],
-                dropout=dropout,
-                seen=lambda k_positions: k_positions >= 0,
-            )
+            at = positions[rows, chosen]
+            out, _ = block(of_these, at, dropout=dropout, seen=lambda k_positions: k_positions >= 0)
             new = x.at[rows, chosen].set(_towards(of_these, out, score[rows, chosen]))
         elif cache is None or cursor is None:
-            taken = score > 0
             out, _ = block(x, positions, seen=lambda k_positions: taken)
             new = jnp.where(taken[..., None], _towards(x, out, score), x)
         else:
-            taken = score > 0
             new, cache = self._extend(block, x, positions, cache, cursor, score)
         self.sow("intermediates", "taken", taken)
         return new, cache, optax.sigmoid_binary_cross_entropy(score, taken)
@@ -256,10 +246,8 @@ class Routed(nn.Module):
             out, layer = block(x, positions, layer, cursor, seen=seen)
             return jnp.where(taken[..., None], _towards(x, out, score), x), layer
 
-        def pass_by(block: Block, x: Stream, layer: PyTree) -> tuple[Stream, PyTree]:
-            return x, layer
-
-        new, layer = nn.cond(jnp.any(taken), enter, pass_by, block, x, cache.layer)
+        ways = enter, lambda block, x, layer: (x, layer)
+        new, layer = nn.cond(jnp.any(taken), *ways, block, x, cache.layer)
         return new, RoutedCache(layer, ever_taken)
 
 

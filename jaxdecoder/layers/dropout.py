@@ -6,7 +6,7 @@ way than they run tell the two apart by it.
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,15 +25,8 @@ class Dropout(nn.Module):
         return dropout(x, dropout_seed(self), rate)
 
 
-class OfWeights(TypedDict, total=False):
-    """Arguments of `flash_attention`; none where nothing is dropped."""
-
-    dropout_rate: Rate
-    dropout_seed: jax.Array
-
-
-def of_weights(module: nn.Module, rate: Rate | None) -> OfWeights:
-    """Return what `flash_attention` is to know of a module's dropout."""
+def of_weights(module: nn.Module, rate: Rate | None) -> dict[str, Any]:
+    """Return the arguments by which `flash_attention` knows of a module's dropout."""
     if rate is None or not drops(rate):
         return {}
     return {"dropout_rate": rate, "dropout_seed": dropout_seed(module)}

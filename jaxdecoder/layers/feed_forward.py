@@ -82,10 +82,8 @@ class FeedForward(nn.Module):
         hidden = activation(*(inner(name=name)(x) for name in activation.inputs))
         if not c.feed_forward_projection:
             return hidden
-        down = linear(
-            c, d_ff, width, bias=c.bias, dtype=self.dtype, residual_output=True, name="down"
-        )
-        return down(hidden)
+        outer = partial(linear, c, d_ff, width, bias=c.bias, dtype=self.dtype)
+        return outer(residual_output=True, name="down")(hidden)
 
 
 def kernels(c: Architecture, count: int = 1, factor: int = 1) -> list[Kernels]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -38,15 +39,8 @@ def linear(
     if config.quantized:
         return Quantized(config, d_in, d_out, bias, dtype, residual_output, name=name)
     kernel, bias_init = initializers(config, d_in, residual_output=residual_output)
-    return nn.Dense(
-        d_out,
-        use_bias=bias,
-        dtype=dtype,
-        kernel_init=kernel,
-        bias_init=bias_init,
-        dot_general=product,
-        name=name,
-    )
+    dense = partial(nn.Dense, d_out, use_bias=bias, dtype=dtype, dot_general=product)
+    return dense(kernel_init=kernel, bias_init=bias_init, name=name)
 
 
 class Quantized(nn.Module):
@@ -106,13 +100,10 @@ def _quantized_kernel(
     return packing.of_parameters(scheme, parts)
 
 
-def scheme_of(config: ModelConfig) -> packing.Scheme:
+def scheme_of(c: ModelConfig) -> packing.Scheme:
     """Return how a config quantizes kernels."""
     return packing.Scheme(
-        config.weight_format,
-        config.weight_granularity,
-        config.weight_group_size,
-        config.weight_symmetric,
+        c.weight_format, c.weight_granularity, c.weight_group_size, c.weight_symmetric
     )
 
 
@@ -131,9 +122,8 @@ def initializers(
 
 def embedding_initializer(config: Architecture) -> Initializer:
     """Return the initialiser of token and position embeddings."""
-    return nn.initializers.normal(
-        1.0 if config.initializer == "uniform_fan_in" else config.init_std
-    )
+    std = 1.0 if config.initializer == "uniform_fan_in" else config.init_std
+    return nn.initializers.normal(std)
 
 
 def symmetric_uniform(bound: float) -> Initializer:

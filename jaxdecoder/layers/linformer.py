@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -36,18 +37,11 @@ class Memory(NamedTuple):
     """
 
 
-def exact_slots(config: Architecture) -> Slots:
-    """Return the slots of what is seen exactly: a block of tokens."""
-    return Slots(config.attention_block)
-
-
 def empty_memory(config: Architecture, batch: int, dtype: DTypeLike) -> Memory:
     """Return the cache of a layer that has seen nothing; its sums are always float32."""
     compressed = Slots(config.attention_rank * blocks(config))
-    return Memory(
-        exact_slots(config).empty(config, batch, dtype),
-        compressed.empty(config, batch, jnp.float32),
-    )
+    exact = Slots(config.attention_block).empty(config, batch, dtype)
+    return Memory(exact, compressed.empty(config, batch, jnp.float32))
 
 
 def blocks(config: Architecture) -> int:
@@ -76,17 +70,11 @@ class _AtBlockEnds:
     time: int
 
     def __call__(
-        self,
-        score: jax.Array,
-        batch: Indices,
-        head: Indices,
-        q: Indices,
-        k: Indices,
-        *parameters: object,
+        self, score: jax.Array, batch: Indices, head: Indices, q: Indices, k: Indices, *rest: object
     ) -> jax.Array:
         end = ((k - self.time) // self.rank + 1) * self.block - 1
         place = jnp.where(k < self.time, k, end)
-        return self.function(score, batch, head, q, place, *parameters)
+        return self.function(score, batch, head, q, place, *rest)
 
 
 class LinformerMixing(nn.Module):
@@ -125,8 +113,7 @@ class LinformerMixing(nn.Module):
         heads = heads._replace(q=heads.rotate(heads.q), k=heads.rotate(heads.k))
         if cache is not None and cursor is not None:
             return self._extend(heads, cache, cursor, projections)
-        time = heads.q.shape[1]
-        score = heads.score
+        time, score = heads.q.shape[1], heads.score
         if score is not None:
             placed = _AtBlockEnds(score.function, c.attention_block, c.attention_rank, time)
             score = dataclasses.replace(score, function=placed)
@@ -134,16 +121,9 @@ class LinformerMixing(nn.Module):
             jnp.concatenate([x, _compressed(x, projection)], axis=1)
             for x, projection in zip((heads.k, heads.v), projections, strict=True)
         )
-        mixed = flash_attention(
-            heads.q,
-            k,
-            v,
-            mask=mask(c, time),
-            score=score,
-            implementation=c.attention_implementation,
-            **of_weights(self, dropout),
-        )
-        return mixed, None
+        attend = partial(flash_attention, mask=mask(c, time), score=score)
+        how = {"implementation": c.attention_implementation, **of_weights(self, dropout)}
+        return attend(heads.q, k, v, **how), None
 
     def _extend(
         self, heads: Heads, cache: Memory, cursor: Cursor, projections: list[jax.Array]
@@ -151,13 +131,9 @@ class LinformerMixing(nn.Module):
         """Attend from tokens that follow what the cache holds."""
         c, positions = self.config, heads.positions
         span = spans(positions, blocks(c), c.attention_block)
-        (k, v), at, exact = extend(cache.exact, heads.k, heads.v, cursor, exact_slots(c))
-        parts = [
-            _add(old, x, projection, span)
-            for old, x, projection in zip(
-                cache.compressed, (heads.k, heads.v), projections, strict=True
-            )
-        ]
+        (k, v), at, exact = extend(cache.exact, heads.k, heads.v, cursor, Slots(c.attention_block))
+        new = zip(cache.compressed, (heads.k, heads.v), projections, strict=True)
+        parts = [_add(old, x, projection, span) for old, x, projection in new]
         seen, compressed = zip(*parts, strict=True)
         k, v = (
             jnp.concatenate([sums.astype(x.dtype), x], axis=2)
@@ -255,9 +231,8 @@ def _compressed(
     rank, block = projection.shape
     n = (time - 1) // block
     x = x[:, : n * block].reshape(batch, n, block, kv_heads, width)
-    return jnp.einsum("rj,bnjhw->bnrhw", projection.astype(x.dtype), x).reshape(
-        batch, n * rank, kv_heads, width
-    )
+    sums = jnp.einsum("rj,bnjhw->bnrhw", projection.astype(x.dtype), x)
+    return sums.reshape(batch, n * rank, kv_heads, width)
 
 
 def past(c: Architecture, tokens: int) -> int:

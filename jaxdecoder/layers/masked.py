@@ -36,7 +36,8 @@ def longformer(config: Architecture) -> masks.Mask:
     The paper's global tokens see every token as well; made causal, they see those before them.
     """
     window = masks.dilated(config.attention_window, config.attention_dilation)
-    return masks.causal() & (window | _first(config.attention_globals))
+    first = masks.first(config.attention_globals) if config.attention_globals else masks.nothing()
+    return masks.causal() & (window | first)
 
 
 def fixed_sparse(config: Architecture) -> masks.Mask:
@@ -54,10 +55,6 @@ def strided_sparse(config: Architecture) -> masks.Mask:
     """
     near = masks.sliding_window(config.attention_block)
     return masks.causal() & (near | masks.strided(config.attention_block))
-
-
-def _first(n: int) -> masks.Mask:
-    return masks.first(n) if n else masks.nothing()
 
 
 def context(config: Architecture) -> Slots:
@@ -117,11 +114,7 @@ class MaskedMixing(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        heads: Heads,
-        cache: KeysAndValues | None,
-        cursor: Cursor | None,
-        dropout: Rate | None,
+        self, heads: Heads, cache: KeysAndValues | None, cursor: Cursor | None, dropout: Rate | None
     ) -> tuple[Float[Array, "batch time heads width"], KeysAndValues | None]:
         """See `Mechanism`."""
         c = self.config
@@ -148,17 +141,7 @@ class MaskedMixing(nn.Module):
 
 
 def mechanism(masked: Masked) -> Mechanism:
-    """Return the mechanism of a mask and its slots."""
-    mask, slots = masked
-    return Mechanism(
-        lambda c, name=None: MaskedMixing(c, mask(c), slots(c), name=name),
-        lambda c, batch, dtype: slots(c).empty(c, batch, dtype),
-        costs(masked),
-    )
-
-
-def costs(masked: Masked) -> AttentionCosts:
-    """Return what a layer costs: pairs that its mask allows, and slots."""
+    """Return the mechanism of a mask and its slots; a layer costs the pairs allowed, and slots."""
     mask, slots = masked
 
     def mixing(c: Architecture, queries: int, start: int) -> int:
@@ -170,10 +153,13 @@ def costs(masked: Masked) -> AttentionCosts:
     def drawn(c: Architecture, tokens: int, n: int) -> float:
         # A token always sees itself, and another one only if that was drawn as well.
         both = n * (n - 1) / (tokens * (tokens - 1))
-        itself = of_pairs(c, tokens)
-        return of_pairs(c, n) + (mixing(c, tokens, 0) - itself) * both
+        return of_pairs(c, n) + (mixing(c, tokens, 0) - of_pairs(c, tokens)) * both
 
     def cache(c: Architecture, number: int) -> int:
         return number * 2 * c.kv_width * slots(c).size
 
-    return AttentionCosts(mixing, dense, drawn, cache)
+    return Mechanism(
+        lambda c, name=None: MaskedMixing(c, mask(c), slots(c), name=name),
+        lambda c, batch, dtype: slots(c).empty(c, batch, dtype),
+        AttentionCosts(mixing, dense, drawn, cache),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 from jax.typing import DTypeLike
@@ -34,17 +34,13 @@ class Heads(NamedTuple):
     """None: all keys, and positions are consecutive."""
 
 
-class Mixing(Protocol):
-    """A module that mixes the values of a layer over time."""
-
-    def __call__(
-        self, heads: Heads, cache: PyTree, cursor: Cursor | None, dropout: Rate | None
-    ) -> tuple[Float[Array, "batch time heads width"], PyTree]:
-        """Return the mixed values and the cache.
-
-        Without a cache, mix within the heads given. With one, these tokens follow what it holds,
-        and it comes back with them in it.
-        """
+Mixing = Callable[
+    [Heads, PyTree, Cursor | None, Rate | None],
+    tuple[Float[Array, "batch time heads width"], PyTree],
+]
+"""(heads, cache, cursor, dropout) -> the values, mixed over time, and the cache. Without a cache,
+they are mixed within the heads given. With one, these tokens follow what it holds, and it comes
+back with them in it."""
 
 
 class AttentionCosts(NamedTuple):

@@ -15,18 +15,10 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxdecoder.config import Architecture, ModelConfig
 from jaxdecoder.kernels.device import current_device
 from jaxdecoder.kernels.dropout import Rate
-from jaxdecoder.layers import feed_forward, tree
+from jaxdecoder.layers import depth, feed_forward, tree
 from jaxdecoder.layers.block import PLACEMENTS, Block, empty_cache
 from jaxdecoder.layers.body import Exits, Head, Layout, Passed
 from jaxdecoder.layers.cache import Caches, Cursor
-from jaxdecoder.layers.depth import (
-    DEPTHS,
-    BlockStep,
-    Routed,
-    empty_routed_cache,
-    exits_of,
-    stop_early,
-)
 from jaxdecoder.layers.norms import NORMS
 
 
@@ -60,7 +52,7 @@ class Turn(nn.Module):
         extended: list[PyTree] = []
         streams, penalties = [], []
         for i, (mechanism, routed) in enumerate(turn(c)):
-            kind = Routed if routed else Block
+            kind = depth.Routed if routed else Block
             block = kind(c, mechanism, self.dtype, name=tree.block(i))
             layer = None if caches is None else caches[i]
             x, layer, *penalty = block(x, positions, layer, cursor, dropout)
@@ -71,7 +63,7 @@ class Turn(nn.Module):
         training = dropout is not None
         return x, Trail(
             None if caches is None else tuple(extended),
-            jnp.stack(streams) if training and len(exits_of(c)) > 1 else None,
+            jnp.stack(streams) if training and len(depth.exits_of(c)) > 1 else None,
             sum(penalties[1:], penalties[0]) if training and penalties else None,
         )
 
@@ -113,7 +105,7 @@ class Serial(nn.Module):
             )(c, self.dtype, name=tree.BLOCKS)
             x, trail = blocks(x, positions, None, None, dropout)
             return Passed(norm(x), None, *self._trained(norm, trail))
-        if head is not None and x.shape[1] == 1 and len(exits_of(c)) > 1:
+        if head is not None and x.shape[1] == 1 and len(depth.exits_of(c)) > 1:
             return self._stop_early(lambda x: head(norm(x)), x, positions, caches, cursor)
         extended: list[PyTree] = []
         for i in range(n_turns(c)):
@@ -129,13 +121,13 @@ class Serial(nn.Module):
         """Take one token of each row through as many blocks as it needs."""
         c = self.config
 
-        def step(number: int) -> BlockStep:
+        def step(number: int) -> depth.BlockStep:
             repeat, place = divmod(number, len(turn(c)))
             block = Block(c, turn(c)[place][0], self.dtype, parent=None)
             params = self.variables["params"][tree.unrolled(repeat)][tree.block(place)]
             return lambda x, cache: block.apply({"params": params}, x, positions, cache, cursor)
 
-        stopped, extended = stop_early(c, [*map(step, range(c.n_layers))], head, x, caches)
+        stopped, extended = depth.stop_early(c, [*map(step, range(c.n_layers))], head, x, caches)
         return Passed(stopped.x, extended, logits=stopped.logits, depth=stopped.depth)
 
     def _trained(
@@ -146,7 +138,7 @@ class Serial(nn.Module):
         exits: Exits = ()
         if trail.streams is not None:
             streams = trail.streams.reshape(c.n_layers, *trail.streams.shape[2:])
-            shares = exits_of(c).items()
+            shares = depth.exits_of(c).items()
             exits = tuple((s, norm(streams[d - 1])) for d, s in shares if d < c.n_layers)
         routed = sum(routed for _, routed in turn(c)) * n_turns(c)
         if trail.penalty is None:
@@ -172,7 +164,7 @@ def _remat(dropout: Rate | None) -> type[Turn]:
 
 def turn(config: ModelConfig) -> tuple[tuple[str, bool], ...]:
     """Return the mechanisms of consecutive blocks, and whether they have a router; it repeats."""
-    mechanisms, routed = config.attention_pattern, DEPTHS[config.depth].routed(config)
+    mechanisms, routed = config.attention_pattern, depth.DEPTHS[config.depth].routed(config)
     length = math.lcm(len(mechanisms), len(routed))
     return tuple((mechanisms[i % len(mechanisms)], routed[i % len(routed)]) for i in range(length))
 
@@ -187,7 +179,8 @@ def empty_caches(config: Architecture, batch: int, dtype: DTypeLike) -> Caches:
 
     def empty(mechanism: str, routed: bool) -> PyTree:
         cache = empty_cache(config, mechanism, batch, dtype)
-        return empty_routed_cache(config, batch, cache) if routed else cache
+        taken = jnp.zeros((batch, config.context_length), bool)
+        return depth.RoutedCache(cache, taken) if routed else cache
 
     return tuple(empty(*block) for block in turn(config) * n_turns(config))
 

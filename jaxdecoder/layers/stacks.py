@@ -184,16 +184,11 @@ def n_turns(config: Architecture) -> int:
 def empty_caches(config: Architecture, batch: int, dtype: DTypeLike) -> Caches:
     """Return the caches of all stacks, with nothing in them."""
 
-    def of_stack() -> Caches:
-        return tuple(
-            jax.tree.map(
-                lambda x: jnp.broadcast_to(x, (n_turns(config), *x.shape)),
-                ATTENTIONS[name].empty_cache(config, batch, dtype),
-            )
-            for name in config.attention_pattern
-        )
+    def empty(name: str) -> PyTree:
+        cache = ATTENTIONS[name].empty_cache(config, batch, dtype)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (n_turns(config), *x.shape)), cache)
 
-    return tuple(of_stack() for _ in range(config.n_stacks))
+    return tuple(tuple(map(empty, config.attention_pattern)) for _ in range(config.n_stacks))
 
 
 def factors(c: Architecture) -> list[int]:
@@ -208,9 +203,7 @@ def kernels(c: Architecture) -> dict[str, list[Kernels]]:
     wider = (kernel for factor in factors(c) for kernel in feed_forward.kernels(c, 1, factor))
     return {
         "feed_forward": [*feed_forward.kernels(c, c.n_layers), *wider],
-        "slices": [
-            Kernels(projections, c.d_model, factor * c.d_model // layers) for factor in factors(c)
-        ],
+        "slices": [Kernels(projections, c.d_model, n * c.d_model // layers) for n in factors(c)],
     }
 
 

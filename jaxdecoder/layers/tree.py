@@ -197,13 +197,8 @@ def blocks(body: Params) -> list[Params]:
 
     The tree may be one of parameters or of intermediates.
     """
-    places = _places(body[BLOCKS])
-    turns = len(jax.tree.leaves(body[BLOCKS])[0])
-    return [
-        jax.tree.map(lambda x, turn=turn: x[turn], body[BLOCKS][block(place)])
-        for turn in range(turns)
-        for place in range(places)
-    ]
+    places = range(_places(body[BLOCKS]))
+    return [turn[block(place)] for turn in _turns(body[BLOCKS]) for place in places]
 
 
 def streams(body: Params) -> list[jax.Array]:
@@ -231,10 +226,7 @@ def take_turns(params: Params, index: Any) -> Params:
 def unroll(body: Params) -> Params:
     """Return a serial body with the blocks of each turn under their own name, as decoding reads"""
     rest = {name: value for name, value in body.items() if name != BLOCKS}
-    turns = len(jax.tree.leaves(body[BLOCKS])[0])
-    for turn in range(turns):
-        rest[unrolled(turn)] = jax.tree.map(lambda x, turn=turn: x[turn], body[BLOCKS])
-    return rest
+    return rest | {unrolled(i): turn for i, turn in enumerate(_turns(body[BLOCKS]))}
 
 
 def order_of(path: Path, layer: int) -> tuple[int, ...]:
@@ -269,3 +261,8 @@ def _numbers(path: Iterable[str], kind: Callable[[int], str]) -> list[int]:
 
 def _places(stacked: Params) -> int:
     return len(_numbers(stacked, block))
+
+
+def _turns(stacked: Params) -> list[Params]:
+    turns = range(len(jax.tree.leaves(stacked)[0]))
+    return [jax.tree.map(lambda x, turn=turn: x[turn], stacked) for turn in turns]

@@ -61,7 +61,6 @@ LARGEST_WIDTH = 128
 MOST_NUMBERS = 1
 HOPPER = {"H100", "H200", "H800", "H20", "GH200"}
 
-
 # Versions of CUDA whose assembler gets such loops wrong; JAX's own kernels refuse them, too.
 MISCOMPILED = range(12080, 12091)
 
@@ -92,10 +91,7 @@ def sizes(problem: Problem, operands: Operands) -> dict[str, Sizes]:
 
 
 def forward(
-    problem: Problem,
-    operands: Operands,
-    interpret: Interpret = None,
-    chosen: Sizes | None = None,
+    problem: Problem, operands: Operands, interpret: Interpret = None, chosen: Sizes | None = None
 ) -> tuple[jax.Array, LogSumExp]:
     """See `problem.Implementation`; `chosen`, here and below, is for measurements."""
     chosen = chosen or sizes(problem, operands)["forward"]

@@ -67,39 +67,33 @@ class _Turn(NamedTuple):
     kind: str
     """See `Sizes.turns`."""
 
-    def _arrive(self) -> None:
-        plgpu.barrier_arrive(self.barrier)
-
-    def _wait(self) -> None:
-        plgpu.barrier_wait(self.barrier)
-
     def pass_over(self) -> None:
         """Let the other one multiply; it says the same when it is done with its scores."""
         if self.kind != "none":
-            self._arrive()
-            self._wait()
+            plgpu.barrier_arrive(self.barrier)
+            plgpu.barrier_wait(self.barrier)
 
     def issued(self) -> None:
         """Do what is to be done while a product of scores is under way."""
         if self.kind == "early":
-            self._arrive()
+            plgpu.barrier_arrive(self.barrier)
 
     def multiplied(self) -> None:
         """Do what is to be done once this product is there."""
         if self.kind == "early":
-            self._wait()
+            plgpu.barrier_wait(self.barrier)
         elif self.kind == "late":
             self.pass_over()
 
     def weighed(self) -> None:
         """Say that there are weights to multiply values with."""
         if self.kind != "none":
-            self._arrive()
+            plgpu.barrier_arrive(self.barrier)
 
     def take(self) -> None:
         """Wait for the turn to multiply values."""
         if self.kind != "none":
-            self._wait()
+            plgpu.barrier_wait(self.barrier)
 
 
 def _compute(block: Block, warpgroup: jax.Array, results: list[Ref]) -> None:

@@ -50,11 +50,7 @@ class _Joint(NamedTuple):
 
     def show(self, n: Index, warpgroup: Index, ds: jax.Array) -> Ref:
         """Write a warpgroup's `ds` to shared memory, and wait until all warpgroups have."""
-
-        @pl.when(n > 0)
-        def _until_all_have_read() -> None:
-            plgpu.barrier_wait(self.read)
-
+        pl.when(n > 0)(lambda: plgpu.barrier_wait(self.read))
         mine = self.ds.at[warpgroup]
         mine[...] = ds
         plgpu.commit_smem()

@@ -110,6 +110,7 @@ class Launch:
         if sizes.rotated and sizes.depth < 2:
             raise ValueError(f"{sizes}: two steps are held at a time where they are rotated")
         self.kernel, self.problem, self.sizes, self.interpret = kernel, problem, sizes, interpret
+        self.consumers = sizes.consumers  # one more warpgroup moves memory
         self.batch, self.q_time, self.heads, self.width = operands.q.shape
         self.k_time, self.kv_heads = operands.k.shape[1:3]
         self.dtype = operands.q.dtype
@@ -121,18 +122,10 @@ class Launch:
         self.q_whole = round_up(self.q_time, self.q_block)
         self.k_whole = round_up(self.k_time, self.k_block)
 
-    @property
-    def consumers(self) -> int:
-        """Compute warpgroups; one more moves memory."""
-        return self.sizes.consumers
-
     # --- Arrays ----------------------------------------------------------------------------
 
     def arrays(
-        self,
-        operands: Operands,
-        dout: jax.Array | None = None,
-        of_queries: jax.Array | None = None,
+        self, operands: Operands, dout: jax.Array | None = None, of_queries: jax.Array | None = None
     ) -> Arrays:
         """Pad the arrays of the launch."""
         # The copy engine reads zeros past the end of an array, but moves whole groups of 8 rows.

@@ -72,18 +72,13 @@ class Ring(NamedTuple):
     def fill(self, step: Index, **sources: Ref) -> None:
         """Copy the sources into the buffer of a step, once it is empty."""
         slot = self.slot(step)
-
-        @pl.when(step >= self.depth)
-        def _wait_until_empty() -> None:
-            plgpu.barrier_wait(self.consumed.at[slot])
-
+        pl.when(step >= self.depth)(lambda: plgpu.barrier_wait(self.consumed.at[slot]))
         for name, array in self.arrays.items():
             plgpu.copy_gmem_to_smem(sources[name], array.at[slot], self.loaded.at[slot])
 
     def take(self, step: Index) -> dict[str, Ref]:
         """Wait until the buffer of a step is full, and return its arrays."""
-        slot = self.slot(step)
-        plgpu.barrier_wait(self.loaded.at[slot])
+        plgpu.barrier_wait(self.loaded.at[self.slot(step)])
         return self.held(step)
 
     def held(self, step: Index) -> dict[str, Ref]:
