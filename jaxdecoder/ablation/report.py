@@ -62,11 +62,7 @@ def write(
     for name, data in pictures.items():
         (folder / name).write_bytes(data)
     _write_csv(folder / "results.csv", ablation, results, outcomes)
-    facts = {
-        "command": command,
-        "machine": machine(),
-        "train_seconds": sum_of_seconds(results),
-    }
+    facts = {"command": command, "machine": machine(), "train_seconds": sum_of_seconds(results)}
     (folder / "about.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     source = ablation.path.read_text(encoding="utf-8")
     text = markdown(ablation, rows, verdicts, pictures, command, source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -149,8 +148,7 @@ def _taught(config: Config, options: Distill) -> Config:
         raise UserError(f"{options.student}: train.steps = 0; say how many steps, as --steps 1000")
     if options.learning_rate is not None:
         optimizer = optimizer.peaking_at(options.learning_rate)
-    how = {item.name: getattr(options.how, item.name) for item in dataclasses.fields(options.how)}
-    distillation = DistillationConfig(**how, teacher=options.teacher)
+    distillation = DistillationConfig(**vars(options.how), teacher=options.teacher)
     return replace(config, train=train, optimizer=optimizer, distillation=distillation)
 
 

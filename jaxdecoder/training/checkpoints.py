@@ -79,10 +79,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: State, validation_los
     """Start writing the state; it is on disk once the manager is closed, or has waited."""
     arguments = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
     manager.save(
-        step,
-        args=ocp.args.Composite(**arguments),
-        metrics={METRIC: validation_loss},
-        force=True,
+        step, args=ocp.args.Composite(**arguments), metrics={METRIC: validation_loss}, force=True
     )
 
 
