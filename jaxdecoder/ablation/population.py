@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -251,10 +250,10 @@ class Population:
 
     def advance(self, state: State, step: int, count: int) -> tuple[State, Metrics]:
         """Take `count` steps from `step` on; members with one seed see the same batches."""
-        config = self.program.config
+        seeds = {config.train.seed: config for config in self.padded}
         by_seed = {
-            seed: Feed.of(with_seed(config, seed), self.corpus, "train").at(step, count)
-            for seed in {config.train.seed for config in self.padded}
+            seed: Feed.of(config, self.corpus, "train").at(step, count)
+            for seed, config in seeds.items()
         }
         batches = self._place([by_seed[config.train.seed] for config in self.padded])
         advance = self.program.advance_of(len(self.padded), count)
@@ -287,11 +286,6 @@ class Population:
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
         placed: T = jax.device_put(stacked, self.program.sharding)
         return placed
-
-
-def with_seed(config: Config, seed: int) -> Config:
-    """Return the same run from another seed."""
-    return replace(config, train=replace(config.train, seed=seed))
 
 
 # --- Memory ---------------------------------------------------------------------------------------

@@ -21,9 +21,10 @@ from jaxdecoder.ablation.grid import METRICS, Ablation, Arm
 from jaxdecoder.ablation.population import MAPPINGS
 from jaxdecoder.ablation.statistics import POWER, Estimate, estimate
 from jaxdecoder.ablation.training import Result
-from jaxdecoder.files import as_page, as_png, write_csv
+from jaxdecoder.files import as_markdown, as_page, as_png, write_csv
 from jaxdecoder.training.devices import processor
 from jaxdecoder.training.logging import read_metrics
+from jaxdecoder.typing import Table
 
 
 class ArmRow(NamedTuple):
@@ -55,19 +56,28 @@ def write(
     command: str,
 ) -> None:
     """Write report.html, report.md, results.csv and the pictures into a folder."""
-    rows = table(ablation, results, outcomes)
     pictures = {"loss.png": draw_losses(ablation, results, outcomes)}
     if len(ablation.learning_rates) > 1:
         pictures["learning_rate.png"] = draw_sensitivity(ablation, outcomes)
     for name, data in pictures.items():
         (folder / name).write_bytes(data)
     _write_csv(folder / "results.csv", ablation, results, outcomes)
-    facts = {"command": command, "machine": machine(), "train_seconds": sum_of_seconds(results)}
+    # Seconds that training all members took, without compilation.
+    seconds = float(sum(result.summary["seconds"] or 0.0 for result in results))
+    facts = {"command": command, "machine": machine(), "train_seconds": seconds}
     (folder / "about.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    source = ablation.path.read_text(encoding="utf-8")
-    text = markdown(ablation, rows, verdicts, pictures, command, source)
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    page = as_html(ablation, rows, verdicts, pictures, command, source)
+    told: Table = {
+        "title": title(ablation),
+        "about": about(ablation),
+        "verdicts": [(v.claim, v.verdict, sentence(v)) for v in verdicts],
+        "headings": HEADINGS,
+        "rows": [cells(ablation, row) for row in table(ablation, results, outcomes)],
+        "pictures": pictures,
+        "command": command,
+        "source": ablation.path.read_text(encoding="utf-8"),
+    }
+    (folder / "report.md").write_text(markdown(told), encoding="utf-8")
+    page = as_page(Path(__file__).with_name("report.html.jinja"), **told)
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -137,20 +147,15 @@ def sentence(verdict: Verdict) -> str:
     if np.isnan(e.mean):
         return " ".join([f"{what}: not known, since members diverged.", caveat]).strip()
     text = (
-        f"{what}: {e.mean:+.4f} on "
-        f"average over {e.n} seeds, {_interval(e)}, p = {verdict.judgement.p_value:.2g} "
+        f"{what}: {e.mean:+.4f} on average over {e.n} seeds, "
+        f"t interval {e.low:+.4f} to {e.high:+.4f} "
+        f"(bootstrap {e.bootstrap_low:+.4f} to {e.bootstrap_high:+.4f}), "
+        f"p = {verdict.judgement.p_value:.2g} "
         f"({verdict.adjusted_p:.2g} corrected for all claims here)"
     )
     if np.isfinite(e.effect_size):
         text += f", effect size {e.effect_size:.2f}"
     return " ".join(filter(None, [text + ".", caveat, power_line(e)]))
-
-
-def _interval(e: Estimate) -> str:
-    return (
-        f"t interval {e.low:+.4f} to {e.high:+.4f} "
-        f"(bootstrap {e.bootstrap_low:+.4f} to {e.bootstrap_high:+.4f})"
-    )
 
 
 def power_line(e: Estimate) -> str:
@@ -191,60 +196,17 @@ def machine() -> str:
     return f"jax {jax.__version__}, {count} x {device.device_kind}"
 
 
-def sum_of_seconds(results: Sequence[Result]) -> float:
-    """Return the seconds that training all members took, without compilation."""
-    return float(sum(result.summary["seconds"] or 0.0 for result in results))
-
-
-# --- Markdown and HTML ----------------------------------------------------------------------------
-
-
-def markdown(
-    ablation: Ablation,
-    rows: Sequence[ArmRow],
-    verdicts: Sequence[Verdict],
-    pictures: dict[str, bytes],
-    command: str,
-    source: str,
-) -> str:
-    """Return the report as Markdown."""
-    lines = [f"# {title(ablation)}", "", about(ablation), ""]
-    if verdicts:
+def markdown(told: Table) -> str:
+    """Return the report as Markdown, from what the template of the page takes."""
+    lines = [f"# {told['title']}", "", told["about"], ""]
+    if told["verdicts"]:
         lines += ["## Verdicts", ""]
-        lines += [f"- **{v.claim}**: {v.verdict}. {sentence(v)}" for v in verdicts]
+        lines += [f"- **{claim}**: {verdict}. {why}" for claim, verdict, why in told["verdicts"]]
         lines += [""]
-    lines += ["## Arms", "", _markdown_row(HEADINGS), _markdown_row(["---"] * len(HEADINGS))]
-    lines += [_markdown_row(cells(ablation, row)) for row in rows]
-    lines += [""]
-    lines += [f"![{name}]({name})\n" for name in pictures]
-    lines += ["## Again", "", "```", command, "```", "", "```toml", source.rstrip(), "```", ""]
-    return "\n".join(lines)
-
-
-def _markdown_row(values: Sequence[str]) -> str:
-    return "| " + " | ".join(values) + " |"
-
-
-def as_html(
-    ablation: Ablation,
-    rows: Sequence[ArmRow],
-    verdicts: Sequence[Verdict],
-    pictures: dict[str, bytes],
-    command: str,
-    source: str,
-) -> str:
-    """Return the report as one self-contained HTML file."""
-    return as_page(
-        Path(__file__).with_name("report.html.jinja"),
-        title=title(ablation),
-        about=about(ablation),
-        verdicts=[(v.claim, v.verdict, sentence(v)) for v in verdicts],
-        headings=HEADINGS,
-        rows=[cells(ablation, row) for row in rows],
-        pictures=pictures,
-        command=command,
-        source=source,
-    )
+    lines += ["## Arms", "", as_markdown([told["headings"], *told["rows"]])]
+    lines += [f"![{name}]({name})\n" for name in told["pictures"]]
+    lines += ["## Again", "", "```", told["command"], "```", ""]
+    return "\n".join([*lines, "```toml", told["source"].rstrip(), "```", ""])
 
 
 def title(ablation: Ablation) -> str:
@@ -281,10 +243,7 @@ def _write_csv(
 def draw_losses(
     ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outcome]
 ) -> bytes:
-    """Plot validation loss against steps, each arm at its best learning rate.
-
-    The line is the mean over the seeds; the band is between their extremes.
-    """
+    """Plot validation loss against steps, each arm at its best learning rate, over the seeds."""
     axes, loss = _axes(), "validation_loss"
     evidence = Evidence(ablation, outcomes)
     for arm in ablation.arms:
@@ -297,30 +256,18 @@ def draw_losses(
         if not steps:
             continue  # all of them diverged before the first evaluation
         values = np.array([[curve[step] for step in steps] for curve in curves])
-        (line,) = axes.plot(steps, values.mean(axis=0), label=arm.name, lw=1.5)
-        axes.fill_between(
-            steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15
-        )
+        _band(axes, steps, values, label=arm.name, lw=1.5)
     axes.set(xlabel="step", ylabel="validation loss (nats a token)")
     return _png(axes)
 
 
 def draw_sensitivity(ablation: Ablation, outcomes: Sequence[Outcome]) -> bytes:
-    """Plot the metric against the learning rate: the mean and the extremes over the seeds."""
+    """Plot the metric against the learning rate, over the seeds."""
     axes = _axes()
     evidence = Evidence(ablation, outcomes)
     for arm in ablation.arms:
         curves = np.array([evidence.curve(arm, seed) for seed in evidence.seeds])
-        (line,) = axes.plot(
-            ablation.learning_rates, curves.mean(axis=0), label=arm.name, marker="o", ms=3
-        )
-        axes.fill_between(
-            ablation.learning_rates,
-            curves.min(axis=0),
-            curves.max(axis=0),
-            color=line.get_color(),
-            alpha=0.15,
-        )
+        _band(axes, ablation.learning_rates, curves, label=arm.name, marker="o", ms=3)
     axes.set(
         xscale="log", xlabel="learning rate", ylabel=f"{evidence.metric.replace('_', ' ')} (nats)"
     )
@@ -331,6 +278,13 @@ def _axes() -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(8, 4.5), layout="constrained").subplots()
+
+
+def _band(axes: Any, x: Sequence[float], curves: np.ndarray, **style: Any) -> None:
+    """Plot the mean of curves over the band between their extremes."""
+    (line,) = axes.plot(x, curves.mean(axis=0), **style)
+    extremes = curves.min(axis=0), curves.max(axis=0)
+    axes.fill_between(x, *extremes, color=line.get_color(), alpha=0.15)
 
 
 def _png(axes: Any) -> bytes:
