@@ -313,12 +313,8 @@ def _bar(progress: bool, total: int | None) -> Iterator[Start]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     show = progress and console.is_terminal
     with Progress(*columns, console=console, disable=not show, transient=True) as bar:

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from jaxdecoder.errors import UserError
+from jaxdecoder.errors import UserError, first_line
 from jaxdecoder.files import disk_is_full
 from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.step import State
@@ -101,7 +101,7 @@ def restore_latest(
             read = manager.restore(step, args=ocp.args.Composite(**arguments))
         except Exception as error:
             # Whatever a broken file raises, the answer is the same: use the one before.
-            failures[step] = _first_line(error)
+            failures[step] = first_line(error)
             continue
         for broken, why in failures.items():
             _set_aside(folder, broken, why, say)
@@ -148,7 +148,7 @@ def restore_params(
             with open_checkpoints(run, read_only=True) as manager:
                 return step, manager.restore(step, args=args)[item]
         except Exception as error:
-            print(f"{run}: checkpoint {step} cannot be read: {_first_line(error)}")
+            print(f"{run}: checkpoint {step} cannot be read: {first_line(error)}")
     raise UserError(f"{run}: no checkpoint there can be read")
 
 
@@ -184,7 +184,3 @@ def _set_aside(folder: Path, step: int, why: str, say: Callable[[str], None]) ->
         target.parent.mkdir(exist_ok=True)
         (folder / str(step)).rename(target)
     say(f"checkpoint {step} cannot be read ({why}); moved to {target}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -54,7 +54,9 @@ class Screen:
         """Start the progress bar, and the events, at this step."""
         self.progress.update(self.task, completed=step)
         if self.tensorboard:
-            self.writer = _tensorboard_writer(self.run, step)
+            from tensorboardX import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
         """Show what was measured at a step."""
@@ -125,9 +127,3 @@ def _summary(metrics: dict[str, float]) -> str:
         "tokens_per_second": "{:,.0f} tokens/s",
     }
     return "  ".join(form.format(metrics[name]) for name, form in forms.items() if name in metrics)
-
-
-def _tensorboard_writer(run: Path, start: int) -> Any:
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)

@@ -202,18 +202,13 @@ def keep_zeros() -> optax.GradientTransformation:
     A mask without a mask: what training has touched is never exactly zero.
     """
 
-    def update(
-        updates: Params, state: optax.EmptyState, params: Params
-    ) -> tuple[Params, optax.EmptyState]:
-        kept = jax.tree.map(
-            lambda u, p, matrix: jnp.where(p == 0, 0, u) if matrix else u,
-            updates,
-            params,
-            matrices(params),
-        )
-        return kept, state
+    def update(updates: Params, params: Params) -> Params:
+        def kept(u: jax.Array, p: jax.Array, matrix: bool) -> jax.Array:
+            return jnp.where(p == 0, 0, u) if matrix else u
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+        return jax.tree.map(kept, updates, params, matrices(params))
+
+    return optax.stateless(update)
 
 
 class Halved(NamedTuple):
@@ -278,9 +273,7 @@ def block_matrices(params: Params) -> Params:
 
 
 def _other_matrices(params: Params) -> Params:
-    return jax.tree.map(
-        lambda every, block: every and not block, matrices(params), block_matrices(params)
-    )
+    return tree.marked(params, lambda path: tree.is_weight(path) and not tree.is_kernel(path))
 
 
 def _dimension_numbers(params: Params) -> Params:

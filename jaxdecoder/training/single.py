@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from jaxdecoder.config import Config
 from jaxdecoder.data import tokenizers
-from jaxdecoder.data.batches import Batch, Feed, SplitName
+from jaxdecoder.data.batches import Feed, SplitName
 from jaxdecoder.data.tokens import Corpus, prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.training import checkpoints, runs
@@ -137,15 +137,13 @@ class Alone:
 
     def losses(self, state: State, split: SplitName, count: int | None) -> Sequence[float]:
         """Return the mean loss over `count` fixed batches of a split, or over all of it."""
-        return [self._evaluate(evaluated_params(state), self._fixed(split, count))]
+        each = Feed.of(self.config, self.corpus, split).fixed(count, self._rows())
+        placed = (_place(batch, batch_sharding(self.mesh)) for batch in each)
+        return [self._evaluate(evaluated_params(state), placed)]
 
     def members(self, state: State) -> Sequence[State]:
         """Return the state."""
         return [state]
-
-    def _fixed(self, split: SplitName, count: int | None) -> Iterator[Batch]:
-        each = Feed.of(self.config, self.corpus, split).fixed(count, self._rows())
-        return (_place(batch, batch_sharding(self.mesh)) for batch in each)
 
     def _rows(self) -> slice:
         """Return which rows of a batch this host gives."""
