@@ -203,15 +203,13 @@ def same_best_rate(evidence: Evidence, claim: SameBestRate) -> Judgement:
     return Judgement(True, p, what, found)
 
 
-Judge = Callable[[Evidence, Any], Judgement]
-"""(evidence, claim of the judge's form) -> its result."""
-
-JUDGES: dict[type[Form], Judge] = {
+JUDGES: dict[type[Form], Callable[[Evidence, Any], Judgement]] = {
     Beats: beats,
     Trend: trend,
     SameEffect: same_effect,
     SameBestRate: same_best_rate,
 }
+"""(evidence, claim of the judge's form) -> its result."""
 
 
 def check(ablation: Ablation) -> None:

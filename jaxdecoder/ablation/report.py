@@ -19,7 +19,7 @@ from jaxdecoder.ablation.claims import Verdict
 from jaxdecoder.ablation.evidence import LEVEL, Evidence, Outcome
 from jaxdecoder.ablation.grid import METRICS, Ablation, Arm
 from jaxdecoder.ablation.population import MAPPINGS
-from jaxdecoder.ablation.statistics import POWER, Estimate, estimate
+from jaxdecoder.ablation.statistics import POWER, estimate
 from jaxdecoder.ablation.training import Result
 from jaxdecoder.files import as_markdown, as_page, as_png, write_csv
 from jaxdecoder.training.devices import processor
@@ -59,15 +59,16 @@ def write(
     pictures = {"loss.png": draw_losses(ablation, results, outcomes)}
     if len(ablation.learning_rates) > 1:
         pictures["learning_rate.png"] = draw_sensitivity(ablation, outcomes)
-    for name, data in pictures.items():
-        (folder / name).write_bytes(data)
+    for picture, data in pictures.items():
+        (folder / picture).write_bytes(data)
     _write_csv(folder / "results.csv", ablation, results, outcomes)
     # Seconds that training all members took, without compilation.
     seconds = float(sum(result.summary["seconds"] or 0.0 for result in results))
     facts = {"command": command, "machine": machine(), "train_seconds": seconds}
     (folder / "about.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    name = ablation.path.stem.replace("_", " ")
     told: Table = {
-        "title": title(ablation),
+        "title": name if ablation.size == "small" else f"{name} ({ablation.size})",
         "about": about(ablation),
         "verdicts": [(v.claim, v.verdict, sentence(v)) for v in verdicts],
         "headings": HEADINGS,
@@ -155,22 +156,19 @@ def sentence(verdict: Verdict) -> str:
     )
     if np.isfinite(e.effect_size):
         text += f", effect size {e.effect_size:.2f}"
-    return " ".join(filter(None, [text + ".", caveat, power_line(e)]))
-
-
-def power_line(e: Estimate) -> str:
-    """Say how small a difference this many seeds show; "" if the question is another one."""
-    if np.isnan(e.detectable):
-        return ""
-    return (
-        f"With {e.n} seeds, a difference of {e.detectable:.4f} would be seen "
-        f"{POWER:.0%} of the time."
-    )
+    said = [text + ".", caveat]
+    if not np.isnan(e.detectable):  # as it is if the question is another one
+        shown = f"a difference of {e.detectable:.4f} would be seen {POWER:.0%} of the time."
+        said.append(f"With {e.n} seeds, {shown}")
+    return " ".join(filter(None, said))
 
 
 def about(ablation: Ablation) -> str:
     """Say what was trained, and where."""
     spec = ablation.spec
+    # benchmarks/population.py compares the ways.
+    mapping = MAPPINGS[jax.default_backend()]
+    way = "all at once" if mapping is jax.vmap else mapping.__name__.replace("_", " ")
     return (
         f"{len(ablation.arms)} arms, {spec.seeds} seeds, {len(ablation.learning_rates)} learning "
         f"rates: {len(ablation.members)} runs from {spec.base}, equal {spec.budget}, judged by "
@@ -178,14 +176,8 @@ def about(ablation: Ablation) -> str:
         "same order for a seed, and is compared at its best learning rate, on average over the "
         "seeds. Intervals are at "
         f"{spec.confidence:.0%}; verdicts at {LEVEL:.0%} after Holm's correction. "
-        f"On each device, members that share a program are trained {_way()}. {machine()}."
+        f"On each device, members that share a program are trained {way}. {machine()}."
     )
-
-
-def _way() -> str:
-    """Say how a device trains its members here; benchmarks/population.py compares the ways."""
-    mapping = MAPPINGS[jax.default_backend()]
-    return "all at once" if mapping is jax.vmap else mapping.__name__.replace("_", " ")
 
 
 def machine() -> str:
@@ -207,12 +199,6 @@ def markdown(told: Table) -> str:
     lines += [f"![{name}]({name})\n" for name in told["pictures"]]
     lines += ["## Again", "", "```", told["command"], "```", ""]
     return "\n".join([*lines, "```toml", told["source"].rstrip(), "```", ""])
-
-
-def title(ablation: Ablation) -> str:
-    """Return the name of the ablation, from its file."""
-    name = ablation.path.stem.replace("_", " ")
-    return name if ablation.size == "small" else f"{name} ({ablation.size})"
 
 
 def _write_csv(

@@ -42,7 +42,6 @@ def train_members(
     configs: Sequence[Config],
     out: Path,
     *,
-    devices: Sequence[jax.Device] | None = None,
     available: int | None = None,
     beside: int = 1,
     report: Report = lambda done, of: None,
@@ -56,7 +55,7 @@ def train_members(
     Raises:
         UserError: if a single member of some program does not fit into memory.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = jax.devices()
     available = population.memory_available(devices) if available is None else available
     groups = by_program([runs.with_source_tokenizer(config) for config in configs])
     total, done = sum(config.train.steps for config in configs), 0

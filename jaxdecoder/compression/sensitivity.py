@@ -48,13 +48,8 @@ class Effect(NamedTuple):
     """Difference from the loss of the unpruned model."""
 
 
-class Variant(NamedTuple):
-    """A model with one thing pruned."""
-
-    layer: str
-    part: str
-    sparsity: float
-    params: Callable[[], Params]
+Variant = tuple[str, str, float, Callable[[], Params]]
+"""(layer, part, sparsity, the weights of a model with this alone pruned)"""
 
 
 def sensitivity(options: Sensitivity, command: str) -> list[Effect]:
@@ -96,9 +91,9 @@ def scan(options: Sensitivity, model: Model, corpus: Corpus) -> list[Effect]:
     print(f"{options.run}: {base:.4f} nats a token over {len(text)} batches")
     variants = [*of_matrices(options, model, corpus), *of_parts(options, model, corpus)]
     rows = []
-    for variant in track(variants, description="sensitivity"):
-        loss = evaluate(variant.params(), text)
-        rows.append(Effect(*variant[:3], loss, loss - base))
+    for layer, part, share, params in track(variants, description="sensitivity"):
+        loss = evaluate(params(), text)
+        rows.append(Effect(layer, part, share, loss, loss - base))
     return rows + without_a_layer(model, text, base)
 
 
@@ -116,7 +111,7 @@ def of_matrices(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[
         for path, whole in matrices.items():
             for place in np.ndindex(whole.shape[:-2]):
                 layer = _layer_name(path, place, model.config.model)
-                yield Variant(layer, path[-2], share, partial(params, path, place, cut))
+                yield layer, path[-2], share, partial(params, path, place, cut)
 
 
 def of_parts(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[Variant]:
@@ -140,7 +135,7 @@ def of_parts(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[Var
                     closed = {**ones, path: gate.at[*place, least].set(0.0)}
                     params = partial(part.gated, model.params, config, closed)
                     layer = _layer_name(path, place, config)
-                    yield Variant(layer, name, count / gate.shape[-1], params)
+                    yield layer, name, count / gate.shape[-1], params
 
 
 def without_a_layer(model: Model, text: Sequence[Batch], base: float) -> list[Effect]:

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -37,7 +37,7 @@ def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> oc
     for step in [] if read_only else steps_in(folder):
         # The policy below reads every note, so one that cannot be read would stop every save.
         if recorded_loss(folder, step) is None:
-            _set_aside(folder, step, "its noted loss cannot be read", print)
+            _set_aside(folder, step, "its noted loss cannot be read")
     policy = AnyPreservationPolicy(
         [LatestN(n=keep), BestN(n=1, get_metric_fn=lambda m: m[METRIC], reverse=True)]
     )
@@ -83,9 +83,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: State, validation_los
     )
 
 
-def restore_latest(
-    manager: ocp.CheckpointManager, like: State, say: Callable[[str], None] = print
-) -> tuple[int, State] | None:
+def restore_latest(manager: ocp.CheckpointManager, like: State) -> tuple[int, State] | None:
     """Return the newest step that can be read and its state, placed as `like`, or None.
 
     `like` has shapes with shardings.
@@ -104,7 +102,7 @@ def restore_latest(
             failures[step] = first_line(error)
             continue
         for broken, why in failures.items():
-            _set_aside(folder, broken, why, say)
+            _set_aside(folder, broken, why)
         if failures:
             manager.reload()
         counter = jax.device_put(np.full(like.step.shape, step, np.int32), like.step.sharding)
@@ -176,11 +174,11 @@ def _items(state: State) -> dict[str, PyTree]:
     return items if state.ema == () else {**items, "ema": state.ema}
 
 
-def _set_aside(folder: Path, step: int, why: str, say: Callable[[str], None]) -> None:
+def _set_aside(folder: Path, step: int, why: str) -> None:
     target = folder.parent / "damaged" / str(step)
     if is_first_host():
         if target.exists():
             shutil.rmtree(target)
         target.parent.mkdir(exist_ok=True)
         (folder / str(step)).rename(target)
-    say(f"checkpoint {step} cannot be read ({why}); moved to {target}")
+    print(f"checkpoint {step} cannot be read ({why}); moved to {target}")

@@ -24,10 +24,8 @@ from jaxdecoder.typing import Params
 IN_FLIGHT = 8
 """Batches dispatched before the first result is waited for, so that the device never waits."""
 
-Evaluator = Callable[[Params, Iterable[Batch]], float]
 
-
-def make_evaluator(decoder: Decoder) -> Evaluator:
+def make_evaluator(decoder: Decoder) -> Callable[[Params, Iterable[Batch]], float]:
     """Return a function from weights and batches to the mean loss in nats a token."""
 
     @jax.jit

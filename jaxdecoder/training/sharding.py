@@ -19,10 +19,9 @@ RULES: dict[str, str] = {"features": "data"}
 """Axis name -> mesh axis that splits it, under `train.fsdp` (ZeRO-3, arXiv 1910.02054)."""
 
 
-def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: Config) -> Mesh:
     """Return a mesh of all visible devices along `data`. The batch must divide over them."""
-    devices = jax.devices() if devices is None else devices
-    train = config.train
+    devices, train = jax.devices(), config.train
     share = train.batch_size // train.gradient_accumulation
     if share % len(devices):
         fits = len(devices) * -(-share // len(devices)) * train.gradient_accumulation
