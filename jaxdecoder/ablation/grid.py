@@ -20,6 +20,7 @@ overrides.train.steps = 5000
 from __future__ import annotations
 
 import itertools
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -176,7 +177,7 @@ def _arms(spec: Spec, base: Config, path: Path) -> tuple[Arm, ...]:
     arms = []
     for row in rows:
         config = _with_values(base, row, where)
-        arms.append(Arm(tuple((key, value_of(config, key)) for key in keys)))
+        arms.append(Arm(tuple((key, attrgetter(key)(config)) for key in keys)))
     if len(set(arms)) < len(arms):
         twice = next(arm for arm in arms if arms.count(arm) > 1)
         raise UserError(f"{where}: the arm {twice.name} is there twice")
@@ -216,12 +217,6 @@ def _tokens_per_step(config: Config) -> int:
 
 def _flops(config: Config, where: str) -> float:
     return analysis.flops_per_token(analysis.with_vocab_size(config, where)).train["total"]
-
-
-def value_of(config: Config, key: str) -> Value:
-    """Return the value of a dotted field."""
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
 
 
 def _with_values(config: Config, values: Table, where: str) -> Config:

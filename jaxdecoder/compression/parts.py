@@ -113,11 +113,6 @@ def neurons_refusal(c: Architecture) -> str:
     return ""
 
 
-def head_groups(c: Architecture) -> int:
-    """Return the number of groups of heads that share keys and values; 1 if no heads share them."""
-    return c.n_kv_heads if c.n_kv_heads != c.n_heads else 1
-
-
 def remove_heads(params: Params, config: Architecture, keep: Keep) -> tuple[Params, Architecture]:
     """Return the model with only these heads."""
     columns = np.arange(config.d_head)
@@ -250,7 +245,7 @@ PARTS: dict[str, Part] = {
     "heads": Part(
         heads_refusal,
         lambda c: c.n_heads,
-        head_groups,
+        lambda c: c.n_kv_heads if c.n_kv_heads != c.n_heads else 1,  # those that share keys
         *_reads("out", lambda c: c.d_head),
         remove_heads,
     ),

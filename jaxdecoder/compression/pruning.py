@@ -264,11 +264,11 @@ def by_part(options: Part, model: Model, corpus: Corpus) -> Pruned:
     """Remove the least important heads, neurons, features or layers."""
     part, config = PARTS[options.method], model.config.architecture
     batches = calibration_batches(model.config, corpus, options.calibration_tokens)
-    measure = options.importance if isinstance(options, ByGates) else "influence"
     if isinstance(options, ByGates):
+        measure: str = options.importance
         scores = by_gates(model, part, batches, measure)
     else:
-        scores = influence(model, batches)
+        measure, scores = "influence", influence(model, batches)
     keep = kept(scores, config, part, options.sparsity)
     params, smaller = part.remove(model.params, config, keep)
     removed = {

@@ -16,10 +16,7 @@ from jaxdecoder.typing import Table
 
 
 class Screen:
-    """The terminal of one run, with a progress bar, and its TensorBoard events.
-
-    Of several hosts, the first one's.
-    """
+    """The first host's terminal, with a progress bar, and the run's TensorBoard events."""
 
     def __init__(self, run: Path, *, steps: int, tensorboard: bool):
         self.run, self.first = run, is_first_host()
