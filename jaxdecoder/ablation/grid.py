@@ -133,14 +133,12 @@ def read(path: str | Path, *, out: str | Path = "", size: str = "small") -> Abla
     try:
         spec = Spec.model_validate_json(pydantic.TypeAdapter(dict).dump_json(tables), strict=True)
     except pydantic.ValidationError as error:
-        # A claim's place is followed by its form, which is no key.
-        keys = [loc[:2] + loc[3:4] for loc in (e["loc"] for e in error.errors())]
-        raise UserError(
-            "\n".join(
-                explain(str(path), {**e, "loc": key}, depth=3)
-                for e, key in zip(error.errors(), keys, strict=True)
-            )
-        ) from None
+        found = [
+            # A claim's place is followed by its form, which is no key.
+            explain(str(path), {**e, "loc": e["loc"][:2] + e["loc"][3:4]}, depth=3)
+            for e in error.errors()
+        ]
+        raise UserError("\n".join(found)) from None
     base = load(path.parent / spec.base)
     base = _with_values(base, _flat(spec.overrides), f"{path}: overrides")
     arms = _arms(spec, base, path)

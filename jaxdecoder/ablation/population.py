@@ -101,9 +101,7 @@ MAPPINGS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 def member_steps(
     config: Config, *, ends_differ: bool, dropout_differs: bool
 ) -> Callable[..., tuple[State, Metrics]]:
-    """Return the function that takes several steps of one member.
-
-    It maps (state, hyperparameters, batches with a leading step axis) to the new state and metrics.
+    """Return the function that takes several steps of one member, stacked in its batches.
 
     `ends_differ`: members that have taken all their steps stand still while others go on.
     `dropout_differs`: if not, the rate is a constant, and none costs nothing.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -180,28 +180,19 @@ def _decoded(subject: _Subject) -> tuple[float, float]:
 
 def _tokens_per_second(subjects: Sequence[_Subject], tokens: int) -> list[float]:
     """Return the median speed of each model; the models take turns in every round."""
-    samplers = [_sampling(subject, tokens) for subject in subjects]
-    seconds: list[list[float]] = [[] for _ in subjects]
-    for number in track(range(ROUNDS), description="tokens/s"):
-        for sample, times in zip(samplers, seconds, strict=True):
-            times.append(sample(number))
-    return [tokens / statistics.median(times) for times in seconds]
 
-
-def _sampling(subject: _Subject, tokens: int) -> Callable[[int], float]:
-    """Return a function that samples this many tokens and returns the seconds it took."""
-    model = subject.model
-    prompt = encode_prompt(model.tokenizer, model.config.train.sample_prompt, model.config.data)
-
-    def sample(number: int) -> float:
-        start = time.perf_counter()
-        key = jax.random.key(number)
+    def seconds(model: Model, number: int) -> float:
+        prompt = encode_prompt(model.tokenizer, model.config.train.sample_prompt, model.config.data)
+        start, key = time.perf_counter(), jax.random.key(number)
         for _ in generate(model.decoder, model.params, [prompt], max_new_tokens=tokens, key=key):
             pass
         return time.perf_counter() - start
 
-    sample(0)  # compiles
-    return sample
+    for subject in subjects:
+        seconds(subject.model, 0)  # compiles
+    rounds = track(range(ROUNDS), description="tokens/s")
+    times = [[seconds(subject.model, number) for subject in subjects] for number in rounds]
+    return [tokens / statistics.median(own) for own in zip(*times, strict=True)]
 
 
 # --- Writing --------------------------------------------------------------------------------------

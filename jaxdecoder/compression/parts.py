@@ -138,10 +138,7 @@ def remove_neurons(params: Params, config: Architecture, keep: Keep) -> tuple[Pa
 
 
 def _reads(name: str, unit: Callable[[Architecture], int]) -> tuple[Ones, Gated]:
-    """Return `ones` and `gated` for gates on the inputs of a kind of linear layer.
-
-    Each gate covers `unit` inputs.
-    """
+    """Return `ones` and `gated` for gates on a linear layer's inputs, each over `unit` inputs."""
 
     def kernels(params: Params) -> tree.Leaves:
         found = tree.leaves(params).items()

@@ -172,10 +172,7 @@ def recovery(options: Prune, config: Config, steps: int) -> OptimizerConfig:
 
 
 def by_weight(options: ByCriterion | Groups, model: Model, corpus: Corpus) -> Pruned:
-    """Set the weights to zero that the criterion scores lowest; rewind the others if asked to.
-
-    It compares the weights within a scope, or keeps n of every m.
-    """
+    """Set the weights to zero that the criterion scores lowest; rewind the others if asked to."""
     matrices = _matrices(options, model)
     criterion = options.criterion if isinstance(options, Groups) else options.method
     scores = scores_by(criterion, options, matrices, model, corpus)
@@ -197,10 +194,7 @@ def by_weight(options: ByCriterion | Groups, model: Model, corpus: Corpus) -> Pr
 
 
 def gradually(options: Gradual, model: Model) -> Pruned:
-    """Leave the weights as they are, and configure training to prune them gradually.
-
-    Weights that are zero already count as part of the final sparsity.
-    """
+    """Configure training to make the zeros; those there are count as part of the final sparsity."""
     assert options.recover_steps is not None
     count = zeros(_matrices(options, model))
     begin = count["zeros"] / count["weights"]

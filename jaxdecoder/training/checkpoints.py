@@ -84,9 +84,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: State, validation_los
 
 
 def restore_latest(manager: ocp.CheckpointManager, like: State) -> tuple[int, State] | None:
-    """Return the newest step that can be read and its state, placed as `like`, or None.
-
-    `like` has shapes with shardings.
+    """Return the newest step that can be read and its state, or None; `like` has its shardings.
 
     Newer ones that cannot be read are moved to the run's `damaged/` folder. If none can be read,
     the fault may lie elsewhere (memory, permissions): nothing is moved and a `UserError` raised.

@@ -252,10 +252,7 @@ def in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTransformat
 def round_at_random(
     x: Float[Array, "*shape"], seed: UInt32[Array, ""]
 ) -> BFloat16[Array, "*shape"]:
-    """Round float32 to one of the two neighbours in bfloat16, the nearer with more probability.
-
-    The expected value is x itself.
-    """
+    """Round float32 to one of its two neighbours in bfloat16; the expected value is x itself."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits = bits + (word(seed, *places(x)) & 0xFFFF)
     cut = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
