@@ -92,11 +92,7 @@ def table(
     evidence = Evidence(ablation, outcomes)
     rows = []
     for arm in ablation.arms:
-        own = [
-            (result, outcome)
-            for result, outcome in zip(results, outcomes, strict=True)
-            if outcome.arm == arm
-        ]
+        own = [pair for pair in zip(results, outcomes, strict=True) if pair[1].arm == arm]
         result = own[0][0]
         rows.append(
             ArmRow(
@@ -120,12 +116,10 @@ HEADINGS = ("arm", "loss", "learning rate", "parameters", "steps", "FLOPs", "sec
 
 def cells(ablation: Ablation, row: ArmRow) -> list[str]:
     """Return a row as text, for `HEADINGS`."""
-    mean = float(np.mean(row.losses))
+    loss = f"{np.mean(row.losses):.4f}"
     if len(row.losses) > 1:
         interval = estimate(row.losses, ablation.spec.confidence)
-        loss = f"{mean:.4f} ({interval.low:.4f} to {interval.high:.4f})"
-    else:
-        loss = f"{mean:.4f}"
+        loss += f" ({interval.low:.4f} to {interval.high:.4f})"
     return [
         row.arm.name,
         loss,

@@ -89,12 +89,7 @@ def chart(options: Chart, command: str) -> list[Point]:
         raise UserError(f"--out {options.out}: must be the name of an .html file")
     subjects = [s for run in options.runs for s in _subjects(run, options.exit_thresholds)]
     speeds = _tokens_per_second(subjects, options.tokens)
-    points = [
-        _measure(subject, speed)
-        for subject, speed in zip(
-            track(subjects, description="validation losses"), speeds, strict=True
-        )
-    ]
+    points = list(map(_measure, track(subjects, description="validation losses"), speeds))
     shared = len({(Path(run) / "tokenizer.json").read_text() for run in options.runs}) == 1
     loss = "loss" if shared else "bits_per_byte"
     write(Path(options.out), points, loss, command)

@@ -98,16 +98,11 @@ def descend(scale_by: Callable[[OptimizerConfig], optax.GradientTransformation])
     matrices alone.
     """
 
-    def optimizer(
-        c: OptimizerConfig, hyperparameters: Hyperparameters, rate: optax.Schedule
-    ) -> optax.GradientTransformation:
-        return optax.chain(
-            scale_by(c),
-            optax.add_decayed_weights(hyperparameters.weight_decay, matrices),
-            optax.scale_by_learning_rate(rate),
-        )
-
-    return optimizer
+    return lambda c, hyperparameters, rate: optax.chain(
+        scale_by(c),
+        optax.add_decayed_weights(hyperparameters.weight_decay, matrices),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 def then_decay(
@@ -119,12 +114,9 @@ def then_decay(
     runs and checkpoints of `sgd` and `adafactor` have.
     """
 
-    def optimizer(
-        c: OptimizerConfig, hyperparameters: Hyperparameters, rate: optax.Schedule
-    ) -> optax.GradientTransformation:
-        return optax.chain(rule(c, rate), _decay(rate, hyperparameters.weight_decay, matrices))
-
-    return optimizer
+    return lambda c, hyperparameters, rate: optax.chain(
+        rule(c, rate), _decay(rate, hyperparameters.weight_decay, matrices)
+    )
 
 
 def scale_by_adam(c: OptimizerConfig) -> optax.GradientTransformation:

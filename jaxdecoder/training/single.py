@@ -64,8 +64,14 @@ def train(
             alone = Alone(config, corpus, objective(config))
 
         def began(step: int, parameters: int) -> None:
+            devices, platform = alone.mesh.size, jax.devices()[0].platform
+            begun = f"going on at step {step}" if step else "from the start"
             screen.begin(step)
-            screen.say(_greeting(run, config, corpus, parameters, alone.mesh.size, step))
+            screen.say(
+                f"{run}: {parameters:,} parameters, {len(corpus.train.tokens):,} training tokens "
+                f"of {corpus.tokenizer.vocab_size:,} kinds, on {devices} {platform} "
+                f"device{'s' if devices > 1 else ''}, {begun}"
+            )
 
         def sample(state: State) -> str:
             assert sampler is not None
@@ -154,16 +160,4 @@ class Alone:
 def _place(batch: PyTree, sharding: NamedSharding) -> PyTree:
     return jax.tree.map(
         lambda array: jax.make_array_from_process_local_data(sharding, array), batch
-    )
-
-
-def _greeting(
-    run: Path, config: Config, corpus: Corpus, parameters: int, devices: int, step: int
-) -> str:
-    platform = jax.devices()[0].platform
-    begun = f"going on at step {step}" if step else "from the start"
-    return (
-        f"{run}: {parameters:,} parameters, {len(corpus.train.tokens):,} training tokens of "
-        f"{corpus.tokenizer.vocab_size:,} kinds, on {devices} {platform} "
-        f"device{'s' if devices > 1 else ''}, {begun}"
     )
