@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import pydantic
+from flax.traverse_util import flatten_dict
 from pydantic import Field
 
 from jaxdecoder import analysis
@@ -200,13 +201,12 @@ def _member(
 
 def _steps(base: Config, config: Config, budget: Budget) -> int:
     """Return the steps that give a member the budget of the base, to the nearest step."""
-    steps = base.train.steps if budget != "steps" else config.train.steps
     if budget == "steps":
-        return steps
+        return config.train.steps
     share = _tokens_per_step(base) / _tokens_per_step(config)
     if budget == "flops":
         share *= _flops(base, "base") / _flops(config, "the arm")
-    return max(1, round(steps * share))
+    return max(1, round(base.train.steps * share))
 
 
 def _tokens_per_step(config: Config) -> int:
@@ -230,13 +230,7 @@ def _with_values(config: Config, values: Table, where: str) -> Config:
 
 def _flat(tables: Table) -> Table:
     """Return nested tables as dotted keys; TOML may write model.x = 1 as either."""
-    flat: Table = {}
-    for key, value in tables.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": v for inner, v in _flat(value).items()}
-        else:
-            flat[key] = value
-    return flat
+    return dict(flatten_dict(tables, sep="."))
 
 
 def _merged(tables: Table, changes: Table) -> Table:
