@@ -123,19 +123,14 @@ def _subjects(run: str, thresholds: Sequence[float]) -> list[_Subject]:
     model = load_model(run)
     config, corpus = corpus_of(model, Path(run))
     model = model._replace(config=config)
-    whole = _Subject(Path(run).name, model, corpus, None)
+    name, subjects = Path(run).name, []
     if config.model.depth != "early_exit":
-        return [whole]
-    return [
-        _Subject(f"{whole.name} at {t:g}", _with_threshold(model, t), corpus, t)
-        for t in thresholds or (1.0, config.model.exit_threshold)
-    ]
-
-
-def _with_threshold(model: Model, threshold: float) -> Model:
-    changed = replace(model.config.model, exit_threshold=threshold)
-    config = replace(model.config, model=changed)
-    return model._replace(config=config, decoder=make_decoder(config))
+        return [_Subject(name, model, corpus, None)]
+    for threshold in thresholds or (1.0, config.model.exit_threshold):
+        own = replace(config, model=replace(config.model, exit_threshold=threshold))
+        changed = model._replace(config=own, decoder=make_decoder(own))
+        subjects.append(_Subject(f"{name} at {threshold:g}", changed, corpus, threshold))
+    return subjects
 
 
 def _measure(subject: _Subject, tokens_per_second: float) -> Point:

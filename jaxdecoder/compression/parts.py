@@ -247,11 +247,7 @@ PARTS: dict[str, Part] = {
         remove_heads,
     ),
     "neurons": Part(
-        neurons_refusal,
-        lambda c: c.d_ff,
-        _single,
-        *_reads("down", _single),
-        remove_neurons,
+        neurons_refusal, lambda c: c.d_ff, _single, *_reads("down", _single), remove_neurons
     ),
     "width": Part(
         width_refusal,

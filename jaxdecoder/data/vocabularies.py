@@ -175,13 +175,8 @@ def from_tiktoken(encoding: Any) -> Tokenizer:
     for entry in encoding.token_byte_values():
         vocabulary[encoding.encode_single_token(entry)] = entry
     vocabulary[encoding.eot_token] = END_OF_TEXT.encode()
-    return Tokenizer(
-        kind="bpe",
-        name=encoding.name,
-        vocabulary=tuple(vocabulary),
-        end_token=encoding.eot_token,
-        pattern=encoding._pat_str,
-    )
+    end, pattern = encoding.eot_token, encoding._pat_str
+    return Tokenizer("bpe", encoding.name, tuple(vocabulary), end, pattern=pattern)
 
 
 def from_gpt2_files(folder: Path) -> Tokenizer:

@@ -182,10 +182,7 @@ def steps_a_call(config: Config, most: int) -> int:
 
 
 def boundary(step: int, config: Config, per_call: int) -> int:
-    """Return where the compiled call that starts at `step` ends.
-
-    A function of the step alone, so that a resumed run makes the same calls.
-    """
+    """Return where the call that starts at `step` ends; a resumed run makes the same calls."""
     t = config.train
     intervals = [per_call, t.evaluate_every, t.checkpoint_every, t.sample_every]
     return min(t.steps, *((step // every + 1) * every for every in intervals if every))

@@ -146,10 +146,7 @@ def make_step(
     hyperparameters: Hyperparameters | None = None,
     objective: Objective | None = None,
 ) -> Step:
-    """Return the pure train step of a config.
-
-    `hyperparameters`, which may be traced, stand in for the config's own.
-    """
+    """Return the pure train step of a config; `hyperparameters`, maybe traced, replace its own."""
     h = hyperparameters_of(config) if hyperparameters is None else hyperparameters
     loss = (objective or next_token(config, h.dropout)).loss
     optimizer = optimizer_of(config, h)
