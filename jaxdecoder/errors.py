@@ -12,6 +12,11 @@ class UserError(Exception):
     """A mistake that the user can correct. The message says what is wrong, where, and the fix."""
 
 
+def first_line(error: Exception) -> str:
+    """Return the beginning of another library's message, or the error's name if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def friendly(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a script's `main`: a `UserError` ends the script with its message and status 1.
 

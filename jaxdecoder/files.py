@@ -7,7 +7,7 @@ import csv
 import errno
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,13 @@ def as_png(figure: Figure, dpi: int = 110) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi)
     return buffer.getvalue()
+
+
+def as_markdown(rows: Iterable[Sequence[str]]) -> str:
+    """Return a table, its heading first, as Markdown."""
+    heading, *body = rows
+    lines = [heading, ["---"] * len(heading), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def as_page(template: Path, **values: Any) -> str:

@@ -14,7 +14,7 @@ from jaxdecoder.compression import answers
 from jaxdecoder.compression.divergences import soften
 from jaxdecoder.config import ConfigError, DistillationConfig
 from jaxdecoder.data.batches import Feed
-from jaxdecoder.data.tokens import prepare
+from jaxdecoder.data.tokens import cache_key, prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.training.runs import load_model
 
@@ -60,7 +60,7 @@ def test_files_hold_what_the_teacher_says_of_the_very_windows_of_each_step(taugh
     config, corpus, model = taught
     said = answers.prepare(config, corpus, lambda: model)
     assert "GB for 4 answers to each of 160 tokens" in capsys.readouterr().out
-    folder = answers.folder_of(config)
+    folder = answers.folder_of(config, corpus.key)
     assert sorted(path.name for path in folder.iterdir()) == sorted(answers.FILES)
     assert said.tokens.nbytes + said.log_probabilities.nbytes == answers.needed(config)
     assert answers.needed(config) == 160 * (4 * 4 + 2)
@@ -86,7 +86,7 @@ def test_a_cache_that_was_cut_short_goes_on_and_ends_the_same(taught, monkeypatc
             raise KeyboardInterrupt
         return drawn(feed, step)
 
-    folder = answers.folder_of(config)
+    folder = answers.folder_of(config, corpus.key)
     with monkeypatch.context() as patch:
         patch.setattr(Feed, "at", stops)
         with pytest.raises(KeyboardInterrupt):
@@ -123,10 +123,12 @@ def test_what_decides_the_answers_decides_the_folder(taught):
         replace(config, train=replace(config.train, steps=6)),
         replace(config, data=replace(config.data, sampling="random")),
     ]
-    folders = {answers.folder_of(each) for each in (config, *others)}
+    folders = {answers.folder_of(each, cache_key(each.data)) for each in (config, *others)}
     assert len(folders) == 1 + len(others)
     same = replace(config, optimizer=replace(config.optimizer, learning_rate=1.0))
-    assert answers.folder_of(same) == answers.folder_of(config)
+    corpora = [cache_key(config.data), "another"]
+    assert answers.folder_of(same, corpora[0]) in folders
+    assert answers.folder_of(same, corpora[1]) not in folders
 
 
 def test_too_much_is_refused_before_anything_is_written(taught, monkeypatch):
@@ -138,4 +140,4 @@ def test_too_much_is_refused_before_anything_is_written(taught, monkeypatch):
     monkeypatch.setattr(answers.shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(UserError, match="free some space"):
         answers.prepare(with_lesson(config, temperature=8.0), corpus, lambda: model)
-    assert not answers.folder_of(large).exists()
+    assert not answers.folder_of(large, corpus.key).exists()

@@ -14,16 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxdecoder.ablation import forms
 from jaxdecoder.ablation.evidence import LEVEL, SENSITIVITY, Evidence, Outcome
-from jaxdecoder.ablation.forms import (
-    Beats,
-    Form,
-    SameBestRate,
-    SameEffect,
-    Trend,
-    read_sentence,
-    show,
-)
+from jaxdecoder.ablation.forms import Beats, Form, SameBestRate, SameEffect, Trend, show, shown
 from jaxdecoder.ablation.grid import LEARNING_RATE, METRICS, Ablation, Arm
 from jaxdecoder.ablation.statistics import Estimate, best_on_curve, holm
 from jaxdecoder.errors import UserError
@@ -60,7 +53,7 @@ def beats(evidence: Evidence, claim: Beats) -> Judgement:
     """Judge "A beats B": paired over seeds, B's metric minus A's is above the margin."""
     better, worse = (_conditions(evidence.ablation, those) for those in (claim.better, claim.worse))
     pairs = evidence.pairs(better, worse)
-    a, b = (_shown(those) for those in (claim.better, claim.worse))
+    a, b = (shown(those) for those in (claim.better, claim.worse))
     if not pairs:
         raise UserError(f"no arm with {a} has a partner with {b} that agrees in the rest")
     gains = [
@@ -210,15 +203,13 @@ def same_best_rate(evidence: Evidence, claim: SameBestRate) -> Judgement:
     return Judgement(True, p, what, found)
 
 
-Judge = Callable[[Evidence, Any], Judgement]
-"""(evidence, claim of the judge's form) -> its result."""
-
-JUDGES: dict[type[Form], Judge] = {
+JUDGES: dict[type[Form], Callable[[Evidence, Any], Judgement]] = {
     Beats: beats,
     Trend: trend,
     SameEffect: same_effect,
     SameBestRate: same_best_rate,
 }
+"""(evidence, claim of the judge's form) -> its result."""
 
 
 def check(ablation: Ablation) -> None:
@@ -258,7 +249,7 @@ def judge(ablation: Ablation, outcomes: Sequence[Outcome]) -> list[Verdict]:
 
 def _judge(evidence: Evidence, claim: str | Form) -> Judgement:
     try:
-        read = read_sentence(claim) if isinstance(claim, str) else claim
+        read = forms.read_sentence(claim) if isinstance(claim, str) else claim
         return JUDGES[type(read)](evidence, read)
     except UserError as error:
         raise UserError(f'{evidence.ablation.path}: claim "{claim}": {error}') from None
@@ -274,10 +265,6 @@ def _conditions(ablation: Ablation, given: Table) -> Table:
             raise UserError(f"no arm has {name}={show(value)}; there are {', '.join(known)}")
         conditions[key] = known[show(value)]
     return conditions
-
-
-def _shown(conditions: Table) -> str:
-    return ",".join(f"{name}={show(value)}" for name, value in conditions.items())
 
 
 def _factor(ablation: Ablation, name: str) -> str:

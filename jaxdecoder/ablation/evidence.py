@@ -120,10 +120,7 @@ class Evidence:
 
 
 def knowing_nothing(vocab_size: int) -> dict[str, float]:
-    """Return the losses of a model that gives every token the same probability.
-
-    Diverged members count as this model.
-    """
+    """Return the losses of diverged members: of a model that gives all tokens one probability."""
     return {
         "validation_loss": math.log(vocab_size),
         "train_loss": math.log(vocab_size),

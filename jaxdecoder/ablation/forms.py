@@ -40,7 +40,12 @@ class Form(BaseModel):
     words: ClassVar[str]
     """How the sentence goes."""
     pattern: ClassVar[str]
-    """What the sentence is recognised by."""
+    """What the sentence is recognised by; its groups are the fields."""
+
+    @classmethod
+    def of(cls, match: re.Match[str]) -> Form:
+        """Return the claim of a sentence."""
+        return cls(**{name: text.strip() for name, text in match.groupdict().items()})
 
 
 class Beats(Form):
@@ -58,8 +63,7 @@ class Beats(Form):
     negated: bool = False
 
     @classmethod
-    def of(cls, match: re.Match[str]) -> Beats:
-        """Return the claim of a sentence."""
+    def of(cls, match: re.Match[str]) -> Form:
         better, worse = (_conditions(match[name]) for name in ("better", "worse"))
         by, negated = float(match["by"] or 0.0), bool(match["negated"])
         return cls(better=better, worse=worse, by=by, negated=negated)
@@ -67,7 +71,7 @@ class Beats(Form):
     def __str__(self) -> str:
         verb = "does not beat" if self.negated else "beats"
         margin = f" by {self.by:g}" if self.by else ""
-        return f"{_shown(self.better)} {verb} {_shown(self.worse)}{margin}"
+        return f"{shown(self.better)} {verb} {shown(self.worse)}{margin}"
 
 
 class Trend(Form):
@@ -84,14 +88,10 @@ class Trend(Form):
     direction: Literal["lowers", "raises"]
 
     @classmethod
-    def of(cls, match: re.Match[str]) -> Trend:
-        """Return the claim of a sentence."""
+    def of(cls, match: re.Match[str]) -> Form:
         lowers = match["verb"] in ("lowers", "narrows")
-        return cls(
-            factor=match["factor"],
-            measure=match["measure"].strip(),
-            direction="lowers" if lowers else "raises",
-        )
+        direction: Literal["lowers", "raises"] = "lowers" if lowers else "raises"
+        return cls(factor=match["factor"], measure=match["measure"].strip(), direction=direction)
 
     def __str__(self) -> str:
         return f"raising {self.factor} {self.direction} {self.measure}"
@@ -108,11 +108,6 @@ class SameEffect(Form):
     factor: str
     other: str
 
-    @classmethod
-    def of(cls, match: re.Match[str]) -> SameEffect:
-        """Return the claim of a sentence."""
-        return cls(factor=match["factor"], other=match["other"].strip())
-
     def __str__(self) -> str:
         return f"the effect of {self.factor} does not depend on {self.other}"
 
@@ -124,11 +119,6 @@ class SameBestRate(Form):
     pattern: ClassVar[str] = r"the best learning rate does not depend on (?P<factor>\S+)"
     form: Literal["same_best_rate"] = "same_best_rate"
     factor: str
-
-    @classmethod
-    def of(cls, match: re.Match[str]) -> SameBestRate:
-        """Return the claim of a sentence."""
-        return cls(factor=match["factor"])
 
     def __str__(self) -> str:
         return f"the best learning rate does not depend on {self.factor}"
@@ -159,7 +149,7 @@ Claim = Annotated[
 """What a file may have in its claims."""
 
 
-def read_sentence(sentence: str) -> Beats | Trend | SameEffect | SameBestRate:
+def read_sentence(sentence: str) -> Form:
     """Return the claim that a sentence makes.
 
     Raises:
@@ -174,8 +164,9 @@ def read_sentence(sentence: str) -> Beats | Trend | SameEffect | SameBestRate:
 def _conditions(text: str) -> dict[str, str]:
     """Return the names and shown values of conditions such as `norm=none,residual=true`."""
     parts = (part.strip().partition("=") for part in text.split(","))
-    return {name: shown for name, _, shown in parts}
+    return {name: value for name, _, value in parts}
 
 
-def _shown(conditions: Table) -> str:
+def shown(conditions: Table) -> str:
+    """Return conditions as they are written in a claim."""
     return ",".join(f"{name}={show(value)}" for name, value in conditions.items())

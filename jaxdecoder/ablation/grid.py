@@ -20,10 +20,12 @@ overrides.train.steps = 5000
 from __future__ import annotations
 
 import itertools
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import pydantic
+from flax.traverse_util import flatten_dict
 from pydantic import Field
 
 from jaxdecoder import analysis
@@ -132,14 +134,12 @@ def read(path: str | Path, *, out: str | Path = "", size: str = "small") -> Abla
     try:
         spec = Spec.model_validate_json(pydantic.TypeAdapter(dict).dump_json(tables), strict=True)
     except pydantic.ValidationError as error:
-        # A claim's place is followed by its form, which is no key.
-        keys = [loc[:2] + loc[3:4] for loc in (e["loc"] for e in error.errors())]
-        raise UserError(
-            "\n".join(
-                explain(str(path), {**e, "loc": key}, depth=3)
-                for e, key in zip(error.errors(), keys, strict=True)
-            )
-        ) from None
+        found = [
+            # A claim's place is followed by its form, which is no key.
+            explain(str(path), {**e, "loc": e["loc"][:2] + e["loc"][3:4]}, depth=3)
+            for e in error.errors()
+        ]
+        raise UserError("\n".join(found)) from None
     base = load(path.parent / spec.base)
     base = _with_values(base, _flat(spec.overrides), f"{path}: overrides")
     arms = _arms(spec, base, path)
@@ -176,7 +176,7 @@ def _arms(spec: Spec, base: Config, path: Path) -> tuple[Arm, ...]:
     arms = []
     for row in rows:
         config = _with_values(base, row, where)
-        arms.append(Arm(tuple((key, value_of(config, key)) for key in keys)))
+        arms.append(Arm(tuple((key, attrgetter(key)(config)) for key in keys)))
     if len(set(arms)) < len(arms):
         twice = next(arm for arm in arms if arms.count(arm) > 1)
         raise UserError(f"{where}: the arm {twice.name} is there twice")
@@ -201,13 +201,12 @@ def _member(
 
 def _steps(base: Config, config: Config, budget: Budget) -> int:
     """Return the steps that give a member the budget of the base, to the nearest step."""
-    steps = base.train.steps if budget != "steps" else config.train.steps
     if budget == "steps":
-        return steps
+        return config.train.steps
     share = _tokens_per_step(base) / _tokens_per_step(config)
     if budget == "flops":
         share *= _flops(base, "base") / _flops(config, "the arm")
-    return max(1, round(steps * share))
+    return max(1, round(base.train.steps * share))
 
 
 def _tokens_per_step(config: Config) -> int:
@@ -216,12 +215,6 @@ def _tokens_per_step(config: Config) -> int:
 
 def _flops(config: Config, where: str) -> float:
     return analysis.flops_per_token(analysis.with_vocab_size(config, where)).train["total"]
-
-
-def value_of(config: Config, key: str) -> Value:
-    """Return the value of a dotted field."""
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
 
 
 def _with_values(config: Config, values: Table, where: str) -> Config:
@@ -237,13 +230,7 @@ def _with_values(config: Config, values: Table, where: str) -> Config:
 
 def _flat(tables: Table) -> Table:
     """Return nested tables as dotted keys; TOML may write model.x = 1 as either."""
-    flat: Table = {}
-    for key, value in tables.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": v for inner, v in _flat(value).items()}
-        else:
-            flat[key] = value
-    return flat
+    return dict(flatten_dict(tables, sep="."))
 
 
 def _merged(tables: Table, changes: Table) -> Table:

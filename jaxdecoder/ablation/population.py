@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -102,9 +101,7 @@ MAPPINGS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 def member_steps(
     config: Config, *, ends_differ: bool, dropout_differs: bool
 ) -> Callable[..., tuple[State, Metrics]]:
-    """Return the function that takes several steps of one member.
-
-    It maps (state, hyperparameters, batches with a leading step axis) to the new state and metrics.
+    """Return the function that takes several steps of one member, stacked in its batches.
 
     `ends_differ`: members that have taken all their steps stand still while others go on.
     `dropout_differs`: if not, the rate is a constant, and none costs nothing.
@@ -251,10 +248,10 @@ class Population:
 
     def advance(self, state: State, step: int, count: int) -> tuple[State, Metrics]:
         """Take `count` steps from `step` on; members with one seed see the same batches."""
-        config = self.program.config
+        seeds = {config.train.seed: config for config in self.padded}
         by_seed = {
-            seed: Feed.of(with_seed(config, seed), self.corpus, "train").at(step, count)
-            for seed in {config.train.seed for config in self.padded}
+            seed: Feed.of(config, self.corpus, "train").at(step, count)
+            for seed, config in seeds.items()
         }
         batches = self._place([by_seed[config.train.seed] for config in self.padded])
         advance = self.program.advance_of(len(self.padded), count)
@@ -287,11 +284,6 @@ class Population:
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
         placed: T = jax.device_put(stacked, self.program.sharding)
         return placed
-
-
-def with_seed(config: Config, seed: int) -> Config:
-    """Return the same run from another seed."""
-    return replace(config, train=replace(config.train, seed=seed))
 
 
 # --- Memory ---------------------------------------------------------------------------------------

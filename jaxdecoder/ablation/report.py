@@ -19,11 +19,12 @@ from jaxdecoder.ablation.claims import Verdict
 from jaxdecoder.ablation.evidence import LEVEL, Evidence, Outcome
 from jaxdecoder.ablation.grid import METRICS, Ablation, Arm
 from jaxdecoder.ablation.population import MAPPINGS
-from jaxdecoder.ablation.statistics import POWER, Estimate, estimate
+from jaxdecoder.ablation.statistics import POWER, estimate
 from jaxdecoder.ablation.training import Result
-from jaxdecoder.files import as_page, as_png, write_csv
+from jaxdecoder.files import as_markdown, as_page, as_png, write_csv
 from jaxdecoder.training.devices import processor
 from jaxdecoder.training.logging import read_metrics
+from jaxdecoder.typing import Table
 
 
 class ArmRow(NamedTuple):
@@ -55,23 +56,29 @@ def write(
     command: str,
 ) -> None:
     """Write report.html, report.md, results.csv and the pictures into a folder."""
-    rows = table(ablation, results, outcomes)
     pictures = {"loss.png": draw_losses(ablation, results, outcomes)}
     if len(ablation.learning_rates) > 1:
         pictures["learning_rate.png"] = draw_sensitivity(ablation, outcomes)
-    for name, data in pictures.items():
-        (folder / name).write_bytes(data)
+    for picture, data in pictures.items():
+        (folder / picture).write_bytes(data)
     _write_csv(folder / "results.csv", ablation, results, outcomes)
-    facts = {
-        "command": command,
-        "machine": machine(),
-        "train_seconds": sum_of_seconds(results),
-    }
+    # Seconds that training all members took, without compilation.
+    seconds = float(sum(result.summary["seconds"] or 0.0 for result in results))
+    facts = {"command": command, "machine": machine(), "train_seconds": seconds}
     (folder / "about.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    source = ablation.path.read_text(encoding="utf-8")
-    text = markdown(ablation, rows, verdicts, pictures, command, source)
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    page = as_html(ablation, rows, verdicts, pictures, command, source)
+    name = ablation.path.stem.replace("_", " ")
+    told: Table = {
+        "title": name if ablation.size == "small" else f"{name} ({ablation.size})",
+        "about": about(ablation),
+        "verdicts": [(v.claim, v.verdict, sentence(v)) for v in verdicts],
+        "headings": HEADINGS,
+        "rows": [cells(ablation, row) for row in table(ablation, results, outcomes)],
+        "pictures": pictures,
+        "command": command,
+        "source": ablation.path.read_text(encoding="utf-8"),
+    }
+    (folder / "report.md").write_text(markdown(told), encoding="utf-8")
+    page = as_page(Path(__file__).with_name("report.html.jinja"), **told)
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -85,11 +92,7 @@ def table(
     evidence = Evidence(ablation, outcomes)
     rows = []
     for arm in ablation.arms:
-        own = [
-            (result, outcome)
-            for result, outcome in zip(results, outcomes, strict=True)
-            if outcome.arm == arm
-        ]
+        own = [pair for pair in zip(results, outcomes, strict=True) if pair[1].arm == arm]
         result = own[0][0]
         rows.append(
             ArmRow(
@@ -113,12 +116,10 @@ HEADINGS = ("arm", "loss", "learning rate", "parameters", "steps", "FLOPs", "sec
 
 def cells(ablation: Ablation, row: ArmRow) -> list[str]:
     """Return a row as text, for `HEADINGS`."""
-    mean = float(np.mean(row.losses))
+    loss = f"{np.mean(row.losses):.4f}"
     if len(row.losses) > 1:
         interval = estimate(row.losses, ablation.spec.confidence)
-        loss = f"{mean:.4f} ({interval.low:.4f} to {interval.high:.4f})"
-    else:
-        loss = f"{mean:.4f}"
+        loss += f" ({interval.low:.4f} to {interval.high:.4f})"
     return [
         row.arm.name,
         loss,
@@ -141,35 +142,27 @@ def sentence(verdict: Verdict) -> str:
     if np.isnan(e.mean):
         return " ".join([f"{what}: not known, since members diverged.", caveat]).strip()
     text = (
-        f"{what}: {e.mean:+.4f} on "
-        f"average over {e.n} seeds, {_interval(e)}, p = {verdict.judgement.p_value:.2g} "
+        f"{what}: {e.mean:+.4f} on average over {e.n} seeds, "
+        f"t interval {e.low:+.4f} to {e.high:+.4f} "
+        f"(bootstrap {e.bootstrap_low:+.4f} to {e.bootstrap_high:+.4f}), "
+        f"p = {verdict.judgement.p_value:.2g} "
         f"({verdict.adjusted_p:.2g} corrected for all claims here)"
     )
     if np.isfinite(e.effect_size):
         text += f", effect size {e.effect_size:.2f}"
-    return " ".join(filter(None, [text + ".", caveat, power_line(e)]))
-
-
-def _interval(e: Estimate) -> str:
-    return (
-        f"t interval {e.low:+.4f} to {e.high:+.4f} "
-        f"(bootstrap {e.bootstrap_low:+.4f} to {e.bootstrap_high:+.4f})"
-    )
-
-
-def power_line(e: Estimate) -> str:
-    """Say how small a difference this many seeds show; "" if the question is another one."""
-    if np.isnan(e.detectable):
-        return ""
-    return (
-        f"With {e.n} seeds, a difference of {e.detectable:.4f} would be seen "
-        f"{POWER:.0%} of the time."
-    )
+    said = [text + ".", caveat]
+    if not np.isnan(e.detectable):  # as it is if the question is another one
+        shown = f"a difference of {e.detectable:.4f} would be seen {POWER:.0%} of the time."
+        said.append(f"With {e.n} seeds, {shown}")
+    return " ".join(filter(None, said))
 
 
 def about(ablation: Ablation) -> str:
     """Say what was trained, and where."""
     spec = ablation.spec
+    # benchmarks/population.py compares the ways.
+    mapping = MAPPINGS[jax.default_backend()]
+    way = "all at once" if mapping is jax.vmap else mapping.__name__.replace("_", " ")
     return (
         f"{len(ablation.arms)} arms, {spec.seeds} seeds, {len(ablation.learning_rates)} learning "
         f"rates: {len(ablation.members)} runs from {spec.base}, equal {spec.budget}, judged by "
@@ -177,14 +170,8 @@ def about(ablation: Ablation) -> str:
         "same order for a seed, and is compared at its best learning rate, on average over the "
         "seeds. Intervals are at "
         f"{spec.confidence:.0%}; verdicts at {LEVEL:.0%} after Holm's correction. "
-        f"On each device, members that share a program are trained {_way()}. {machine()}."
+        f"On each device, members that share a program are trained {way}. {machine()}."
     )
-
-
-def _way() -> str:
-    """Say how a device trains its members here; benchmarks/population.py compares the ways."""
-    mapping = MAPPINGS[jax.default_backend()]
-    return "all at once" if mapping is jax.vmap else mapping.__name__.replace("_", " ")
 
 
 def machine() -> str:
@@ -195,66 +182,17 @@ def machine() -> str:
     return f"jax {jax.__version__}, {count} x {device.device_kind}"
 
 
-def sum_of_seconds(results: Sequence[Result]) -> float:
-    """Return the seconds that training all members took, without compilation."""
-    return float(sum(result.summary["seconds"] or 0.0 for result in results))
-
-
-# --- Markdown and HTML ----------------------------------------------------------------------------
-
-
-def markdown(
-    ablation: Ablation,
-    rows: Sequence[ArmRow],
-    verdicts: Sequence[Verdict],
-    pictures: dict[str, bytes],
-    command: str,
-    source: str,
-) -> str:
-    """Return the report as Markdown."""
-    lines = [f"# {title(ablation)}", "", about(ablation), ""]
-    if verdicts:
+def markdown(told: Table) -> str:
+    """Return the report as Markdown, from what the template of the page takes."""
+    lines = [f"# {told['title']}", "", told["about"], ""]
+    if told["verdicts"]:
         lines += ["## Verdicts", ""]
-        lines += [f"- **{v.claim}**: {v.verdict}. {sentence(v)}" for v in verdicts]
+        lines += [f"- **{claim}**: {verdict}. {why}" for claim, verdict, why in told["verdicts"]]
         lines += [""]
-    lines += ["## Arms", "", _markdown_row(HEADINGS), _markdown_row(["---"] * len(HEADINGS))]
-    lines += [_markdown_row(cells(ablation, row)) for row in rows]
-    lines += [""]
-    lines += [f"![{name}]({name})\n" for name in pictures]
-    lines += ["## Again", "", "```", command, "```", "", "```toml", source.rstrip(), "```", ""]
-    return "\n".join(lines)
-
-
-def _markdown_row(values: Sequence[str]) -> str:
-    return "| " + " | ".join(values) + " |"
-
-
-def as_html(
-    ablation: Ablation,
-    rows: Sequence[ArmRow],
-    verdicts: Sequence[Verdict],
-    pictures: dict[str, bytes],
-    command: str,
-    source: str,
-) -> str:
-    """Return the report as one self-contained HTML file."""
-    return as_page(
-        Path(__file__).with_name("report.html.jinja"),
-        title=title(ablation),
-        about=about(ablation),
-        verdicts=[(v.claim, v.verdict, sentence(v)) for v in verdicts],
-        headings=HEADINGS,
-        rows=[cells(ablation, row) for row in rows],
-        pictures=pictures,
-        command=command,
-        source=source,
-    )
-
-
-def title(ablation: Ablation) -> str:
-    """Return the name of the ablation, from its file."""
-    name = ablation.path.stem.replace("_", " ")
-    return name if ablation.size == "small" else f"{name} ({ablation.size})"
+    lines += ["## Arms", "", as_markdown([told["headings"], *told["rows"]])]
+    lines += [f"![{name}]({name})\n" for name in told["pictures"]]
+    lines += ["## Again", "", "```", told["command"], "```", ""]
+    return "\n".join([*lines, "```toml", told["source"].rstrip(), "```", ""])
 
 
 def _write_csv(
@@ -285,10 +223,7 @@ def _write_csv(
 def draw_losses(
     ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outcome]
 ) -> bytes:
-    """Plot validation loss against steps, each arm at its best learning rate.
-
-    The line is the mean over the seeds; the band is between their extremes.
-    """
+    """Plot validation loss against steps, each arm at its best learning rate, over the seeds."""
     axes, loss = _axes(), "validation_loss"
     evidence = Evidence(ablation, outcomes)
     for arm in ablation.arms:
@@ -301,30 +236,18 @@ def draw_losses(
         if not steps:
             continue  # all of them diverged before the first evaluation
         values = np.array([[curve[step] for step in steps] for curve in curves])
-        (line,) = axes.plot(steps, values.mean(axis=0), label=arm.name, lw=1.5)
-        axes.fill_between(
-            steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15
-        )
+        _band(axes, steps, values, label=arm.name, lw=1.5)
     axes.set(xlabel="step", ylabel="validation loss (nats a token)")
     return _png(axes)
 
 
 def draw_sensitivity(ablation: Ablation, outcomes: Sequence[Outcome]) -> bytes:
-    """Plot the metric against the learning rate: the mean and the extremes over the seeds."""
+    """Plot the metric against the learning rate, over the seeds."""
     axes = _axes()
     evidence = Evidence(ablation, outcomes)
     for arm in ablation.arms:
         curves = np.array([evidence.curve(arm, seed) for seed in evidence.seeds])
-        (line,) = axes.plot(
-            ablation.learning_rates, curves.mean(axis=0), label=arm.name, marker="o", ms=3
-        )
-        axes.fill_between(
-            ablation.learning_rates,
-            curves.min(axis=0),
-            curves.max(axis=0),
-            color=line.get_color(),
-            alpha=0.15,
-        )
+        _band(axes, ablation.learning_rates, curves, label=arm.name, marker="o", ms=3)
     axes.set(
         xscale="log", xlabel="learning rate", ylabel=f"{evidence.metric.replace('_', ' ')} (nats)"
     )
@@ -335,6 +258,13 @@ def _axes() -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(8, 4.5), layout="constrained").subplots()
+
+
+def _band(axes: Any, x: Sequence[float], curves: np.ndarray, **style: Any) -> None:
+    """Plot the mean of curves over the band between their extremes."""
+    (line,) = axes.plot(x, curves.mean(axis=0), **style)
+    extremes = curves.min(axis=0), curves.max(axis=0)
+    axes.fill_between(x, *extremes, color=line.get_color(), alpha=0.15)
 
 
 def _png(axes: Any) -> bytes:

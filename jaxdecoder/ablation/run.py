@@ -29,7 +29,8 @@ def run(ablation: Ablation, out: Path, *, command: str) -> list[Verdict]:
     """
     check(ablation)
     console = Console()
-    console.print(f"{out}: {report.about(ablation)}", markup=False, highlight=False)
+    say = partial(console.print, markup=False, highlight=False)
+    say(f"{out}: {report.about(ablation)}")
     train: Callable[..., list[Result]] = train_members
     if jax.default_backend() == "cpu":
         train = partial(train_on_cores, cores=cores()[: jax.device_count()])
@@ -43,14 +44,13 @@ def run(ablation: Ablation, out: Path, *, command: str) -> list[Verdict]:
     outcomes = outcomes_of(ablation, results)
     verdicts = judge(ablation, outcomes)
     report.write(out, ablation, results, outcomes, verdicts, command)
-    console.print(_table(ablation, results, outcomes))
+    table = Table(*report.HEADINGS[:3])  # the first columns, because a terminal is narrow
+    for row in report.table(ablation, results, outcomes):
+        table.add_row(*report.cells(ablation, row)[:3])
+    console.print(table)
     for verdict in verdicts:
-        console.print(
-            f"{verdict.verdict}: {verdict.claim}\n  {report.sentence(verdict)}",
-            markup=False,
-            highlight=False,
-        )
-    console.print(f"{out / 'report.html'} tells it all", markup=False, highlight=False)
+        say(f"{verdict.verdict}: {verdict.claim}\n  {report.sentence(verdict)}")
+    say(f"{out / 'report.html'} tells it all")
     return verdicts
 
 
@@ -83,11 +83,3 @@ def _progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
-
-
-def _table(ablation: Ablation, results: Sequence[Result], outcomes: Sequence[Outcome]) -> Table:
-    """Return the first columns of the report's table, because a terminal is narrow."""
-    table = Table(*report.HEADINGS[:3])
-    for row in report.table(ablation, results, outcomes):
-        table.add_row(*report.cells(ablation, row)[:3])
-    return table

@@ -89,8 +89,8 @@ def estimate(
     )
 
 
-def detectable(deviation: float, n: int, *, alpha: float = 0.05, power: float = POWER) -> float:
-    """Return the smallest mean that a two-sided t test at level alpha finds with this power.
+def detectable(deviation: float, n: int, *, alpha: float = 0.05) -> float:
+    """Return the smallest mean that a two-sided t test at level alpha finds with `POWER`.
 
     `deviation` is the standard deviation of the n values. The power comes from the noncentral t
     distribution, as an integral over the sample's deviation: SciPy's own function gives NaN for few
@@ -107,7 +107,7 @@ def detectable(deviation: float, n: int, *, alpha: float = 0.05, power: float = 
     def missing(effect: float) -> float:
         shift = effect * math.sqrt(n)
         beyond = special.ndtr(shift - thresholds) + special.ndtr(-shift - thresholds)
-        return float(weights @ beyond) - power
+        return float(weights @ beyond) - POWER
 
     largest = 1.0
     while missing(largest) < 0:

@@ -15,13 +15,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxdecoder.ablation.population import (
-    Population,
-    Program,
-    memory_available,
-    most_at_once,
-    program_key,
-)
+from jaxdecoder.ablation import population
 from jaxdecoder.config import Config, to_dict
 from jaxdecoder.data.tokens import cache_key, prepare
 from jaxdecoder.training import runs
@@ -48,7 +42,6 @@ def train_members(
     configs: Sequence[Config],
     out: Path,
     *,
-    devices: Sequence[jax.Device] | None = None,
     available: int | None = None,
     beside: int = 1,
     report: Report = lambda done, of: None,
@@ -62,8 +55,8 @@ def train_members(
     Raises:
         UserError: if a single member of some program does not fit into memory.
     """
-    devices = jax.devices() if devices is None else devices
-    available = memory_available(devices) if available is None else available
+    devices = jax.devices()
+    available = population.memory_available(devices) if available is None else available
     groups = by_program([runs.with_source_tokenizer(config) for config in configs])
     total, done = sum(config.train.steps for config in configs), 0
     results: dict[str, Result] = {}
@@ -83,7 +76,7 @@ def by_program(configs: Sequence[Config]) -> dict[str, list[Config]]:
     """Group the members that share a program, by its key."""
     groups: dict[str, list[Config]] = {}
     for config in configs:
-        groups.setdefault(program_key(config), []).append(config)
+        groups.setdefault(population.program_key(config), []).append(config)
     return groups
 
 
@@ -103,7 +96,7 @@ def _train_group(
     corpus = prepare(group[0].data)
     group = [runs.complete(config, corpus) for config in group]
     longest = max(group, key=lambda config: config.train.steps)
-    program = Program(
+    program = population.Program(
         longest,
         devices,
         ends_differ=len({config.train.steps for config in group}) > 1,
@@ -112,7 +105,7 @@ def _train_group(
     row = longest.train.batch_size * longest.model.context_length * 12 * len(group)
     fitting = max(1, MOST_BATCH_BYTES // row)
     per_call = steps_a_call(longest, min(longest.train.steps_per_call, fitting))
-    most = most_at_once(
+    most = population.most_at_once(
         lambda members: program.memory_needed(members, per_call),
         len(group),
         available,
@@ -135,7 +128,7 @@ def _train_group(
         _, summaries = train_together(
             members,
             corpus,
-            Population(members, program, corpus, per_call),
+            population.Population(members, program, corpus, per_call),
             folder / _known_by(members),
             watch=Watch(passed=passed),
             beside=beside,

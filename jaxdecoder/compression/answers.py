@@ -34,7 +34,7 @@ from rich.progress import track
 from jaxdecoder.compression.divergences import at_once, over_time, soften
 from jaxdecoder.config import Config, ConfigError
 from jaxdecoder.data.batches import Feed
-from jaxdecoder.data.tokens import Corpus, cache_key
+from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.decoder import Decoder
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels.device import current_device
@@ -88,9 +88,7 @@ def feeding(
     It opens or writes nothing before its first call, and loads the teacher only to write.
     """
 
-    @functools.cache
-    def files() -> Answers:
-        return prepare(config, corpus, teacher)
+    files = functools.cache(functools.partial(prepare, config, corpus, teacher))
 
     def feed(step: int, count: int, rows: slice) -> Answers:
         tokens, log_probabilities = (np.asarray(x[step : step + count, rows]) for x in files())
@@ -105,7 +103,7 @@ def prepare(config: Config, corpus: Corpus, teacher: Callable[[], Model]) -> Ans
     Raises:
         UserError: if they need more space than distillation.cached_most_gigabytes, or than is free.
     """
-    folder = folder_of(config)
+    folder = folder_of(config, corpus.key)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{folder}.lock"):
@@ -114,13 +112,13 @@ def prepare(config: Config, corpus: Corpus, teacher: Callable[[], Model]) -> Ans
     return Answers(*(np.load(folder / name, mmap_mode="r") for name in FILES))
 
 
-def folder_of(config: Config) -> Path:
-    """Return the folder of a run's answers."""
+def folder_of(config: Config, corpus_key: str) -> Path:
+    """Return the folder of a run's answers to a corpus, known by its key."""
     t, d = config.train, config.distillation
     settings = {
         "format": FORMAT,
         "teacher": d.teacher_digest,
-        "corpus": cache_key(config.data),
+        "corpus": corpus_key,
         "mode": config.data.mode,
         "sampling": config.data.sampling,
         "dtype": str(compute_dtype(config)),
@@ -147,15 +145,14 @@ def needed(config: Config) -> int:
 def _write(config: Config, corpus: Corpus, teacher: Model, folder: Path) -> None:
     unfinished = folder.with_name(folder.name + ".partial")
     unfinished.mkdir(exist_ok=True)
-    paths = [unfinished / name for name in FILES]
-    headers = [_header(*shape) for shape in shapes(config)]
-    step_bytes = [math.prod(shape[1:]) * dtype.itemsize for shape, dtype in shapes(config)]
+    paths, kinds = [unfinished / name for name in FILES], shapes(config)
+    headers = [_header(*kind) for kind in kinds]
+    step_bytes = [math.prod(shape[1:]) * dtype.itemsize for shape, dtype in kinds]
     done = _steps_written(paths, headers, step_bytes)
     _check_room(config, done, unfinished)
     k, temperature = config.distillation.cached_top_k, config.distillation.temperature
     decoder = teacher.decoder.clone(dtype=compute_dtype(config))
     ask = jax.jit(functools.partial(_ask, decoder, k, temperature))
-    dtypes = [dtype for _, dtype in shapes(config)]
     feed = Feed.of(config, corpus, "train")
     if done:
         print(f"going on with the teacher's answers at step {done}")
@@ -165,9 +162,8 @@ def _write(config: Config, corpus: Corpus, teacher: Model, folder: Path) -> None
             file.truncate(len(header) + done * size)
             file.seek(0, os.SEEK_END)
         for step in track(range(done, config.train.steps), description="the teacher's answers"):
-            batch = feed.at(step)
-            given = ask(teacher.params, batch.inputs[0])
-            for file, array, dtype in zip(files, given, dtypes, strict=True):
+            given = ask(teacher.params, feed.at(step).inputs[0])
+            for file, array, (_, dtype) in zip(files, given, kinds, strict=True):
                 file.write(np.asarray(array).astype(dtype).tobytes())
         for file in files:
             file.flush()
@@ -192,10 +188,8 @@ def _ask(
 def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     """Return the header of an .npy file of this shape."""
     buffer = io.BytesIO()
-    described = np.lib.format.dtype_to_descr(dtype)
-    np.lib.format.write_array_header_1_0(
-        buffer, {"descr": described, "fortran_order": False, "shape": shape}
-    )
+    described = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, described)
     return buffer.getvalue()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,18 +23,12 @@ from rich.table import Table
 from jaxdecoder import analysis
 from jaxdecoder.compression.options import Chart
 from jaxdecoder.compression.passes import corpus_of, sizes
-from jaxdecoder.config import Config
 from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
-from jaxdecoder.files import as_page, as_png, write_atomically, write_csv
+from jaxdecoder.files import as_markdown, as_page, as_png, write_atomically, write_csv
 from jaxdecoder.sampling.generate import encode_prompt, generate
-from jaxdecoder.training.evaluation import (
-    bits_per_byte,
-    decoded_losses,
-    make_evaluator,
-    predicted,
-)
+from jaxdecoder.training.evaluation import bits_per_byte, decoded_losses, make_evaluator, predicted
 from jaxdecoder.training.runs import Model, load_model
 from jaxdecoder.training.step import make_decoder
 
@@ -66,6 +60,8 @@ class Cost(NamedTuple):
     better: int
 
 
+UNITS = {"loss": "nats a token", "bits_per_byte": "bits a byte"}
+
 COSTS = {
     "bytes": Cost("bytes of weights", -1),
     "parameters": Cost("weights that are not zero", -1),
@@ -93,16 +89,15 @@ def chart(options: Chart, command: str) -> list[Point]:
         raise UserError(f"--out {options.out}: must be the name of an .html file")
     subjects = [s for run in options.runs for s in _subjects(run, options.exit_thresholds)]
     speeds = _tokens_per_second(subjects, options.tokens)
-    points = [
-        _measure(subject, speed)
-        for subject, speed in zip(
-            track(subjects, description="validation losses"), speeds, strict=True
-        )
-    ]
+    points = list(map(_measure, track(subjects, description="validation losses"), speeds))
     shared = len({(Path(run) / "tokenizer.json").read_text() for run in options.runs}) == 1
     loss = "loss" if shared else "bits_per_byte"
     write(Path(options.out), points, loss, command)
-    Console().print(_terminal(points, loss))
+    heading, *body = rows(points, loss)
+    table = Table(*heading)
+    for cells in body:
+        table.add_row(*cells)
+    Console().print(table)
     print(f"{options.out} shows it")
     return points
 
@@ -111,17 +106,14 @@ def front(points: Sequence[Point], cost: str, loss: str = "loss") -> list[Point]
     """Return the points that no other point beats in both cost and loss, the cheapest first."""
     sign = COSTS[cost].better
 
-    def price(point: Point) -> float:
-        return -sign * float(getattr(point, cost))
+    def place(point: Point) -> tuple[float, float]:
+        return -sign * float(getattr(point, cost)), getattr(point, loss)
 
-    def beaten(point: Point) -> bool:
-        mine = price(point), getattr(point, loss)
-        return any(
-            (theirs[0] <= mine[0] and theirs[1] <= mine[1] and theirs != mine)
-            for theirs in ((price(other), getattr(other, loss)) for other in points)
-        )
+    def beaten(mine: tuple[float, float]) -> bool:
+        others = (theirs for theirs in map(place, points) if theirs != mine)
+        return any(price <= mine[0] and lost <= mine[1] for price, lost in others)
 
-    return sorted((point for point in points if not beaten(point)), key=price)
+    return sorted((point for point in points if not beaten(place(point))), key=place)
 
 
 # --- Measuring ------------------------------------------------------------------------------------
@@ -131,19 +123,14 @@ def _subjects(run: str, thresholds: Sequence[float]) -> list[_Subject]:
     model = load_model(run)
     config, corpus = corpus_of(model, Path(run))
     model = model._replace(config=config)
-    whole = _Subject(Path(run).name, model, corpus, None)
+    name, subjects = Path(run).name, []
     if config.model.depth != "early_exit":
-        return [whole]
-    return [
-        _Subject(f"{whole.name} at {t:g}", _with_threshold(model, t), corpus, t)
-        for t in thresholds or (1.0, config.model.exit_threshold)
-    ]
-
-
-def _with_threshold(model: Model, threshold: float) -> Model:
-    changed = replace(model.config.model, exit_threshold=threshold)
-    config = replace(model.config, model=changed)
-    return model._replace(config=config, decoder=make_decoder(config))
+        return [_Subject(name, model, corpus, None)]
+    for threshold in thresholds or (1.0, config.model.exit_threshold):
+        own = replace(config, model=replace(config.model, exit_threshold=threshold))
+        changed = model._replace(config=own, decoder=make_decoder(own))
+        subjects.append(_Subject(f"{name} at {threshold:g}", changed, corpus, threshold))
+    return subjects
 
 
 def _measure(subject: _Subject, tokens_per_second: float) -> Point:
@@ -155,7 +142,7 @@ def _measure(subject: _Subject, tokens_per_second: float) -> Point:
         flops = analysis.flops_per_token(config.model).decode["total"]
     else:
         # As the model is used: each token stops at its own depth.
-        loss, depth = _decoded(subject, config)
+        loss, depth = _decoded(subject)
         flops = analysis.early_exit_flops(config.model, depth, start=start)["total"]
     size = sizes(params)
     targets = predicted(config, corpus.validation)
@@ -170,10 +157,10 @@ def _measure(subject: _Subject, tokens_per_second: float) -> Point:
     )
 
 
-def _decoded(subject: _Subject, config: Config) -> tuple[float, float]:
+def _decoded(subject: _Subject) -> tuple[float, float]:
     """Return the mean loss and depth of validation text that is decoded token by token."""
     total = weight = depth = 0.0
-    for batch in Feed.of(config, subject.corpus, "validation").fixed(4):
+    for batch in Feed.of(subject.model.config, subject.corpus, "validation").fixed(4):
         losses, depths = decoded_losses(subject.model.decoder, subject.model.params, batch)
         total += float(np.sum(losses * batch.weights))
         depth += float(np.sum(depths * batch.weights))
@@ -183,28 +170,19 @@ def _decoded(subject: _Subject, config: Config) -> tuple[float, float]:
 
 def _tokens_per_second(subjects: Sequence[_Subject], tokens: int) -> list[float]:
     """Return the median speed of each model; the models take turns in every round."""
-    samplers = [_sampling(subject, tokens) for subject in subjects]
-    seconds: list[list[float]] = [[] for _ in subjects]
-    for number in track(range(ROUNDS), description="tokens/s"):
-        for sample, times in zip(samplers, seconds, strict=True):
-            times.append(sample(number))
-    return [tokens / statistics.median(times) for times in seconds]
 
-
-def _sampling(subject: _Subject, tokens: int) -> Callable[[int], float]:
-    """Return a function that samples this many tokens and returns the seconds it took."""
-    model = subject.model
-    prompt = encode_prompt(model.tokenizer, model.config.train.sample_prompt, model.config.data)
-
-    def sample(number: int) -> float:
-        start = time.perf_counter()
-        key = jax.random.key(number)
+    def seconds(model: Model, number: int) -> float:
+        prompt = encode_prompt(model.tokenizer, model.config.train.sample_prompt, model.config.data)
+        start, key = time.perf_counter(), jax.random.key(number)
         for _ in generate(model.decoder, model.params, [prompt], max_new_tokens=tokens, key=key):
             pass
         return time.perf_counter() - start
 
-    sample(0)  # compiles
-    return sample
+    for subject in subjects:
+        seconds(subject.model, 0)  # compiles
+    rounds = track(range(ROUNDS), description="tokens/s")
+    times = [[seconds(subject.model, number) for subject in subjects] for number in rounds]
+    return [tokens / statistics.median(own) for own in zip(*times, strict=True)]
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -212,10 +190,10 @@ def _sampling(subject: _Subject, tokens: int) -> Callable[[int], float]:
 
 def write(out: Path, points: Sequence[Point], loss: str, command: str) -> None:
     """Write the chart, and its table beside it."""
-    picture = draw(points, loss)
+    picture, note = draw(points, loss), f"\n{NOTE}\n"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out.with_suffix(".png"), picture)
-    write_atomically(out.with_suffix(".md"), markdown(points, loss))
+    write_atomically(out.with_suffix(".md"), as_markdown(rows(points, loss)) + note)
     write_csv(out.with_suffix(".csv"), [Point._fields, *points])
     write_atomically(out, as_html(points, loss, picture, command))
 
@@ -227,9 +205,10 @@ def ranked(points: Sequence[Point], loss: str) -> list[Point]:
 
 def rows(points: Sequence[Point], loss: str) -> list[list[str]]:
     """Return the cells of the table, its heading first; a star marks points on a cost's front."""
-    unit = "nats a token" if loss == "loss" else "bits a byte"
     fronts = {cost: front(points, cost, loss) for cost in COSTS}
-    table = [["model", f"validation loss ({unit})", *(cost.title for cost in COSTS.values())]]
+    table = [
+        ["model", f"validation loss ({UNITS[loss]})", *(cost.title for cost in COSTS.values())]
+    ]
     for point in ranked(points, loss):
         cells = [point.name, f"{getattr(point, loss):.4f}"]
         for cost in COSTS:
@@ -240,13 +219,6 @@ def rows(points: Sequence[Point], loss: str) -> list[list[str]]:
 
 
 NOTE = "A star: no other model here is both better in this and lower in loss."
-
-
-def markdown(points: Sequence[Point], loss: str) -> str:
-    """Return the table as Markdown."""
-    heading, *body = rows(points, loss)
-    lines = [heading, ["---"] * len(heading), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{NOTE}\n"
 
 
 def as_html(points: Sequence[Point], loss: str, picture: bytes, command: str) -> str:
@@ -270,7 +242,6 @@ def draw(points: Sequence[Point], loss: str) -> bytes:
 
     figure = Figure(figsize=(10, 8), layout="constrained")
     panels = figure.subplots(2, 2, sharey=True)
-    unit = "nats a token" if loss == "loss" else "bits a byte"
     numbered = list(enumerate(ranked(points, loss), start=1))
     for axes, (cost, kind) in zip(panels.flat, COSTS.items(), strict=True):
         best = front(points, cost, loss)
@@ -284,7 +255,7 @@ def draw(points: Sequence[Point], loss: str) -> bytes:
             side = 1 if number % 2 else -1
             place = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 8}
             axes.annotate(str(number), at, (9 * side, 0), **place)
-        axes.set(xscale="log", xlabel=kind.title, ylabel=f"validation loss ({unit})")
+        axes.set(xscale="log", xlabel=kind.title, ylabel=f"validation loss ({UNITS[loss]})")
         axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         axes.xaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))
         axes.xaxis.set_minor_formatter(ticker.EngFormatter(sep=""))
@@ -298,11 +269,3 @@ def draw(points: Sequence[Point], loss: str) -> bytes:
     lines = [Line2D([], [], color="tab:orange", label="Pareto front"), *names]
     figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8)
     return as_png(figure)
-
-
-def _terminal(points: Sequence[Point], loss: str) -> Table:
-    heading, *body = rows(points, loss)
-    table = Table(*heading)
-    for cells in body:
-        table.add_row(*cells)
-    return table

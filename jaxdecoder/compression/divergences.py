@@ -35,10 +35,7 @@ def forward_kl(
 def reverse_kl(
     student: LogProbabilities, teacher: LogProbabilities, beta: float = 0.5
 ) -> Float[Array, "*rows"]:
-    """KL(student || teacher): unlikely for the teacher must be unlikely for the student.
-
-    See arXiv 2306.08543.
-    """
+    """KL(student || teacher): never likely where the teacher is not (arXiv 2306.08543)."""
     return forward_kl(teacher, student)
 
 

@@ -13,15 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdecoder.kernels.packing import (
-    Packed,
-    Scheme,
-    Steps,
-    levels_of,
-    pack,
-    steps_of,
-    weights_of,
-)
+from jaxdecoder.kernels.packing import Packed, Scheme, Steps, levels_of, pack, steps_of, weights_of
 
 DAMPING = 0.01
 """Share of the mean diagonal of the Gram matrix that is added to its diagonal (from the paper)."""
@@ -42,7 +34,8 @@ def gptq(
     factor = _inverse_factor(gram)
     grouped = scheme.granularity == "group"
     # The scale of a group comes from its weights after the corrections so far.
-    block = scheme.group_size if grouped else _divisor(d_in)
+    divisors = (size for size in range(1, BLOCK + 1) if d_in % size == 0)
+    block = scheme.group_size if grouped else max(divisors)
     fixed = steps_of(scheme, kernel)
     place = jnp.arange(d_in)
 
@@ -97,7 +90,3 @@ def _inverse_factor(gram: Float[Array, "d_in d_in"]) -> Float[Array, "d_in d_in"
     identity = jnp.eye(len(gram), dtype=gram.dtype)
     inverse = jax.scipy.linalg.cho_solve((lower, True), identity)
     return jnp.linalg.cholesky(inverse).T
-
-
-def _divisor(d_in: int) -> int:
-    return max(size for size in range(1, BLOCK + 1) if d_in % size == 0)

@@ -21,9 +21,7 @@ from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.training.runs import Model
 from jaxdecoder.typing import Params
 
-Measure = Callable[[Float[Array, "rows ..."]], Float[Array, "..."]]
-
-MEASURES: dict[str, Measure] = {
+MEASURES: dict[str, Callable[[Float[Array, "rows ..."]], Float[Array, "..."]]] = {
     "taylor": lambda slopes: jnp.sum(jnp.square(slopes), axis=0),
     "gates": lambda slopes: jnp.sum(jnp.abs(slopes), axis=0),
 }

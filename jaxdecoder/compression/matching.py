@@ -103,12 +103,7 @@ LAYERS: dict[str, Callable[[Architecture, Params], list[Outputs]]] = {
 # --- Measures -------------------------------------------------------------------------------------
 
 
-def relations(
-    student: Layers,
-    teacher: Layers,
-    weights: PerToken,
-    settings: Teaching,
-) -> PerToken:
+def relations(student: Layers, teacher: Layers, weights: PerToken, settings: Teaching) -> PerToken:
     """Match self-attention relations of the last layer (MiniLMv2, arXiv 2012.15828; 2002.10957).
 
     A relation is the softmax of the scaled products of queries with queries, keys with keys, or
@@ -138,12 +133,7 @@ def relation(
     return jax.nn.log_softmax(jnp.where(_causal(time), scores, MASKED), axis=-1)
 
 
-def similarity(
-    student: Layers,
-    teacher: Layers,
-    weights: PerToken,
-    settings: Teaching,
-) -> PerToken:
+def similarity(student: Layers, teacher: Layers, weights: PerToken, settings: Teaching) -> PerToken:
     """Compare cosines between tokens in the residual streams (arXiv 1907.09682).
 
     The loss is the squared difference of the cosines. Layers are paired evenly, last with last. The
@@ -164,12 +154,7 @@ def similarity(
     return _mean_over_pairs(loss, student, teacher)
 
 
-def cka(
-    student: Layers,
-    teacher: Layers,
-    weights: PerToken,
-    settings: Teaching,
-) -> PerToken:
+def cka(student: Layers, teacher: Layers, weights: PerToken, settings: Teaching) -> PerToken:
     """Return 1 - linear centred kernel alignment of the residual streams (arXiv 1905.00414).
 
     It is computed over the real tokens of a row; each of them gets the row's loss. Layers are
@@ -228,7 +213,11 @@ def check(config: Config, teacher: Architecture) -> None:
         raise ConfigError(
             "distillation.teacher_layer", settings.teacher_layer, f"the teacher has {depth}"
         )
-    widths = [width for model in (student, teacher) for width in _widths(model)]
+    widths = [
+        c.layers_side_by_side * width  # of all queries of a layer together, and of all keys
+        for c in (student, teacher)
+        for width in (c.query_width, c.kv_width)
+    ]
     heads = settings.relation_heads
     if heads and any(width % heads for width in widths):
         most = math.gcd(*widths)
@@ -240,19 +229,12 @@ def check(config: Config, teacher: Architecture) -> None:
         )
 
 
-def _widths(c: Architecture) -> tuple[int, int]:
-    """Return the widths of all queries of a layer together, and of all keys."""
-    return c.layers_side_by_side * c.query_width, c.layers_side_by_side * c.kv_width
-
-
 def _causal(time: int) -> jax.Array:
     return jnp.tril(jnp.ones((time, time), bool))
 
 
 def _mean_over_pairs(
-    loss: Callable[[Outputs, Outputs], PerToken],
-    student: Layers,
-    teacher: Layers,
+    loss: Callable[[Outputs, Outputs], PerToken], student: Layers, teacher: Layers
 ) -> PerToken:
     pairs = zip(student, paired(len(student), len(teacher)), strict=True)
     losses = [loss(ours, teacher[number]) for ours, number in pairs]

@@ -88,9 +88,6 @@ def sampled_or_not(
         tokens = continued(decoder, params, prompts, time, draw, entries)  # type: ignore[arg-type]
         return tokens, judged(tokens, batch.weights, prompt, end_token)  # type: ignore[arg-type]
 
-    def keep() -> tuple[jax.Array, jax.Array]:
-        return batch.inputs, batch.weights  # type: ignore[return-value]
-
     sampled = jax.random.uniform(coin) < share
-    tokens, weights = jax.lax.cond(sampled, sample, keep)
+    tokens, weights = jax.lax.cond(sampled, sample, lambda: (batch.inputs, batch.weights))
     return tokens, weights, sampled

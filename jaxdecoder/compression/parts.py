@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,26 +19,14 @@ from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import Architecture
 from jaxdecoder.errors import UserError
+from jaxdecoder.layers import tree
 from jaxdecoder.layers.serial import n_turns, turn
-from jaxdecoder.layers.tree import (
-    KERNEL,
-    SERIAL,
-    Leaves,
-    Path,
-    at,
-    axes_of,
-    leaves,
-    replaced,
-    take,
-    take_turns,
-    tree_of,
-)
 from jaxdecoder.training.sparsity import count_of
 from jaxdecoder.typing import Params
 
-Gates = dict[Path, Float[Array, "... units"]]
+Gates = dict[tree.Path, Float[Array, "... units"]]
 """Gates by the path of their module: an attention, a feed-forward, or the whole model, ()."""
-Keep = dict[Path, Int[np.ndarray, "... kept"]]
+Keep = dict[tree.Path, Int[np.ndarray, "... kept"]]
 """The units that stay, in order, by the same paths."""
 
 Ones = Callable[[Params, Architecture], Gates]
@@ -125,45 +113,36 @@ def neurons_refusal(c: Architecture) -> str:
     return ""
 
 
-def head_groups(c: Architecture) -> int:
-    """Return the number of groups of heads that share keys and values; 1 if no heads share them."""
-    return c.n_kv_heads if c.n_kv_heads != c.n_heads else 1
-
-
 def remove_heads(params: Params, config: Architecture, keep: Keep) -> tuple[Params, Architecture]:
     """Return the model with only these heads."""
-    wide = {path: _columns(index, config.d_head) for path, index in keep.items()}
+    columns = np.arange(config.d_head)
+    wide = {
+        path: (index[..., None] * config.d_head + columns).reshape(*index.shape[:-1], -1)
+        for path, index in keep.items()
+    }
     own = config.n_kv_heads == config.n_heads
     axes = {"head": keep, "heads": wide, **({"kv_heads": wide} if own else {})}
     count = next(iter(keep.values())).shape[-1]
     smaller = replace(config, n_heads=count, n_kv_heads=count if own else config.n_kv_heads)
-    return take(params, lambda path, axis: axes.get(axis, {}).get(path)), smaller
+    return tree.take(params, lambda path, axis: axes.get(axis, {}).get(path)), smaller
 
 
 def remove_neurons(params: Params, config: Architecture, keep: Keep) -> tuple[Params, Architecture]:
     """Return the model with only these neurons."""
-    leaf, index = next((at(params, path), index) for path, index in keep.items())
+    leaf, index = next((tree.at(params, path), index) for path, index in keep.items())
     d_ff = config.d_ff * index.shape[-1] // leaf["down"]["kernel"].shape[-2]
     axes = {"neurons": keep}
-    return take(params, lambda path, axis: axes.get(axis, {}).get(path)), replace(config, d_ff=d_ff)
-
-
-def _columns(
-    index: Int[np.ndarray, "*layers units"], width: int
-) -> Int[np.ndarray, "*layers entries"]:
-    """Return the entries of these units, each of which is `width` entries wide."""
-    return (index[..., None] * width + np.arange(width)).reshape(*index.shape[:-1], -1)
+    return tree.take(params, lambda path, axis: axes.get(axis, {}).get(path)), replace(
+        config, d_ff=d_ff
+    )
 
 
 def _reads(name: str, unit: Callable[[Architecture], int]) -> tuple[Ones, Gated]:
-    """Return `ones` and `gated` for gates on the inputs of a kind of linear layer.
+    """Return `ones` and `gated` for gates on a linear layer's inputs, each over `unit` inputs."""
 
-    Each gate covers `unit` inputs.
-    """
-
-    def kernels(params: Params) -> Leaves:
-        found = leaves(params).items()
-        return {path: leaf for path, leaf in found if path[-2:] == (name, KERNEL)}
+    def kernels(params: Params) -> tree.Leaves:
+        found = tree.leaves(params).items()
+        return {path: leaf for path, leaf in found if path[-2:] == (name, tree.KERNEL)}
 
     def ones(params: Params, c: Architecture) -> Gates:
         return {
@@ -176,7 +155,7 @@ def _reads(name: str, unit: Callable[[Architecture], int]) -> tuple[Ones, Gated]
             path: leaf * jnp.repeat(gates[path[:-2]], unit(c), axis=-1)[..., None]
             for path, leaf in kernels(params).items()
         }
-        return replaced(params, scaled)
+        return tree.replaced(params, scaled)
 
     return ones, gated
 
@@ -201,12 +180,7 @@ def width_refusal(c: Architecture) -> str:
 
 def gate_features(params: Params, config: Architecture, gates: Gates) -> Params:
     """Apply gates to every array whose output is features: embeddings, ends of branches, norms."""
-    return tree_of(
-        {
-            path: leaf * gates[()] if axes_of(path)[-1:] == ("features",) else leaf
-            for path, leaf in leaves(params).items()
-        }
-    )
+    return _scaled(params, gates[()], lambda path: tree.axes_of(path)[-1:] == ("features",))
 
 
 def remove_features(
@@ -222,16 +196,18 @@ def remove_features(
     index = keep[()]
     ratio = config.d_model / len(index)
     smaller = replace(config, d_model=len(index))
-    params = take(params, lambda path, axis: index if axis == "features" else None)
+    params = tree.take(params, lambda path, axis: index if axis == "features" else None)
     if config.norm == "rmsnorm":
         smaller = replace(smaller, norm_epsilon=config.norm_epsilon * ratio)
-        params = tree_of(
-            {
-                path: leaf * ratio**0.5 if path[-1] == "scale" and axes_of(path) else leaf
-                for path, leaf in leaves(params).items()
-            }
+        params = _scaled(
+            params, ratio**0.5, lambda path: path[-1] == "scale" and bool(tree.axes_of(path))
         )
     return params, smaller
+
+
+def _scaled(params: Params, factor: Any, chosen: Callable[[tree.Path], bool]) -> Params:
+    scaled = {path: x * factor for path, x in tree.leaves(params).items() if chosen(path)}
+    return tree.replaced(params, scaled)
 
 
 # --- Layers ---------------------------------------------------------------------------------------
@@ -246,12 +222,12 @@ def layers_refusal(c: Architecture) -> str:
 
 def remove_layers(params: Params, config: Architecture, keep: Keep) -> tuple[Params, Architecture]:
     """Return the model with only these turns of the layers' pattern, or layers if all are alike."""
-    index = keep[SERIAL]
+    index = keep[tree.SERIAL]
     n_layers = len(index) * len(turn(config))
     # The first exit stays at its depth, if there is still a block above it.
     first = min(config.exit_minimum, max(1, n_layers - 1))
     smaller = replace(config, n_layers=n_layers, exit_minimum=first)
-    return take_turns(params, index), smaller
+    return tree.take_turns(params, index), smaller
 
 
 def _ungated(params: Params, config: Architecture, gates: Gates) -> Params:
@@ -266,16 +242,12 @@ PARTS: dict[str, Part] = {
     "heads": Part(
         heads_refusal,
         lambda c: c.n_heads,
-        head_groups,
+        lambda c: c.n_kv_heads if c.n_kv_heads != c.n_heads else 1,  # those that share keys
         *_reads("out", lambda c: c.d_head),
         remove_heads,
     ),
     "neurons": Part(
-        neurons_refusal,
-        lambda c: c.d_ff,
-        _single,
-        *_reads("down", _single),
-        remove_neurons,
+        neurons_refusal, lambda c: c.d_ff, _single, *_reads("down", _single), remove_neurons
     ),
     "width": Part(
         width_refusal,
@@ -289,7 +261,7 @@ PARTS: dict[str, Part] = {
         layers_refusal,
         n_turns,
         _single,
-        lambda params, c: {SERIAL: jnp.ones(n_turns(c))},
+        lambda params, c: {tree.SERIAL: jnp.ones(n_turns(c))},
         _ungated,
         remove_layers,
     ),

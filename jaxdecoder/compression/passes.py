@@ -71,7 +71,14 @@ def run_pass(
     summary = train(config, sampler=sampler, objective=objective)
     summary["compression"] = json.loads((run / "compression.json").read_text())
     runs.write_summary(run, summary)
-    print(_comparison(summary))
+    before, at_once = (summary["compression"][when] for when in ("before", "at_once"))
+    old, after = before["validation_loss"], summary["validation_loss"]
+    print(
+        f"validation loss: {old:.4f} before, {at_once['validation_loss']:.4f} at once, "
+        f"{after:.4f} after {summary['steps']} steps ({after - old:+.4f} nats a token)\n"
+        f"weights: {before['nonzero']:,} in {before['bytes']:,} bytes before, "
+        f"{at_once['nonzero']:,} in {at_once['bytes']:,} after"
+    )
     return summary
 
 
@@ -140,17 +147,3 @@ def _begin(
         write_atomically(run / "compression.json", json.dumps(told, indent=2) + "\n")
         with checkpoints.open_checkpoints(run, keep=new.train.keep) as manager:
             checkpoints.save(manager, 0, state_of(new, made.params), loss)
-
-
-def _comparison(summary: Table) -> str:
-    """Describe before and after in a few lines."""
-    told = summary["compression"]
-    before, at_once = told["before"], told["at_once"]
-    after = summary["validation_loss"]
-    return (
-        f"validation loss: {before['validation_loss']:.4f} before, "
-        f"{at_once['validation_loss']:.4f} at once, {after:.4f} after {summary['steps']} steps "
-        f"({after - before['validation_loss']:+.4f} nats a token)\n"
-        f"weights: {before['nonzero']:,} in {before['bytes']:,} bytes before, "
-        f"{at_once['nonzero']:,} in {at_once['bytes']:,} after"
-    )

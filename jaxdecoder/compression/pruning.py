@@ -106,12 +106,18 @@ def check(options: Prune) -> None:
 
 
 def check_model(options: Prune, config: Config) -> None:
-    """Refuse what this model cannot lose, before anything is computed."""
+    """Refuse what this model cannot lose, or go back to, before anything is computed."""
     match options:
         case SingleWeights():
-            check_matrices(options, config)
+            if options.head and config.model.tie_embeddings:
+                raise UserError("--head: with model.tie_embeddings the head is the embedding")
+            if options.rewind is not None:
+                check_rewind(options, config)
         case Part():
-            check_part(options, config)
+            part = PARTS[options.method]
+            if why := part.refusal(config.architecture):
+                raise UserError(f"--method {options.method}: this model has none to spare: {why}")
+            going(config.architecture, part, options.sparsity)
 
 
 def pruned(options: Prune, model: Model, corpus: Corpus) -> Pruned:
@@ -119,10 +125,8 @@ def pruned(options: Prune, model: Model, corpus: Corpus) -> Pruned:
     match options:
         case Gradual(gradual=True):
             return gradually(options, model)
-        case ByCriterion():
-            return by_criterion(options, model, corpus)
-        case Groups():
-            return by_groups(options, model, corpus)
+        case ByCriterion() | Groups():
+            return by_weight(options, model, corpus)
         case Part():
             return by_part(options, model, corpus)
         case _:
@@ -167,37 +171,30 @@ def recovery(options: Prune, config: Config, steps: int) -> OptimizerConfig:
 # --- Single weights -------------------------------------------------------------------------------
 
 
-def check_matrices(options: SingleWeights, config: Config) -> None:
-    """Refuse to prune a tied head, and to rewind to a step that is not available."""
-    if options.head and config.model.tie_embeddings:
-        raise UserError("--head: with model.tie_embeddings the head is the embedding")
+def by_weight(options: ByCriterion | Groups, model: Model, corpus: Corpus) -> Pruned:
+    """Set the weights to zero that the criterion scores lowest; rewind the others if asked to."""
+    matrices = _matrices(options, model)
+    criterion = options.criterion if isinstance(options, Groups) else options.method
+    scores = scores_by(criterion, options, matrices, model, corpus)
+    if isinstance(options, Groups):
+        masks = n_of_m(matrices, scores, options.n, options.m)
+        notes: Table = {"n": options.n, "m": options.m, "criterion": criterion}
+    else:
+        masks = mask(matrices, scores, options.sparsity, options.scope)
+        notes = {"sparsity": options.sparsity, "scope": options.scope}
+    params, masks = model.params, {path: masks[path] & (w != 0) for path, w in matrices.items()}
     if options.rewind is not None:
-        check_rewind(options, config)
-
-
-def by_criterion(options: ByCriterion, model: Model, corpus: Corpus) -> Pruned:
-    """Set the weights to zero that the criterion scores lowest within a scope."""
-    matrices = _matrices(options, model)
-    scores = scores_by(options.method, options, matrices, model, corpus)
-    masks = mask(matrices, scores, options.sparsity, options.scope)
-    notes = {"sparsity": options.sparsity, "scope": options.scope}
-    return _cut(options, model, matrices, masks, notes)
-
-
-def by_groups(options: Groups, model: Model, corpus: Corpus) -> Pruned:
-    """Keep n of every m weights."""
-    matrices = _matrices(options, model)
-    scores = scores_by(options.criterion, options, matrices, model, corpus)
-    masks = n_of_m(matrices, scores, options.n, options.m)
-    notes = {"n": options.n, "m": options.m, "criterion": options.criterion}
-    return _cut(options, model, matrices, masks, notes)
+        params = weights_at(Path(options.rewind_run or options.run), options.rewind)
+        matrices = body_matrices(params, head=options.head)
+    matrices = apply({path: matrices[path] for path in masks}, masks)
+    compression = replace(model.config.compression, keep_zeros=True)
+    return Pruned(
+        replaced(params, matrices), model.config.model, compression, {**notes, **zeros(matrices)}
+    )
 
 
 def gradually(options: Gradual, model: Model) -> Pruned:
-    """Leave the weights as they are, and configure training to prune them gradually.
-
-    Weights that are zero already count as part of the final sparsity.
-    """
+    """Configure training to make the zeros; those there are count as part of the final sparsity."""
     assert options.recover_steps is not None
     count = zeros(_matrices(options, model))
     begin = count["zeros"] / count["weights"]
@@ -254,45 +251,18 @@ def _matrices(options: SingleWeights, model: Model) -> Matrices:
     return matrices
 
 
-def _cut(
-    options: SingleWeights,
-    model: Model,
-    matrices: Matrices,
-    masks: Matrices,
-    notes: Table,
-) -> Pruned:
-    """Return the model with these masks, its weights rewound if the options ask for it."""
-    params, masks = model.params, {path: masks[path] & (w != 0) for path, w in matrices.items()}
-    if options.rewind is not None:
-        params = weights_at(Path(options.rewind_run or options.run), options.rewind)
-        own = body_matrices(params, head=options.head)
-        matrices = {path: own[path] for path in matrices}
-    matrices = apply(matrices, masks)
-    compression = replace(model.config.compression, keep_zeros=True)
-    told = {**notes, **zeros(matrices)}
-    return Pruned(replaced(params, matrices), model.config.model, compression, told)
-
-
 # --- Parts ----------------------------------------------------------------------------------------
-
-
-def check_part(options: Part, config: Config) -> None:
-    """Refuse a share that this model cannot lose, and a part that it does not have."""
-    part = PARTS[options.method]
-    if why := part.refusal(config.architecture):
-        raise UserError(f"--method {options.method}: this model has none to spare: {why}")
-    going(config.architecture, part, options.sparsity)
 
 
 def by_part(options: Part, model: Model, corpus: Corpus) -> Pruned:
     """Remove the least important heads, neurons, features or layers."""
     part, config = PARTS[options.method], model.config.architecture
     batches = calibration_batches(model.config, corpus, options.calibration_tokens)
-    measure = options.importance if isinstance(options, ByGates) else "influence"
     if isinstance(options, ByGates):
+        measure: str = options.importance
         scores = by_gates(model, part, batches, measure)
     else:
-        scores = influence(model, batches)
+        measure, scores = "influence", influence(model, batches)
     keep = kept(scores, config, part, options.sparsity)
     params, smaller = part.remove(model.params, config, keep)
     removed = {

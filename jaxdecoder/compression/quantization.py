@@ -22,7 +22,7 @@ from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
 from jaxdecoder.kernels import packing
 from jaxdecoder.layers.linear import scheme_of
-from jaxdecoder.layers.tree import KERNEL, Matrices, Path, leaves
+from jaxdecoder.layers.tree import KERNEL, Path, leaves
 from jaxdecoder.sampling.generate import show_sample
 from jaxdecoder.training.runs import Model
 from jaxdecoder.training.step import init_state
@@ -199,17 +199,11 @@ def _packed(options: Quantize, model: Model, corpus: Corpus) -> Made:
     scheme, notes = scheme_of(wanted), {"method": options.method}
     change = nearest(scheme)
     if options.method == "gptq":
-        kernels = _kernels(model.params, _shapes(config))
-        shown = calibration_batches(
-            model.config, corpus, options.calibration_tokens, widest(kernels)
-        )
+        own = leaves(model.params)
+        packed = ((*path[:-1], KERNEL) for path in leaves(_shapes(config)) if path[-1] == "codes")
+        kernels = {path: own[path] for path in packed if path in own}
+        inputs = widest(kernels)
+        shown = calibration_batches(model.config, corpus, options.calibration_tokens, inputs)
         change, errors = corrected(model, shown, scheme, kernels)
         notes = {**notes, **errors}
     return Made(config, pack(model.params, config, change), notes)
-
-
-def _kernels(params: Params, like: Params) -> Matrices:
-    """Return the kernels that `pack` packs to the shapes `like`."""
-    own = leaves(params)
-    packed = ((*path[:-1], KERNEL) for path in leaves(like) if path[-1] == "codes")
-    return {path: own[path] for path in packed if path in own}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +21,10 @@ from jaxdecoder.config import ModelConfig
 from jaxdecoder.data.batches import Batch, Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
-from jaxdecoder.files import as_png, write_atomically, write_csv
+from jaxdecoder.files import as_markdown, as_png, write_atomically, write_csv
 from jaxdecoder.layers import tree
 from jaxdecoder.layers.serial import n_turns, turn
-from jaxdecoder.layers.tree import body_matrices, replaced
+from jaxdecoder.layers.tree import Matrices, body_matrices, replaced
 from jaxdecoder.training.devices import set_up
 from jaxdecoder.training.evaluation import make_evaluator
 from jaxdecoder.training.runs import Model, load_model, read_config
@@ -47,13 +48,8 @@ class Effect(NamedTuple):
     """Difference from the loss of the unpruned model."""
 
 
-class Variant(NamedTuple):
-    """A model with one thing pruned."""
-
-    layer: str
-    part: str
-    sparsity: float
-    params: Callable[[], Params]
+Variant = tuple[str, str, float, Callable[[], Params]]
+"""(layer, part, sparsity, the weights of a model with this alone pruned)"""
 
 
 def sensitivity(options: Sensitivity, command: str) -> list[Effect]:
@@ -68,8 +64,7 @@ def sensitivity(options: Sensitivity, command: str) -> list[Effect]:
     if not options.sparsities or not all(0 < share < 1 for share in options.sparsities):
         shown = " ".join(map(str, options.sparsities))
         raise UserError(f"--sparsities {shown}: each must be between 0 and 1, such as 0.5")
-    for name in ("batches", "seed"):
-        least = int(name == "batches")
+    for name, least in (("batches", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} {getattr(options, name)}: must be {least} or more")
     set_up(read_config(Path(options.run)))
@@ -96,29 +91,27 @@ def scan(options: Sensitivity, model: Model, corpus: Corpus) -> list[Effect]:
     print(f"{options.run}: {base:.4f} nats a token over {len(text)} batches")
     variants = [*of_matrices(options, model, corpus), *of_parts(options, model, corpus)]
     rows = []
-    for variant in track(variants, description="sensitivity"):
-        loss = evaluate(variant.params(), text)
-        rows.append(Effect(*variant[:3], loss, loss - base))
+    for layer, part, share, params in track(variants, description="sensitivity"):
+        loss = evaluate(params(), text)
+        rows.append(Effect(layer, part, share, loss, loss - base))
     return rows + without_a_layer(model, text, base)
 
 
 def of_matrices(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[Variant]:
     """Yield models in which one matrix of one layer has some of its weights set to zero."""
     matrices = body_matrices(model.params)
+
+    def params(path: tree.Path, place: tuple[int, ...], cut: Matrices) -> Params:
+        one = matrices[path].at[place].set(cut[path][place])
+        return replaced(model.params, {path: one})
+
     scores = scores_by(options.criterion, options, matrices, model, corpus)
     for share in options.sparsities:
         cut = apply(matrices, mask(matrices, scores, share, options.scope))
         for path, whole in matrices.items():
             for place in np.ndindex(whole.shape[:-2]):
-
-                def params(
-                    path: Any = path, place: Any = place, whole: Any = whole, cut: Any = cut
-                ) -> Any:
-                    one = whole.at[place].set(cut[path][place])
-                    return replaced(model.params, {path: one})
-
                 layer = _layer_name(path, place, model.config.model)
-                yield Variant(layer, path[-2], share, params)
+                yield layer, path[-2], share, partial(params, path, place, cut)
 
 
 def of_parts(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[Variant]:
@@ -140,12 +133,9 @@ def of_parts(options: Sensitivity, model: Model, corpus: Corpus) -> Iterator[Var
                 for place in np.ndindex(gate.shape[:-1]):
                     least = jnp.argsort(scores[path][place])[:count]
                     closed = {**ones, path: gate.at[*place, least].set(0.0)}
-
-                    def params(part: Any = part, closed: Any = closed) -> Any:
-                        return part.gated(model.params, config, closed)
-
+                    params = partial(part.gated, model.params, config, closed)
                     layer = _layer_name(path, place, config)
-                    yield Variant(layer, name, count / gate.shape[-1], params)
+                    yield layer, name, count / gate.shape[-1], params
 
 
 def without_a_layer(model: Model, text: Sequence[Batch], base: float) -> list[Effect]:
@@ -175,13 +165,11 @@ def _layer_name(path: tree.Path, place: tuple[int, ...], config: ModelConfig) ->
 
 def markdown(rows: Sequence[Effect], command: str) -> str:
     """Return the table as Markdown, the greatest increase of the loss first."""
-    lines = ["| layer | part | sparsity | loss | increase |", "| --- | --- | --- | --- | --- |"]
-    for row in sorted(rows, key=lambda row: -row.increase):
-        lines.append(
-            f"| {row.layer} | {row.part} | {row.sparsity:.0%} | {row.loss:.4f} | "
-            f"{row.increase:+.4f} |"
-        )
-    return f"`{command}`\n\n" + "\n".join(lines) + "\n"
+    cells = [
+        [r.layer, r.part, f"{r.sparsity:.0%}", f"{r.loss:.4f}", f"{r.increase:+.4f}"]
+        for r in sorted(rows, key=lambda row: -row.increase)
+    ]
+    return f"`{command}`\n\n{as_markdown([Effect._fields, *cells])}"
 
 
 def draw(rows: Sequence[Effect], options: Sensitivity) -> bytes:

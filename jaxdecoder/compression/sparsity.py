@@ -29,12 +29,6 @@ Needed = dict[Path, Any]
 """The data that a criterion needs, by the paths of the matrices."""
 
 
-def input_norms(model: Model, corpus: Corpus, tokens: int) -> Needed:
-    """Return the norm of each input feature over this many calibration tokens, (*layers, d_in)."""
-    squares = input_squares(model, corpus, tokens)
-    return {path: jnp.sqrt(of_inputs) for path, of_inputs in squares.items()}
-
-
 def lots(matrices: Matrices, seed: int) -> Needed:
     """Return a random generator for each matrix, which depends only on the seed and its path."""
     names = {path: zlib.crc32("/".join(path).encode()) for path in matrices}
@@ -43,8 +37,8 @@ def lots(matrices: Matrices, seed: int) -> Needed:
 
 NEEDS: dict[Need, Callable[[Any, Matrices, Model, Corpus], Needed]] = {
     "nothing": lambda o, matrices, model, corpus: dict.fromkeys(matrices),
-    "input_norms": lambda o, matrices, model, corpus: input_norms(
-        model, corpus, o.calibration_tokens
+    "input_norms": lambda o, matrices, model, corpus: jax.tree.map(
+        jnp.sqrt, input_squares(model, corpus, o.calibration_tokens)
     ),
     "lot": lambda o, matrices, model, corpus: lots(matrices, o.seed),
 }

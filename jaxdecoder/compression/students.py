@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -101,10 +100,11 @@ def _of_run(path: Path, options: Distill, teacher: Model) -> Student:
         )
     model = load_model(path)
     check_tokenizers(model.tokenizer, teacher.tokenizer, str(path), options.teacher)
-    whole = [leaf for leaf in jax.tree.leaves(model.params) if not _trains(leaf)]
-    if whole:
+    kinds = [leaf.dtype for leaf in jax.tree.leaves(model.params)]
+    fixed = [x for x in kinds if not jnp.issubdtype(x, jnp.floating) or x.itemsize < 2]
+    if fixed:
         raise UserError(
-            f"{path}: has weights of {whole[0].dtype}, which no gradient moves; distil first, "
+            f"{path}: has weights of {fixed[0]}, which no gradient moves; distil first, "
             "and quantize what comes of it"
         )
     config = _taught(corpus_of(model, path)[0], options)
@@ -149,13 +149,8 @@ def _taught(config: Config, options: Distill) -> Config:
         raise UserError(f"{options.student}: train.steps = 0; say how many steps, as --steps 1000")
     if options.learning_rate is not None:
         optimizer = optimizer.peaking_at(options.learning_rate)
-    how = {item.name: getattr(options.how, item.name) for item in dataclasses.fields(options.how)}
-    distillation = DistillationConfig(**how, teacher=options.teacher)
+    distillation = DistillationConfig(**vars(options.how), teacher=options.teacher)
     return replace(config, train=train, optimizer=optimizer, distillation=distillation)
-
-
-def _trains(leaf: Any) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jnp.floating)) and leaf.dtype.itemsize >= 2
 
 
 # --- From the teacher's layers --------------------------------------------------------------------
@@ -200,7 +195,12 @@ def start_from(teacher: Model, student: ModelConfig, params: Params) -> tuple[Pa
         raise UserError(
             f"--start-from-teacher: the teacher's layers do not fit into this student:\n  {listed}"
         )
-    taken = _taken(teacher.params, theirs, student, chosen)
+    blocks = tree.blocks(teacher.params[tree.BODY])
+    own = [blocks[number] for number in chosen]
+    taken = tree.with_blocks(teacher.params, own, len(serial.turn(student)))
+    if student.position == "learned":
+        rows = tree.at(taken, tree.POSITIONS)[: student.context_length]
+        taken = tree.replaced(taken, {tree.POSITIONS: rows})
 
     def shapes(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
@@ -251,14 +251,3 @@ def _reasons(teacher: ModelConfig, student: ModelConfig) -> list[str]:
     adopted["mod_every"] = student.mod_every
     same_depth = replace(teacher, **adopted)
     return differences(Config(model=same_depth), Config(model=student))
-
-
-def _taken(params: Params, teacher: ModelConfig, student: ModelConfig, chosen: list[int]) -> Params:
-    """Return the teacher's weights with only the chosen blocks."""
-    theirs = tree.blocks(params[tree.BODY])
-    places = len(serial.turn(student))
-    taken = tree.with_blocks(params, [theirs[number] for number in chosen], places)
-    if student.position == "learned":
-        rows = tree.at(params, tree.POSITIONS)[: student.context_length]
-        taken = tree.replaced(taken, {tree.POSITIONS: rows})
-    return taken

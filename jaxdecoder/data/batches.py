@@ -33,11 +33,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Feed:
-    """Make the batches of a run from one split of a corpus.
-
-    Each of several hosts asks for its `rows` of the global batch. The global batch does not depend
-    on the number of hosts.
-    """
+    """Make the batches of a run from one split of a corpus, whatever the number of hosts."""
 
     split: Split
     data: DataConfig

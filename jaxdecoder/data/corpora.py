@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxdecoder.config import DataConfig
-from jaxdecoder.errors import UserError
+from jaxdecoder.errors import UserError, first_line
 from jaxdecoder.files import write_atomically
 
 PIECE = 1 << 17
@@ -68,7 +68,9 @@ def pieces(data: DataConfig, part: Part = "train") -> Iterator[Piece]:
             empty = False
             yield Piece(last, ends=True)
     if empty:
-        raise UserError(f"data.{_where(data)}: the corpus is empty; there is no text in it")
+        key = "path" if data.path else "source"
+        named = f"data.{key} = {json.dumps(getattr(data, key))}"
+        raise UserError(f"{named}: the corpus is empty; there is no text in it")
 
 
 def fingerprint(data: DataConfig) -> str:
@@ -133,11 +135,6 @@ def _story_fingerprint(data: DataConfig) -> str:
     return _digest("stories", stories.VERSION, data.stories_bytes, data.seed, *smaller)
 
 
-def _text_chunks(data: DataConfig, part: Part) -> Iterator[Iterable[str]]:
-    for path in _text_files(data.path):
-        yield _read(path)
-
-
 def _text_files(path: str) -> list[Path]:
     """Return the files of `data.path`: itself, the *.txt files below it, or those a glob finds."""
     root = Path(path).expanduser()
@@ -181,14 +178,6 @@ def _read(path: Path, block: int = 1 << 20) -> Iterator[str]:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-def _text_size(data: DataConfig) -> int:
-    return sum(path.stat().st_size for path in _text_files(data.path))
-
-
-def _text_fingerprint(data: DataConfig) -> str:
-    return _digest("text", *(_file_digest(path) for path in _text_files(data.path)))
-
-
 def _huggingface_chunks(data: DataConfig, part: Part) -> Iterator[Iterable[str]]:
     dataset = _huggingface_split(data, part)
     for rows in dataset.iter(batch_size=64):
@@ -216,12 +205,15 @@ def _huggingface_split(data: DataConfig, part: Part) -> Any:
     revision = None if folder else _revision(data)
     try:
         splits = datasets.load_dataset(
-            str(folder or data.path), revision=revision, streaming=True, cache_dir=_hub_cache(data)
+            str(folder or data.path),
+            revision=revision,
+            streaming=True,
+            cache_dir=str(Path(data.cache) / "huggingface"),
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"data.path = {json.dumps(data.path)}: this is not a data set that can be read "
-            f"({_first_line(error)}); give a hub id such as roneneldan/TinyStories, or a folder "
+            f"({first_line(error)}); give a hub id such as roneneldan/TinyStories, or a folder "
             "of parquet or jsonl files"
         ) from None
     names = list(splits)
@@ -254,10 +246,6 @@ def _huggingface_folder(data: DataConfig) -> Path | None:
     return None
 
 
-def _hub_cache(data: DataConfig) -> str:
-    return str(Path(data.cache) / "huggingface")
-
-
 def _revision(data: DataConfig) -> str:
     """Return the commit that a hub id means now; without a network, the one it meant last."""
     import huggingface_hub
@@ -275,7 +263,7 @@ def _revision(data: DataConfig) -> str:
             return note.read_text().strip()
         raise UserError(
             f"data.path = {json.dumps(data.path)}: the Hugging Face Hub cannot be reached "
-            f"({_first_line(error)}); where there is a network, run `hf download {data.path} "
+            f"({first_line(error)}); where there is a network, run `hf download {data.path} "
             "--repo-type dataset --local-dir FOLDER`, bring FOLDER here and set "
             'data.path = "FOLDER"'
         ) from None
@@ -293,10 +281,6 @@ def _huggingface_fingerprint(data: DataConfig) -> str:
         # File names are part of it: they say which split a file belongs to.
         content = tuple(part for name, p in seen for part in (name.as_posix(), _file_digest(p)))
     return _digest("huggingface", data.text_column, data.validation_split, *content)
-
-
-def _shakespeare_chunks(data: DataConfig, part: Part) -> Iterator[Iterable[str]]:
-    yield _read(tiny_shakespeare(data))
 
 
 def _shakespeare_fingerprint(data: DataConfig) -> str:
@@ -332,7 +316,7 @@ def _download_shakespeare(destination: Path) -> bytes:
         response.raise_for_status()
     except requests.RequestException as error:
         raise UserError(
-            f"Tiny Shakespeare cannot be downloaded ({_first_line(error)}); fetch "
+            f"Tiny Shakespeare cannot be downloaded ({first_line(error)}); fetch "
             f"{TINY_SHAKESPEARE_URL} where there is a network and put it at {destination}, or "
             "name a copy with data.path"
         ) from None
@@ -355,18 +339,18 @@ def _check_shakespeare(path: Path, what: str) -> None:
 
 _SOURCES: dict[str, Source] = {
     "stories": Source(_story_chunks, _story_fingerprint, lambda data: data.stories_bytes),
-    "text": Source(_text_chunks, _text_fingerprint, _text_size),
+    "text": Source(
+        lambda data, part: map(_read, _text_files(data.path)),
+        lambda data: _digest("text", *map(_file_digest, _text_files(data.path))),
+        lambda data: sum(path.stat().st_size for path in _text_files(data.path)),
+    ),
     "huggingface": Source(_huggingface_chunks, _huggingface_fingerprint, lambda data: None),
     "tiny_shakespeare": Source(
-        _shakespeare_chunks,
+        lambda data, part: iter([_read(tiny_shakespeare(data))]),
         _shakespeare_fingerprint,
         lambda data: 1_115_394,
     ),
 }
-
-
-def _where(data: DataConfig) -> str:
-    return f"path = {json.dumps(data.path)}" if data.path else f"source = {json.dumps(data.source)}"
 
 
 def _digest(*parts: object) -> str:
@@ -379,10 +363,6 @@ def _file_digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _cache(path: Path, content: bytes) -> None:

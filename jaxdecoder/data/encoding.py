@@ -105,13 +105,11 @@ def _in_order(
             yield waiting.popleft().result()
 
 
+_load_once = lru_cache(maxsize=1)(tokenizers.load)
+
+
 def _encode_in_helper(saved: str, end_of_text: bool, job: list[Piece]) -> Encoded:
     return _encode(_load_once(saved), end_of_text, job)
-
-
-@lru_cache(maxsize=1)
-def _load_once(saved: str) -> Tokenizer:
-    return tokenizers.load(saved)
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:

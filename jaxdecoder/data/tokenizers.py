@@ -179,10 +179,7 @@ def _unknown_characters(strange: str, known: str) -> str:
 
 
 def _byte_encoder(tokenizer: Tokenizer) -> Callable[[str], Ids]:
-    def encode(text: str) -> Ids:
-        return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32)
-
-    return encode
+    return lambda text: np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32)
 
 
 def _bpe_encoder(tokenizer: Tokenizer) -> Callable[[str], Ids]:

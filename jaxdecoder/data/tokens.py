@@ -59,10 +59,8 @@ class Corpus:
     """The key of its text, tokenizer and split (`cache_key`)."""
 
 
-def prepare(data: DataConfig, *, progress: bool = True) -> Corpus:
+def prepare(data: DataConfig) -> Corpus:
     """Return the corpus of a config as tokens: from the cache, or tokenised into it now.
-
-    `progress` shows a progress bar on standard error.
 
     Raises:
         UserError: if the text cannot be read, is too short, or the tokens cannot be written.
@@ -70,9 +68,9 @@ def prepare(data: DataConfig, *, progress: bool = True) -> Corpus:
     key = cache_key(data)  # it may read the whole text
     folder = Path(data.cache) / "tokens" / key
     if not folder.is_dir():
-        with _lock(folder, progress):
+        with _lock(folder):
             if not folder.is_dir():  # another process may have been faster
-                _write(data, folder, progress)
+                _write(data, folder)
     corpus = _open(folder)
     return replace(corpus, train=first(corpus.train, data.train_fraction), key=key)
 
@@ -144,13 +142,13 @@ class _Ledger:
         return np.cumsum(np.array(self.counts, np.int64))
 
 
-def _write(data: DataConfig, folder: Path, progress: bool) -> None:
+def _write(data: DataConfig, folder: Path) -> None:
     unfinished = folder.with_name(folder.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process: we hold the lock
     ledger = _Ledger()
     try:
         unfinished.mkdir()
-        with _bar(progress, corpora.size(data)) as start:
+        with _bar(corpora.size(data)) as start:
             _tokenise(data, unfinished, ledger, start)
         os.replace(unfinished, folder)
     except OSError as error:
@@ -286,15 +284,14 @@ def _room_needed(data: DataConfig, ledger: _Ledger) -> str:
 
 
 @contextmanager
-def _lock(folder: Path, progress: bool) -> Iterator[None]:
+def _lock(folder: Path) -> Iterator[None]:
     lock = filelock.FileLock(f"{folder}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            if progress:
-                print("another process is tokenising this corpus; waiting for it", file=sys.stderr)
+            print("another process is tokenising this corpus; waiting for it", file=sys.stderr)
             lock.acquire()
     except OSError as error:
         raise UserError(
@@ -308,20 +305,16 @@ def _lock(folder: Path, progress: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(progress: bool, total: int | None) -> Iterator[Start]:
+def _bar(total: int | None) -> Iterator[Start]:
     """Show progress bars on standard error, one per title, in bytes of text."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
-    show = progress and console.is_terminal
-    with Progress(*columns, console=console, disable=not show, transient=True) as bar:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
 
         def start(title: str) -> Callable[[int], None]:
             task = bar.add_task(title, total=total)

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxdecoder.config import DataConfig
 from jaxdecoder.data.corpora import cut
-from jaxdecoder.data.tokenizers import UNKNOWN, Tokenizer, load
+from jaxdecoder.data.tokenizers import UNKNOWN, Kind, Tokenizer, load
 from jaxdecoder.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -61,14 +61,9 @@ def _build_char(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokeniz
         counts.pop(UNKNOWN, None)
         common = sorted(counts, key=lambda character: (-counts[character], character))
         characters = sorted([*common[: data.vocab_size - extra - 1], UNKNOWN])
+    unknown = None if data.vocab_size is None else characters.index(UNKNOWN)
     vocabulary = [character.encode() for character in characters]
-    return Tokenizer(
-        kind="char",
-        name="char",
-        vocabulary=tuple(vocabulary + [END_OF_TEXT.encode()] * extra),
-        end_token=len(vocabulary) if extra else None,
-        unknown=None if data.vocab_size is None else characters.index(UNKNOWN),
-    )
+    return _with_end("char", vocabulary, data.end_of_text, unknown=unknown)
 
 
 def _count_characters(texts: Iterable[str]) -> Counter[str]:
@@ -82,14 +77,7 @@ def _count_characters(texts: Iterable[str]) -> Counter[str]:
 
 def _build_byte(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     vocabulary = [bytes([value]) for value in range(256)]
-    extra = 1 if data.end_of_text else 0
-    tokenizer = Tokenizer(
-        kind="byte",
-        name="byte",
-        vocabulary=tuple(vocabulary + [END_OF_TEXT.encode()] * extra),
-        end_token=256 if extra else None,
-    )
-    return _check_fixed_size(data, tokenizer)
+    return _check_fixed_size(data, _with_end("byte", vocabulary, data.end_of_text))
 
 
 def _build_bpe(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
@@ -117,13 +105,7 @@ def from_trained(trained: Any, end_of_text: bool) -> Tokenizer:
     vocabulary: list[bytes] = [b""] * trained.get_vocab_size()
     for entry, i in trained.get_vocab().items():
         vocabulary[i] = bytes(byte_of[character] for character in entry)
-    return Tokenizer(
-        kind="bpe",
-        name="bpe",
-        vocabulary=tuple(vocabulary + [END_OF_TEXT.encode()] * end_of_text),
-        end_token=len(vocabulary) if end_of_text else None,
-        pattern=BPE_PATTERN,
-    )
+    return _with_end("bpe", vocabulary, end_of_text, pattern=BPE_PATTERN)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
@@ -193,13 +175,8 @@ def from_tiktoken(encoding: Any) -> Tokenizer:
     for entry in encoding.token_byte_values():
         vocabulary[encoding.encode_single_token(entry)] = entry
     vocabulary[encoding.eot_token] = END_OF_TEXT.encode()
-    return Tokenizer(
-        kind="bpe",
-        name=encoding.name,
-        vocabulary=tuple(vocabulary),
-        end_token=encoding.eot_token,
-        pattern=encoding._pat_str,
-    )
+    end, pattern = encoding.eot_token, encoding._pat_str
+    return Tokenizer("bpe", encoding.name, tuple(vocabulary), end, pattern=pattern)
 
 
 def from_gpt2_files(folder: Path) -> Tokenizer:
@@ -253,6 +230,14 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(value): value for value in printable} | {
         chr(0x100 + rank): value for rank, value in enumerate(others)
     }
+
+
+def _with_end(kind: Kind, vocabulary: list[bytes], end_of_text: bool, **rest: Any) -> Tokenizer:
+    """Return the tokenizer that is named after its kind; its end token, if any, is the last."""
+    if not end_of_text:
+        return Tokenizer(kind, kind, tuple(vocabulary), **rest)
+    whole = (*vocabulary, END_OF_TEXT.encode())
+    return Tokenizer(kind, kind, whole, end_token=len(vocabulary), **rest)
 
 
 def _check_fixed_size(data: DataConfig, tokenizer: Tokenizer) -> Tokenizer:

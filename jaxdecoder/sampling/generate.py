@@ -126,10 +126,7 @@ _prepare = jax.jit(prepare, static_argnums=0)
 
 @partial(jax.jit, static_argnums=3)
 def _begin(
-    session: Session,
-    tokens: Int[Array, "batch room"],
-    start: Int[Array, "batch"],
-    width: int,
+    session: Session, tokens: Int[Array, "batch room"], start: Int[Array, "batch"], width: int
 ) -> Decoding:
     read = session.prefill(tokens[:, :width], start)
     logits = read.logits[:, -1]

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from jaxdecoder.errors import UserError
+from jaxdecoder.errors import UserError, first_line
 from jaxdecoder.files import disk_is_full
 from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.step import State
@@ -37,7 +37,7 @@ def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> oc
     for step in [] if read_only else steps_in(folder):
         # The policy below reads every note, so one that cannot be read would stop every save.
         if recorded_loss(folder, step) is None:
-            _set_aside(folder, step, "its noted loss cannot be read", print)
+            _set_aside(folder, step, "its noted loss cannot be read")
     policy = AnyPreservationPolicy(
         [LatestN(n=keep), BestN(n=1, get_metric_fn=lambda m: m[METRIC], reverse=True)]
     )
@@ -79,19 +79,12 @@ def save(manager: ocp.CheckpointManager, step: int, state: State, validation_los
     """Start writing the state; it is on disk once the manager is closed, or has waited."""
     arguments = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
     manager.save(
-        step,
-        args=ocp.args.Composite(**arguments),
-        metrics={METRIC: validation_loss},
-        force=True,
+        step, args=ocp.args.Composite(**arguments), metrics={METRIC: validation_loss}, force=True
     )
 
 
-def restore_latest(
-    manager: ocp.CheckpointManager, like: State, say: Callable[[str], None] = print
-) -> tuple[int, State] | None:
-    """Return the newest step that can be read and its state, placed as `like`, or None.
-
-    `like` has shapes with shardings.
+def restore_latest(manager: ocp.CheckpointManager, like: State) -> tuple[int, State] | None:
+    """Return the newest step that can be read and its state, or None; `like` has its shardings.
 
     Newer ones that cannot be read are moved to the run's `damaged/` folder. If none can be read,
     the fault may lie elsewhere (memory, permissions): nothing is moved and a `UserError` raised.
@@ -104,10 +97,10 @@ def restore_latest(
             read = manager.restore(step, args=ocp.args.Composite(**arguments))
         except Exception as error:
             # Whatever a broken file raises, the answer is the same: use the one before.
-            failures[step] = _first_line(error)
+            failures[step] = first_line(error)
             continue
         for broken, why in failures.items():
-            _set_aside(folder, broken, why, say)
+            _set_aside(folder, broken, why)
         if failures:
             manager.reload()
         counter = jax.device_put(np.full(like.step.shape, step, np.int32), like.step.sharding)
@@ -151,7 +144,7 @@ def restore_params(
             with open_checkpoints(run, read_only=True) as manager:
                 return step, manager.restore(step, args=args)[item]
         except Exception as error:
-            print(f"{run}: checkpoint {step} cannot be read: {_first_line(error)}")
+            print(f"{run}: checkpoint {step} cannot be read: {first_line(error)}")
     raise UserError(f"{run}: no checkpoint there can be read")
 
 
@@ -179,15 +172,11 @@ def _items(state: State) -> dict[str, PyTree]:
     return items if state.ema == () else {**items, "ema": state.ema}
 
 
-def _set_aside(folder: Path, step: int, why: str, say: Callable[[str], None]) -> None:
+def _set_aside(folder: Path, step: int, why: str) -> None:
     target = folder.parent / "damaged" / str(step)
     if is_first_host():
         if target.exists():
             shutil.rmtree(target)
         target.parent.mkdir(exist_ok=True)
         (folder / str(step)).rename(target)
-    say(f"checkpoint {step} cannot be read ({why}); moved to {target}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    print(f"checkpoint {step} cannot be read ({why}); moved to {target}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -23,12 +22,10 @@ from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.typing import Params
 
 IN_FLIGHT = 8
-"""Batches dispatched before the first result is read, so that the device never waits."""
-
-Evaluator = Callable[[Params, Iterable[Batch]], float]
+"""Batches dispatched before the first result is waited for, so that the device never waits."""
 
 
-def make_evaluator(decoder: Decoder) -> Evaluator:
+def make_evaluator(decoder: Decoder) -> Callable[[Params, Iterable[Batch]], float]:
     """Return a function from weights and batches to the mean loss in nats a token."""
 
     @jax.jit
@@ -36,20 +33,12 @@ def make_evaluator(decoder: Decoder) -> Evaluator:
         return summed_cross_entropy(decoder, params, batch), jnp.sum(batch.weights)
 
     def evaluate(params: Params, batches: Iterable[Batch]) -> float:
-        waiting: deque[tuple[jax.Array, jax.Array]] = deque()
-        losses, weights = [], []
-
-        def read_down_to(most: int) -> None:
-            while len(waiting) > most:
-                loss, weight = waiting.popleft()
-                losses.append(float(loss))
-                weights.append(float(weight))
-
+        waiting: list[tuple[jax.Array, jax.Array]] = []
         for batch in batches:
             waiting.append(totals(params, batch))
-            read_down_to(IN_FLIGHT)
-        read_down_to(0)
-        return math.fsum(losses) / max(1.0, math.fsum(weights))
+            jax.block_until_ready(waiting[-IN_FLIGHT - 1 : -IN_FLIGHT])
+        loss, weight = (math.fsum(float(pair[i]) for pair in waiting) for i in (0, 1))
+        return loss / max(1.0, weight)
 
     return evaluate
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -16,10 +15,7 @@ from jaxdecoder.typing import Table
 
 
 class Screen:
-    """The terminal of one run, with a progress bar, and its TensorBoard events.
-
-    Of several hosts, the first one's.
-    """
+    """The first host's terminal, with a progress bar, and the run's TensorBoard events."""
 
     def __init__(self, run: Path, *, steps: int, tensorboard: bool):
         self.run, self.first = run, is_first_host()
@@ -40,12 +36,7 @@ class Screen:
         self.progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.progress.stop()
         if self.writer is not None:
             self.writer.close()
@@ -54,7 +45,9 @@ class Screen:
         """Start the progress bar, and the events, at this step."""
         self.progress.update(self.task, completed=step)
         if self.tensorboard:
-            self.writer = _tensorboard_writer(self.run, step)
+            from tensorboardX import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
         """Show what was measured at a step."""
@@ -125,9 +118,3 @@ def _summary(metrics: dict[str, float]) -> str:
         "tokens_per_second": "{:,.0f} tokens/s",
     }
     return "  ".join(form.format(metrics[name]) for name, form in forms.items() if name in metrics)
-
-
-def _tensorboard_writer(run: Path, start: int) -> Any:
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)

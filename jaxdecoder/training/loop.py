@@ -107,7 +107,8 @@ def train_together(
             if own:
                 settles_at = longest.compression.settles_at
                 records[0].best = checkpoints.best_loss(folder / "checkpoints", settles_at)
-            parameters = _parameters(longest)
+            params = jax.eval_shape(partial(init_state, longest)).params
+            parameters = packing.size(params, nonzero=False).parameters
             watch.began(step, parameters)
             clock = Clock(records)
 
@@ -181,10 +182,7 @@ def steps_a_call(config: Config, most: int) -> int:
 
 
 def boundary(step: int, config: Config, per_call: int) -> int:
-    """Return where the compiled call that starts at `step` ends.
-
-    A function of the step alone, so that a resumed run makes the same calls.
-    """
+    """Return where the call that starts at `step` ends; a resumed run makes the same calls."""
     t = config.train
     intervals = [per_call, t.evaluate_every, t.checkpoint_every, t.sample_every]
     return min(t.steps, *((step // every + 1) * every for every in intervals if every))
@@ -194,16 +192,9 @@ def _first_state(
     config: Config, placement: Placement, manager: CheckpointManager
 ) -> tuple[int, State]:
     """Return the newest checkpoint; without one, the weights of `train.init_from`, or fresh."""
-    found = checkpoints.restore_latest(manager, placement.like)
-    if found is not None:
+    if found := checkpoints.restore_latest(manager, placement.like):
         return found
     return 0, placement.start(runs.source_params(config) if config.train.init_from else None)
-
-
-def _parameters(config: Config) -> int:
-    """Return the number of a member's parameters."""
-    params = jax.eval_shape(partial(init_state, config)).params
-    return packing.size(params, nonzero=False).parameters
 
 
 def _leave(

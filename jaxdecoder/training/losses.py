@@ -20,10 +20,7 @@ def summed_cross_entropy(
     dropout: Rate | None = None,
     dropout_key: jax.Array | None = None,
 ) -> Float[Array, ""]:
-    """Return the weighted sum of next-token losses over a batch.
-
-    `dropout`: the share to drop in training, by the key; None outside training.
-    """
+    """Return the weighted sum of next-token losses over a batch; no dropout outside training."""
     losses = decoder.apply(
         {"params": params},
         batch.inputs,

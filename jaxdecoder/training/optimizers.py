@@ -98,16 +98,11 @@ def descend(scale_by: Callable[[OptimizerConfig], optax.GradientTransformation])
     matrices alone.
     """
 
-    def optimizer(
-        c: OptimizerConfig, hyperparameters: Hyperparameters, rate: optax.Schedule
-    ) -> optax.GradientTransformation:
-        return optax.chain(
-            scale_by(c),
-            optax.add_decayed_weights(hyperparameters.weight_decay, matrices),
-            optax.scale_by_learning_rate(rate),
-        )
-
-    return optimizer
+    return lambda c, hyperparameters, rate: optax.chain(
+        scale_by(c),
+        optax.add_decayed_weights(hyperparameters.weight_decay, matrices),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 def then_decay(
@@ -119,12 +114,9 @@ def then_decay(
     runs and checkpoints of `sgd` and `adafactor` have.
     """
 
-    def optimizer(
-        c: OptimizerConfig, hyperparameters: Hyperparameters, rate: optax.Schedule
-    ) -> optax.GradientTransformation:
-        return optax.chain(rule(c, rate), _decay(rate, hyperparameters.weight_decay, matrices))
-
-    return optimizer
+    return lambda c, hyperparameters, rate: optax.chain(
+        rule(c, rate), _decay(rate, hyperparameters.weight_decay, matrices)
+    )
 
 
 def scale_by_adam(c: OptimizerConfig) -> optax.GradientTransformation:
@@ -202,18 +194,13 @@ def keep_zeros() -> optax.GradientTransformation:
     A mask without a mask: what training has touched is never exactly zero.
     """
 
-    def update(
-        updates: Params, state: optax.EmptyState, params: Params
-    ) -> tuple[Params, optax.EmptyState]:
-        kept = jax.tree.map(
-            lambda u, p, matrix: jnp.where(p == 0, 0, u) if matrix else u,
-            updates,
-            params,
-            matrices(params),
-        )
-        return kept, state
+    def update(updates: Params, params: Params) -> Params:
+        def kept(u: jax.Array, p: jax.Array, matrix: bool) -> jax.Array:
+            return jnp.where(p == 0, 0, u) if matrix else u
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+        return jax.tree.map(kept, updates, params, matrices(params))
+
+    return optax.stateless(update)
 
 
 class Halved(NamedTuple):
@@ -257,10 +244,7 @@ def in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTransformat
 def round_at_random(
     x: Float[Array, "*shape"], seed: UInt32[Array, ""]
 ) -> BFloat16[Array, "*shape"]:
-    """Round float32 to one of the two neighbours in bfloat16, the nearer with more probability.
-
-    The expected value is x itself.
-    """
+    """Round float32 to one of its two neighbours in bfloat16; the expected value is x itself."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits = bits + (word(seed, *places(x)) & 0xFFFF)
     cut = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
@@ -278,9 +262,7 @@ def block_matrices(params: Params) -> Params:
 
 
 def _other_matrices(params: Params) -> Params:
-    return jax.tree.map(
-        lambda every, block: every and not block, matrices(params), block_matrices(params)
-    )
+    return tree.marked(params, lambda path: tree.is_weight(path) and not tree.is_kernel(path))
 
 
 def _dimension_numbers(params: Params) -> Params:

@@ -187,14 +187,9 @@ def begin(config: Config, corpus: Corpus) -> None:
     if is_first_host():
         run = Path(config.train.out)
         run.mkdir(parents=True, exist_ok=True)
-        write_config(run, config, corpus.key)
+        write_atomically(run / "config.toml", to_toml(config))
+        write_atomically(run / "corpus_key", corpus.key)
         tokenizers.save(corpus.tokenizer, run / "tokenizer.json")
-
-
-def write_config(run: Path, config: Config, corpus_key: str) -> None:
-    """Write the complete config, and what its corpus and tokenizer are known by."""
-    write_atomically(run / "config.toml", to_toml(config))
-    write_atomically(run / "corpus_key", corpus_key)
 
 
 def write_summary(run: Path, summary: Table) -> None:

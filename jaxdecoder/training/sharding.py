@@ -6,12 +6,10 @@ another axis, or over another axis of the mesh, is another row.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import KeyPath
+from jax.tree_util import KeyPath, keystr
 from jaxtyping import PyTree
 
 from jaxdecoder.config import Config, ConfigError
@@ -21,10 +19,9 @@ RULES: dict[str, str] = {"features": "data"}
 """Axis name -> mesh axis that splits it, under `train.fsdp` (ZeRO-3, arXiv 1910.02054)."""
 
 
-def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: Config) -> Mesh:
     """Return a mesh of all visible devices along `data`. The batch must divide over them."""
-    devices = jax.devices() if devices is None else devices
-    train = config.train
+    devices, train = jax.devices(), config.train
     share = train.batch_size // train.gradient_accumulation
     if share % len(devices):
         fits = len(devices) * -(-share // len(devices)) * train.gradient_accumulation
@@ -62,7 +59,7 @@ def everywhere(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def _spec(path: KeyPath, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    names = tuple(_name(entry) for entry in path)
+    names = tuple(keystr((entry,), simple=True) for entry in path)
     axes = tree.axes_of(names)
     # Norms and biases are small, and stay whole.
     if len(axes) < 2 or len(shape) < len(axes):
@@ -72,7 +69,3 @@ def _spec(path: KeyPath, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P
     return PartitionSpec(
         *(m if m and n % mesh.shape[m] == 0 else None for m, n in zip(split, shape, strict=True))
     )
-
-
-def _name(entry: Any) -> str:
-    return str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))

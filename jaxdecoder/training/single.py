@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from jaxdecoder.config import Config
 from jaxdecoder.data import tokenizers
-from jaxdecoder.data.batches import Batch, Feed, SplitName
+from jaxdecoder.data.batches import Feed, SplitName
 from jaxdecoder.data.tokens import Corpus, prepare
 from jaxdecoder.errors import UserError
 from jaxdecoder.training import checkpoints, runs
@@ -64,8 +64,14 @@ def train(
             alone = Alone(config, corpus, objective(config))
 
         def began(step: int, parameters: int) -> None:
+            devices, platform = alone.mesh.size, jax.devices()[0].platform
+            begun = f"going on at step {step}" if step else "from the start"
             screen.begin(step)
-            screen.say(_greeting(run, config, corpus, parameters, alone.mesh.size, step))
+            screen.say(
+                f"{run}: {parameters:,} parameters, {len(corpus.train.tokens):,} training tokens "
+                f"of {corpus.tokenizer.vocab_size:,} kinds, on {devices} {platform} "
+                f"device{'s' if devices > 1 else ''}, {begun}"
+            )
 
         def sample(state: State) -> str:
             assert sampler is not None
@@ -137,15 +143,13 @@ class Alone:
 
     def losses(self, state: State, split: SplitName, count: int | None) -> Sequence[float]:
         """Return the mean loss over `count` fixed batches of a split, or over all of it."""
-        return [self._evaluate(evaluated_params(state), self._fixed(split, count))]
+        each = Feed.of(self.config, self.corpus, split).fixed(count, self._rows())
+        placed = (_place(batch, batch_sharding(self.mesh)) for batch in each)
+        return [self._evaluate(evaluated_params(state), placed)]
 
     def members(self, state: State) -> Sequence[State]:
         """Return the state."""
         return [state]
-
-    def _fixed(self, split: SplitName, count: int | None) -> Iterator[Batch]:
-        each = Feed.of(self.config, self.corpus, split).fixed(count, self._rows())
-        return (_place(batch, batch_sharding(self.mesh)) for batch in each)
 
     def _rows(self) -> slice:
         """Return which rows of a batch this host gives."""
@@ -156,16 +160,4 @@ class Alone:
 def _place(batch: PyTree, sharding: NamedSharding) -> PyTree:
     return jax.tree.map(
         lambda array: jax.make_array_from_process_local_data(sharding, array), batch
-    )
-
-
-def _greeting(
-    run: Path, config: Config, corpus: Corpus, parameters: int, devices: int, step: int
-) -> str:
-    platform = jax.devices()[0].platform
-    begun = f"going on at step {step}" if step else "from the start"
-    return (
-        f"{run}: {parameters:,} parameters, {len(corpus.train.tokens):,} training tokens of "
-        f"{corpus.tokenizer.vocab_size:,} kinds, on {devices} {platform} "
-        f"device{'s' if devices > 1 else ''}, {begun}"
     )

@@ -136,14 +136,10 @@ def gradual(c: CompressionConfig) -> optax.GradientTransformation:
 
     def update(updates: Params, state: Rounds, params: Params) -> tuple[Params, Rounds]:
         step = state.step + 1
-        updates = jax.lax.cond(
-            jnp.any(steps == step),
-            make_zeros,
-            lambda updates, params, number: updates,
-            updates,
-            params,
-            jnp.argmax(steps == step),
+        due = steps == step
+        cut = jax.lax.cond(
+            jnp.any(due), lambda: make_zeros(updates, params, jnp.argmax(due)), lambda: updates
         )
-        return updates, Rounds(step)
+        return cut, Rounds(step)
 
     return optax.GradientTransformation(lambda params: Rounds(jnp.zeros((), jnp.int32)), update)

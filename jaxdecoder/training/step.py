@@ -146,10 +146,7 @@ def make_step(
     hyperparameters: Hyperparameters | None = None,
     objective: Objective | None = None,
 ) -> Step:
-    """Return the pure train step of a config.
-
-    `hyperparameters`, which may be traced, stand in for the config's own.
-    """
+    """Return the pure train step of a config; `hyperparameters`, maybe traced, replace its own."""
     h = hyperparameters_of(config) if hyperparameters is None else hyperparameters
     loss = (objective or next_token(config, h.dropout)).loss
     optimizer = optimizer_of(config, h)
@@ -181,14 +178,11 @@ def make_step(
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = config.optimizer.ema_decay
-        ema: PyTree = (
-            jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-            if decay
-            else ()
-        )
-        if decay and config.compression.sparsity:
+        ema: PyTree = ()
+        if decay:
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
             # What has just become zero is not yet forgotten by the average.
-            ema = zeros_of(params, ema)
+            ema = zeros_of(params, ema) if config.compression.sparsity else ema
         metrics = Metrics(total / count, optax.tree.norm(grads), schedule(state.step))
         return State(state.step + 1, params, optimizer_state, ema), metrics
 

@@ -18,22 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxdecoder.data.stories.plots import PLOTS
-from jaxdecoder.data.stories.telling import Teller, upper_first
-from jaxdecoder.data.stories.world import EVERYTHING, World, world_of
+from jaxdecoder.data.stories.telling import Teller
+from jaxdecoder.data.stories.telling import upper_first as upper_first
+from jaxdecoder.data.stories.world import EVERYTHING, World
+from jaxdecoder.data.stories.world import world_of as world_of
 from jaxdecoder.errors import UserError
-
-__all__ = [
-    "EVERYTHING",
-    "PLOTS",
-    "VERSION",
-    "Story",
-    "Teller",
-    "World",
-    "stories",
-    "tell_story",
-    "upper_first",
-    "world_of",
-]
 
 VERSION = 3  # part of the cache key of tokenised text: raise it when any story changes
 
