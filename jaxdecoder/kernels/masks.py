@@ -150,12 +150,12 @@ def sliding_window(n: SupportsIndex) -> Mask:
 
     The future is allowed: `causal() & sliding_window(n)` allows exactly n keys.
     """
-    return Mask("sliding_window", _positive("sliding_window", n=n))
+    return Mask("sliding_window", (_positive("sliding_window", "n", n),))
 
 
 def first(n: SupportsIndex) -> Mask:
     """Let every query see the first n keys (global tokens, attention sinks): k < n."""
-    return Mask("first", _positive("first", n=n))
+    return Mask("first", (_positive("first", "n", n),))
 
 
 def prefix(n: SupportsIndex) -> Mask:
@@ -165,7 +165,7 @@ def prefix(n: SupportsIndex) -> Mask:
     `causal() | first(n)`, because later queries see the prefix anyway. Alone or under `&`, `prefix`
     excludes later queries and `first` does not.
     """
-    return Mask("prefix", _positive("prefix", n=n))
+    return Mask("prefix", (_positive("prefix", "n", n),))
 
 
 def strided(n: SupportsIndex) -> Mask:
@@ -174,12 +174,13 @@ def strided(n: SupportsIndex) -> Mask:
     The column term of the strided Sparse Transformer (arXiv 1904.10509), which is
     `causal() & (sliding_window(n) | strided(n))`.
     """
-    return Mask("strided", _positive("strided", n=n))
+    return Mask("strided", (_positive("strided", "n", n),))
 
 
 def dilated(window: SupportsIndex, dilation: SupportsIndex) -> Mask:
     """Let a query see the last `window` keys that are `dilation` apart (arXiv 2004.05150)."""
-    return Mask("dilated", _positive("dilated", window=window, dilation=dilation))
+    lengths = _positive("dilated", "window", window), _positive("dilated", "dilation", dilation)
+    return Mask("dilated", lengths)
 
 
 def fixed_blocks(block: SupportsIndex, summary: SupportsIndex = 1) -> Mask:
@@ -187,7 +188,7 @@ def fixed_blocks(block: SupportsIndex, summary: SupportsIndex = 1) -> Mask:
 
     A query sees its own block of `block` positions, and the last `summary` positions of each.
     """
-    (size,) = _positive("fixed_blocks", block=block)
+    size = _positive("fixed_blocks", "block", block)
     last = _integer("fixed_blocks", "summary", summary)
     if not 0 <= last <= size:
         raise UserError(f"fixed_blocks: summary must lie between 0 and block = {size}, not {last}")
@@ -200,7 +201,8 @@ def summaries(block: SupportsIndex, rank: SupportsIndex, start: SupportsIndex) -
     From `start` on, every block in turn has `rank` such keys. A query sees those of the blocks
     before its own: 0 <= k - start < rank * (q // block).
     """
-    return Mask("summaries", _positive("summaries", block=block, rank=rank, start=start))
+    sizes = _positive("summaries", "block", block), _positive("summaries", "rank", rank)
+    return Mask("summaries", (*sizes, _positive("summaries", "start", start)))
 
 
 def documents(segment_ids: ArrayLike | AnyArray) -> Mask:
@@ -428,7 +430,7 @@ def _states(mask: Mask, bounds: Bounds, wanted: np.ndarray) -> np.ndarray:
 def _operands_cheapest_first(mask: Mask) -> list[Mask]:
     """Return a chain's operands, joining those along one axis, which decides them exactly."""
     joined: dict[str | Mask, Mask] = {}
-    for operand in _operands(mask, mask.rule):
+    for operand in _operands(mask, (mask.rule,)):
         axis = _axis(operand)
         key = axis or operand
         joined[key] = Mask(mask.rule, (joined[key], operand)) if axis in joined else operand
@@ -497,7 +499,8 @@ def _tiles(
 
 def _grid(q_length: int, k_length: int, block_q: int, block_k: int, q_offset: int) -> Bounds:
     lengths = {"q_length": q_length, "k_length": k_length, "block_q": block_q, "block_k": block_k}
-    _positive("block_map", **lengths)
+    for name, length in lengths.items():
+        _positive("block_map", name, length)
     q_lo = np.arange(0, q_length, block_q, dtype=np.int32)[:, None]
     k_lo = np.arange(0, k_length, block_k, dtype=np.int32)[None, :]
     return Bounds(
@@ -631,12 +634,11 @@ def _integer(mask: str, name: str, value: SupportsIndex) -> int:
         ) from error
 
 
-def _positive(mask: str, **lengths: SupportsIndex) -> tuple[int, ...]:
-    numbers = {name: _integer(mask, name, value) for name, value in lengths.items()}
-    for name, number in numbers.items():
-        if number <= 0:
-            raise UserError(f"{mask}: {name} must be at least 1, not {number}")
-    return tuple(numbers.values())
+def _positive(mask: str, name: str, value: SupportsIndex) -> int:
+    number = _integer(mask, name, value)
+    if number <= 0:
+        raise UserError(f"{mask}: {name} must be at least 1, not {number}")
+    return number
 
 
 def _check_is_a_mask(function: MaskFunction) -> None:
