@@ -48,7 +48,7 @@ IMPLEMENTATIONS = Implementations("reference", "rows", "chunked", "portable", "h
 # Below this length, a softmax over all scores at once is the quickest.
 SHORT = 128
 # A CPU keeps the weights of this many scores in its caches (`benchmarks/attention_cpu.py`).
-FEW_SCORES = 2**21
+FEW_SCORES = 2**20
 # More queries than these are too many blocks for a program without a loop.
 MOST_ROWS = 512
 
