@@ -145,6 +145,7 @@ class Program:
         mapping: str | None = None,
     ):
         self.config = config
+        self._state = jax.eval_shape(partial(init_state, config))
         mesh = Mesh(np.array(devices), (AXIS,))
         self.sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         self.everywhere = NamedSharding(mesh, PartitionSpec())
@@ -181,7 +182,7 @@ class Program:
 
     def shapes(self, members: int) -> State:
         """Return the shapes and shardings of the state of so many members."""
-        return self._of_members(members, jax.eval_shape(partial(init_state, self.config)))
+        return self._of_members(members, self._state)
 
     def memory_needed(self, members: int, steps: int) -> int:
         """Return the bytes on each device that so many members need, so many steps a call."""

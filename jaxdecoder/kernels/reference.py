@@ -85,18 +85,26 @@ def _attention(
     scores = scores.reshape(batch, heads, q_time, k.shape[1])
     # Masked before the score function too, so that no infinite slope of it reaches the gradient.
     scores = jnp.where(allowed, score(jnp.where(allowed, scores, 0.0)), -jnp.inf)
-    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
-    weights = jnp.exp(scores - largest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1.0)
-    logsumexp = (largest + jnp.log(total))[..., 0]
+    weights, logsumexp = softmax(scores)
     if dropout is not None:
         index = _indices(batch, heads, q_time, k.shape[1])
         weights = jnp.where(keep(*dropout, *map(jnp.asarray, index)), weights, 0.0)
     weights = weights.astype(v.dtype).reshape(batch, kv_heads, -1, q_time, k.shape[1])
     out = jnp.einsum("bhgqk,bkhw->bqhgw", weights, v)
     return out.reshape(batch, q_time, heads, width), logsumexp
+
+
+def softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the weights over the last axis, and the logarithms of the sums of exponentials.
+
+    A row of nothing but -inf has zeros and -inf.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
+    weights = jnp.exp(scores - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    return weights, (largest + jnp.log(total))[..., 0]
 
 
 IMPLEMENTATION = Implementation(forward, None)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxdecoder.kernels import masks
 from jaxdecoder.kernels.dropout import keep
 from jaxdecoder.kernels.problem import Implementation, LogSumExp, Operands, Problem
+from jaxdecoder.kernels.reference import softmax
 
 BLOCK = 64
 
@@ -74,16 +75,12 @@ def _row(
         s = jnp.where(allowed, s, -jnp.inf)
     else:
         s = problem.new_score(operands.score, s, *index)
-    largest = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
-    largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
-    weights = jnp.exp(s - largest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1.0)
+    weights, logsumexp = softmax(s)
     if operands.dropout is not None:
         weights = jnp.where(keep(*operands.dropout, *map(jnp.asarray, index)), weights, 0.0)
     out = jnp.einsum("bhqk,bhkw->bhqw", weights.astype(v.dtype), v)
     apart = batch, kv_heads, group, count
-    return out.reshape(*apart, width), (largest + jnp.log(total)).reshape(apart)
+    return out.reshape(*apart, width), logsumexp.reshape(apart)
 
 
 IMPLEMENTATION = Implementation(forward, None)

@@ -224,7 +224,7 @@ def take_turns(params: Params, index: Any) -> Params:
 
 
 def unroll(body: Params) -> Params:
-    """Return a serial body with the blocks of each turn under their own name, as decoding reads"""
+    """Return a serial body with the blocks of each turn under a name of their own."""
     rest = {name: value for name, value in body.items() if name != BLOCKS}
     return rest | {unrolled(i): turn for i, turn in enumerate(_turns(body[BLOCKS]))}
 
@@ -238,8 +238,8 @@ def order_of(path: Path, layer: int) -> tuple[int, ...]:
     if path[0] != BODY:
         return (1 + (path[0] == "head"),)
     if path[1] == BLOCKS:
-        return (0, layer, int(path[2].rpartition("_")[2]))
-    return (0, int(path[1].rpartition("_")[2]), int(BLOCKS not in path))
+        return (0, layer, *_numbers(path, block))
+    return (0, *_numbers(path, stack), int(BLOCKS not in path))
 
 
 def layer_name(path: Path, turn: int, places: int) -> str:
@@ -247,11 +247,9 @@ def layer_name(path: Path, turn: int, places: int) -> str:
 
     `turn`: which of the repetitions of a pattern that has so many `places`.
     """
-    (place,) = _numbers(path, block) or (0,)
-    number = str(turn * places + place)
-    for in_stack in _numbers(path, stack):
-        return f"stack {in_stack}, {number}" if _numbers(path, block) else f"stack {in_stack}"
-    return number
+    layers = [str(turn * places + place) for place in _numbers(path, block)]
+    stacks = [f"stack {number}" for number in _numbers(path, stack)]
+    return ", ".join(stacks + layers)
 
 
 def _numbers(path: Iterable[str], kind: Callable[[int], str]) -> list[int]:

@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -28,7 +27,7 @@ from jaxdecoder.training import checkpoints, runs
 from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.evaluation import bigram_loss
 from jaxdecoder.training.record import Record, Summary, saves
-from jaxdecoder.training.step import Metrics, State, init_state
+from jaxdecoder.training.step import Metrics, State
 from jaxdecoder.typing import Params
 
 
@@ -105,10 +104,13 @@ def train_together(
                 for config in members
             ]
             if own:
+                # A checkpoint may be gone that the metrics tell of.
                 settles_at = longest.compression.settles_at
                 records[0].best = checkpoints.best_loss(folder / "checkpoints", settles_at)
-            params = jax.eval_shape(partial(init_state, longest)).params
-            parameters = packing.size(params, nonzero=False).parameters
+            like = placement.like
+            every = packing.size(like.params, nonzero=False).parameters
+            # Of one member: each has a step of its own.
+            parameters = every // math.prod(like.step.shape)
             watch.began(step, parameters)
             clock = Clock(records)
 

@@ -141,6 +141,8 @@ class Record:
         self._write([(step, {"diverged": True})])
 
     def _write(self, rows: list[tuple[int, dict[str, float]]]) -> None:
+        if not rows:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             for step, measured in rows:
                 file.write(json.dumps({"step": step, **measured}) + "\n")

@@ -77,8 +77,11 @@ def train(
             assert sampler is not None
             return sampler(config, evaluated_params(state), corpus.tokenizer)
 
+        def sampled(step: int) -> bool:
+            return t.sample_every > 0 and step % t.sample_every == 0
+
         def passed(step: int, state: State) -> None:
-            if sampler is not None and t.sample_every and step % t.sample_every == 0:
+            if sampler is not None and sampled(step):
                 screen.sample(step, sample(state))
 
         def stop(error: UserError) -> None:
@@ -89,7 +92,7 @@ def train(
             state, (summary,) = train_together([config], corpus, alone, run, watch=watch)
             if is_first_host():
                 draw_losses(run)
-            if sampler is not None and not (t.sample_every and t.steps % t.sample_every == 0):
+            if sampler is not None and not sampled(t.steps):
                 screen.sample(t.steps, sample(state))
             screen.say(
                 f"done: train {summary['train_loss']:.4f}, validation "
