@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdecoder.kernels.hopper import memory
 from jaxdecoder.kernels.hopper.launch import TOTALS, Block, Kernel, Launch
-from jaxdecoder.kernels.hopper.memory import Product, Ring, floats_along, spread
+from jaxdecoder.kernels.hopper.memory import Product, Ring, Span, floats_along, spread
 from jaxdecoder.kernels.hopper.tiles import ROWS, Head, Tile
 from jaxdecoder.kernels.hopper.walk import Step, walk, walk_with
 from jaxdecoder.kernels.typing import Ref
@@ -134,7 +134,7 @@ def _compute(wanted: str, block: Block, warpgroup: jax.Array, results: list[Ref]
     def multiply(n: Index) -> list[jax.Array]:
         return memory.multiply(factors(n), stage=stage)
 
-    def share() -> pl.Slice:
+    def share() -> Span:
         """Return this warpgroup's share of the width."""
         width = launch.width // launch.consumers
         return pl.ds(warpgroup * width, width)

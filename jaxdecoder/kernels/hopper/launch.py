@@ -16,7 +16,7 @@ from jax.tree_util import KeyPath
 
 from jaxdecoder.kernels import scores
 from jaxdecoder.kernels.hopper import memory, tiles
-from jaxdecoder.kernels.hopper.memory import Ring
+from jaxdecoder.kernels.hopper.memory import Ring, Span
 from jaxdecoder.kernels.hopper.tiles import ROWS, Head
 from jaxdecoder.kernels.hopper.walk import At, Step, Work, walk
 from jaxdecoder.kernels.padding import padded, round_up
@@ -148,7 +148,7 @@ class Launch:
         """Return the type of a result like an array of the launch."""
         return result(x.shape, x.dtype, x)
 
-    def segments(self, ref: Ref, batch: Index, positions: pl.Slice) -> Ref:
+    def segments(self, ref: Ref, batch: Index, positions: Span) -> Ref:
         """Return the segments of a batch entry at some positions; None where there are none."""
         if ref is None:
             return None
@@ -158,7 +158,7 @@ class Launch:
         """Return the row of `Arrays.of_queries` that holds the segments, if there are any."""
         return numbers.at[2] if self.segmented else None
 
-    def rows(self, at: At, warpgroup: Index) -> pl.Slice:
+    def rows(self, at: At, warpgroup: Index) -> Span:
         """Return the rows that a compute warpgroup owns."""
         return pl.ds((at.row * self.consumers + warpgroup) * ROWS, ROWS)
 

@@ -15,6 +15,9 @@ from jax.typing import DTypeLike
 from jaxdecoder.kernels.typing import Ref
 from jaxdecoder.typing import Index
 
+Span = pl.Slice | slice
+"""A run of positions, as `pl.ds` returns it: a `Slice`, or by the types of older JAX a `slice`."""
+
 # The places of a product in the registers of a warpgroup, as the tensor cores leave it.
 TILE = plgpu.Layout.WGMMA
 
@@ -99,7 +102,7 @@ class Ring(NamedTuple):
         lax.fori_loop(jnp.maximum(steps - self.depth, 0), steps, wait, None)
 
 
-def part(ref: Ref, *index: Index | pl.Slice) -> Ref:
+def part(ref: Ref, *index: Index | Span) -> Ref:
     """Return a part of memory, or None where there is none."""
     return None if ref is None else ref.at[index]
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxdecoder.kernels.hopper.memory import Span
 from jaxdecoder.kernels.typing import AnyArray, Carry
 from jaxdecoder.typing import Index
 
@@ -53,7 +54,7 @@ class At(NamedTuple):
         """Read where the column of a step starts, in columns of `block` positions."""
         return self.work.indices[self.lists, self.row, step.column] * block
 
-    def column(self, step: Step, block: int) -> pl.Slice:
+    def column(self, step: Step, block: int) -> Span:
         """Read the positions of the column of a step."""
         return pl.ds(self.start(step, block), block)
 
