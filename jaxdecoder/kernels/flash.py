@@ -47,8 +47,9 @@ class Implementations(Mapping[str, Implementation]):
 IMPLEMENTATIONS = Implementations("reference", "rows", "chunked", "portable", "hopper", "cudnn")
 # Below this length, a softmax over all scores at once is the quickest.
 SHORT = 128
-# A CPU keeps the weights of this many scores in its caches (`benchmarks/attention_cpu.py`).
-FEW_SCORES = 2**20
+# The weights of this many scores, half of them seen, are 32 MiB a layer: a CPU keeps no more of
+# them for the backward pass. Up to there a step is quicker without loops (docs/performance.md).
+FEW_SCORES = 2**24
 # More queries than these are too many blocks for a program without a loop.
 MOST_ROWS = 512
 
@@ -182,7 +183,7 @@ def _candidates(operands: Operands, device: Device) -> list[tuple[str, str]]:
         return [("reference", f"{q_time} queries of {k_time} keys are quickest in one piece")]
     n_scores = operands.q.shape[0] * operands.q.shape[2] * q_time * k_time // jax.device_count()
     if device.platform == "cpu" and n_scores <= FEW_SCORES and q_time <= MOST_ROWS:
-        return [("rows", f"the weights of {n_scores:,} scores stay in the caches")]
+        return [("rows", f"the weights of {n_scores:,} scores are few enough to keep")]
     everywhere = "it skips empty blocks, in memory linear in the length, on any device"
     candidates = [
         ("cudnn", "NVIDIA's own kernel knows this mask"),

@@ -87,6 +87,12 @@ class Slots(NamedTuple):
         twice = (jnp.arange(self.size) >= self.ring) & (found >= oldest)
         return jnp.where(twice, -1, found)
 
+    def filled(self, cursor: Cursor, time: int) -> Int[Array, ""] | None:
+        """Return how many first slots one more token fills; None for others and pinned slots."""
+        if time > 1 or self.pinned:
+            return None
+        return jnp.minimum(cursor.length + 1, self.ring)
+
     def empty(self, config: Architecture, batch: int, dtype: DTypeLike) -> KeysAndValues:
         """Return a cache that has seen nothing."""
         shape = (batch, config.n_kv_heads, self.size, config.d_head)

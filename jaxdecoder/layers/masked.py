@@ -131,7 +131,8 @@ class MaskedMixing(nn.Module):
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             mask = mask & masks.sliding_window(c.context_length)
             implementation = "reference" if implementation == "reference" else "auto"
-            attend = partial(decode_attention, implementation=implementation)
+            filled = self.slots.filled(cursor, heads.q.shape[1])
+            attend = partial(decode_attention, implementation=implementation, filled=filled)
         there = k_positions >= 0
         if heads.seen is not None:
             there = there & heads.seen(k_positions)
