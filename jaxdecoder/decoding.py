@@ -21,6 +21,7 @@ from jaxtyping import Array, Int
 
 from jaxdecoder.config import ModelConfig
 from jaxdecoder.decoder import LAYOUTS, Decoder, Read
+from jaxdecoder.kernels.device import current_device
 from jaxdecoder.layers import copying, tree
 from jaxdecoder.layers.cache import Cache, Cursor
 from jaxdecoder.typing import Params
@@ -66,7 +67,8 @@ class Session:
 def prepare(decoder: Decoder, params: Params) -> Session:
     """Lay out a decoder's parameters for decoding, which reads all of them for every token."""
     layout = LAYOUTS[decoder.config.layout]
-    return Session(decoder, {**params, tree.BODY: layout.unroll(params[tree.BODY])})
+    params = {**params, tree.BODY: layout.unroll(params[tree.BODY])}
+    return Session(decoder, tree.turned(params) if current_device().platform == "cpu" else params)
 
 
 def empty_cache(config: ModelConfig, batch: int, *, dtype: DTypeLike = jnp.float32) -> Cache:

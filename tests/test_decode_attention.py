@@ -83,6 +83,36 @@ def test_is_the_formula(implementation, q_time, slots, score, monkeypatch):
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("filled", [1, 30, 31, 90, 120])
+def test_reads_no_more_parts_than_hold_keys(score, filled):
+    q, k, v, allowed, at, held = a_cache(1, 120)
+    allowed = allowed & (jnp.arange(120) < filled)
+    ours, formula = SCORES[score]
+
+    def parts(x, count):
+        # What nobody reads may be anything.
+        x = x.swapaxes(1, 2).at[:, :, -(-filled // 30) * 30 :].set(jnp.nan)
+        return jnp.split(x, count, axis=2)
+
+    def attended(q, k, v, allowed, filled, count):
+        return decode.attention_to_parts(
+            q,
+            parts(k, count),
+            parts(v, count),
+            allowed,
+            filled=filled,
+            scale=0.3,
+            score=ours,
+            q_index=at,
+            k_index=held,
+        )
+
+    found = jax.jit(attended, static_argnums=5)(q, k, v, allowed, jnp.int32(filled), 4)
+    wanted = expected(q, k, v, allowed, at, held, 0.3, formula)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_positions_default_to_the_order():
     q, k, v, allowed, *_ = a_cache(2, 70)
     score = SCORES["bias"][0]

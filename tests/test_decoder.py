@@ -28,6 +28,7 @@ from jaxdecoder import Decoder
 from jaxdecoder.config import ConfigError
 from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.decoding import empty_cache, prepare
+from jaxdecoder.layers import cache as caches
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.layers.cache import Cursor
 from jaxdecoder.layers.depth import DEPTHS
@@ -349,7 +350,7 @@ class TestCache:
             for layer in cache.layers:
                 assert sum(leaf.size for leaf in jax.tree.leaves(layer)) == 3 * count, attention
         one = dataclasses.replace(self.CONFIG, attention="fixed_sparse", attention_globals=1)
-        assert one.attention_block + 2 == empty_cache(one, 1).layers[0].k.shape[2]
+        assert one.attention_block + 2 == empty_cache(one, 1).layers[0][0].k.shape[2]
 
     @pytest.mark.parametrize("attention", ["linformer", "linear"])
     def test_adds_up_in_float32_whatever_the_dtype(self, attention):
@@ -358,6 +359,21 @@ class TestCache:
         assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {jnp.dtype("float32")}
         if attention == "linformer":
             assert {leaf.dtype for leaf in cache.exact} == {jnp.dtype("bfloat16")}
+
+    @pytest.mark.parametrize("attention", ["full", "sliding_window", "longformer"])
+    def test_is_the_same_in_parts(self, attention, monkeypatch):
+        # A window of 4 makes parts of one slot, a context of 8 parts of two; pinned slots none.
+        config = small(**seeing(attention), attention_window=4, position="rope", n_kv_heads=2)
+        decoder, params = Decoder(config), random_params(config)
+        tokens = jnp.asarray(np.random.default_rng(3).integers(0, 13, (2, 3 * TIME)))
+        start = jnp.asarray([0, 2])
+        uncut = jax.jit(functools.partial(decode.__wrapped__, decoder, chunks=(5, 1)))
+        whole = uncut(params, tokens, start)
+        monkeypatch.setattr(caches, "SHORTEST", 1)
+        cut = jax.jit(functools.partial(decode.__wrapped__, decoder, chunks=(5, 1)))
+        layers = empty_cache(config, 2).layers
+        assert {len(layer) for layer in layers} == {1 if attention == "longformer" else 4}
+        np.testing.assert_allclose(cut(params, tokens, start), whole, rtol=1e-4, atol=1e-5)
 
     def test_holds_the_context_in_the_dtype_asked_for(self):
         cache = empty_cache(small(n_kv_heads=2), 5, dtype=jnp.bfloat16)

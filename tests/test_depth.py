@@ -286,7 +286,7 @@ class TestRouted:
             before = empty_cache(MIXED, 1)
             logits, cache, _ = step(decoder, changed, tokens, before)
             assert bool(np.isnan(logits).any()) == taken
-            assert np.isnan(cache.layers[1].layer.k).any() == taken
+            assert np.isnan(cache.layers[1].layer[0].k).any() == taken
             assert bool(cache.layers[1].taken[0, 0]) == taken
 
     def test_blocks_compute_their_capacity_alone_in_training(self):

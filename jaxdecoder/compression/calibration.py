@@ -25,6 +25,7 @@ from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
 from jaxdecoder.layers import tree
 from jaxdecoder.layers.depth import Routed
+from jaxdecoder.layers.linear import Linear
 from jaxdecoder.layers.tree import Matrices, body_matrices
 from jaxdecoder.training.evaluation import predicted
 from jaxdecoder.training.runs import Model
@@ -139,7 +140,7 @@ def observed(
                 return call(*args, **kwargs)
             finally:
                 in_force.pop()
-        if isinstance(module, nn.Dense):
+        if isinstance(module, Linear):
             module.sow("intermediates", SOWN, of(args[0], in_force[-1]))
         return call(*args, **kwargs)
 

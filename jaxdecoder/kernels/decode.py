@@ -5,7 +5,7 @@ NVIDIA GPUs have a kernel for it (`decode_kernel.py`); elsewhere it is `referenc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
@@ -16,12 +16,6 @@ from jaxdecoder.kernels.device import current_device
 from jaxdecoder.kernels.scores import Score
 
 IMPLEMENTATIONS = ("reference", "kernel")
-
-SHORT = 128
-"""Caches with fewer keys are always read whole."""
-
-PARTS = 4
-"""Of a longer cache that many lengths are read, each by a small program of its own."""
 
 
 def decode_attention(
@@ -34,15 +28,13 @@ def decode_attention(
     score: Score | None = None,
     q_index: Int[Array, "#batch q_time"] | None = None,
     k_index: Int[Array, "#batch k_time"] | None = None,
-    filled: Int[Array, ""] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "batch q_time heads width"]:
     """Compute softmax(score(scale q k^T)) v over the allowed keys; a query with none gives zeros.
 
     The arguments are those of `reference.attention`. The kernel of NVIDIA GPUs reads a cache
     (batch, kv_heads, k_time, width) as it lies, if `k` and `v` are its `swapaxes(1, 2)`. It has no
-    gradient. `filled` promises that no key after so many first ones is allowed, which spares XLA
-    on a CPU to read them; the kernel sees it in `allowed`.
+    gradient.
 
     Raises:
         UserError: for an unknown `implementation`, or "kernel" where it cannot do this.
@@ -61,23 +53,40 @@ def decode_attention(
             return decode_kernel.attention(q, k, v, allowed, scale, score, q_index, k_index)
         if implementation == "kernel":
             raise UserError(f"decode_attention: the kernel cannot do this, because {why_not}")
+    return reference.attention(
+        q, k, v, allowed, scale=scale, score=score, q_index=q_index, k_index=k_index
+    )
 
-    # A branch of a program is given its arrays as they lie: else they would be copied for it.
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
+def attention_to_parts(
+    q: Float[Array, "batch 1 heads width"],
+    k: Sequence[Float[Array, "batch kv_heads part width"]],
+    v: Sequence[Float[Array, "batch kv_heads part width"]],
+    allowed: Bool[Array, "#batch #heads 1 k_time"],
+    *,
+    filled: Int[Array, ""],
+    scale: float,
+    score: Score | None = None,
+    q_index: Int[Array, "#batch 1"] | None = None,
+    k_index: Int[Array, "#batch k_time"] | None = None,
+) -> Float[Array, "batch 1 heads width"]:
+    """Compute what `decode_attention` does, but read only the parts that have keys in them.
+
+    All parts have the same size, and `filled` says how many first keys there are.
+    """
+    size = k[0].shape[2]
+
+    # The program has a branch for each number of parts. It gets the parts as they lie, because XLA
+    # copies what a branch reads otherwise: a slice of a whole cache, or keys transposed outside.
     def to_first(count: int) -> Callable[[], jax.Array]:
         def attend() -> jax.Array:
-            first = *(x[:, :, :count].swapaxes(1, 2) for x in (k, v)), allowed[..., :count]
-            index = None if k_index is None else k_index[:, :count]
+            ks, vs = ([part.swapaxes(1, 2) for part in parts[:count]] for parts in (k, v))
+            index = None if k_index is None else k_index[:, : count * size]
+            seen = allowed[..., : count * size]
             return reference.attention(
-                q, *first, scale=scale, score=score, q_index=q_index, k_index=index
+                q, ks, vs, seen, scale=scale, score=score, q_index=q_index, k_index=index
             )
 
         return attend
 
-    keys = k.shape[2]
-    if filled is None or keys < SHORT or device.platform != "cpu":
-        return to_first(keys)()
-    counts = [-(-keys * part // PARTS) for part in range(1, PARTS + 1)]
-    which = sum((filled > count).astype("int32") for count in counts[:-1])
-    return jax.lax.switch(which, [to_first(count) for count in counts])
+    return jax.lax.switch((filled - 1) // size, [to_first(n + 1) for n in range(len(k))])

@@ -23,15 +23,9 @@ def dot(
 
 
 def product(
-    x: jax.Array,
-    kernel: jax.Array,
-    *_: object,
-    preferred_element_type: DTypeLike | None = None,
-    **__: object,
+    x: jax.Array, kernel: jax.Array, *, preferred_element_type: DTypeLike | None = None
 ) -> jax.Array:
     """Return x @ kernel, in the form whose gradient is the quickest on CPUs.
-
-    It can stand for Flax's `dot_general`, whose other arguments it ignores.
 
     Leading axes are joined: with two of them, XLA copies transposed activations for the gradient of
     the kernel, and recomputes what they came from. A kernel with more rows than columns is
@@ -52,3 +46,14 @@ def product(
     else:
         out = jnp.matmul(rows, kernel, preferred_element_type=preferred_element_type)
     return out.reshape(*x.shape[:-1], d_out)
+
+
+def turned_product(x: jax.Array, turned: jax.Array) -> jax.Array:
+    """Return x @ turned.T of a kernel kept as (d_out, d_in), as decoding multiplies a few rows.
+
+    XLA on a CPU gathers the right factor into tiles each time: the few rows are that factor.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = jax.lax.dot_general(turned, rows, (((1,), (1,)), ((), ())))
+    # The barrier keeps XLA from swapping the factors back.
+    return jax.lax.optimization_barrier(out).T.reshape(*x.shape[:-1], turned.shape[0])

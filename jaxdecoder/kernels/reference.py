@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,14 @@ from jaxdecoder.kernels.dropout import Rate, drops, keep, scaled, threshold
 from jaxdecoder.kernels.problem import Implementation, LogSumExp, Operands, Problem
 from jaxdecoder.kernels.scores import Score
 
+Parts = Sequence[Float[Array, "batch part kv_heads width"]]
+"""Keys or values, cut into parts along the time."""
+
 
 def attention(
     q: Float[Array, "batch q_time heads width"],
-    k: Float[Array, "batch k_time kv_heads width"],
-    v: Float[Array, "batch k_time kv_heads width"],
+    k: Float[Array, "batch k_time kv_heads width"] | Parts,
+    v: Float[Array, "batch k_time kv_heads width"] | Parts,
     allowed: Bool[Array, "#batch #heads q_time k_time"],
     *,
     scale: float,
@@ -31,9 +36,10 @@ def attention(
 
     Consecutive groups of `heads / kv_heads` query heads share a key head (arXiv 2305.13245). Scores
     and softmax are float32. The positions that `score` sees count from 0, unless `q_index` and
-    `k_index` give each row its own.
+    `k_index` give each row its own. Keys and values in parts are not joined.
     """
-    batch_index, head, q_count, k_count = _indices(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    batch, q_time, heads, _ = q.shape
+    batch_index, head, q_count, k_count = _indices(batch, heads, q_time, allowed.shape[-1])
     q_at = q_count if q_index is None else q_index[:, None, :, None]
     k_at = k_count if k_index is None else k_index[:, None, None, :]
 
@@ -72,25 +78,30 @@ def _indices(batch: int, heads: int, q_time: int, k_time: int) -> list[np.ndarra
 
 def _attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | Parts,
+    v: jax.Array | Parts,
     allowed: jax.Array | np.ndarray,
     score: Callable[[jax.Array], jax.Array],
     dropout: UInt32[Array, "2"] | tuple[UInt32[Array, ""], UInt32[Array, ""]] | None,
 ) -> tuple[jax.Array, LogSumExp]:
     batch, q_time, heads, width = q.shape
-    kv_heads = k.shape[2]
+    ks, vs = (x if isinstance(x, Sequence) else [x] for x in (k, v))
+    kv_heads, k_time = ks[0].shape[2], sum(part.shape[1] for part in ks)
     grouped = q.reshape(batch, q_time, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("bqhgw,bkhw->bhgqk", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, heads, q_time, k.shape[1])
+    product = partial(jnp.einsum, "bqhgw,bkhw->bhgqk", preferred_element_type=jnp.float32)
+    scores = jnp.concatenate([product(grouped, part) for part in ks], axis=-1)
+    scores = scores.reshape(batch, heads, q_time, k_time)
     # Masked before the score function too, so that no infinite slope of it reaches the gradient.
     scores = jnp.where(allowed, score(jnp.where(allowed, scores, 0.0)), -jnp.inf)
     weights, logsumexp = softmax(scores)
     if dropout is not None:
-        index = _indices(batch, heads, q_time, k.shape[1])
+        index = _indices(batch, heads, q_time, k_time)
         weights = jnp.where(keep(*dropout, *map(jnp.asarray, index)), weights, 0.0)
-    weights = weights.astype(v.dtype).reshape(batch, kv_heads, -1, q_time, k.shape[1])
-    out = jnp.einsum("bhgqk,bkhw->bqhgw", weights, v)
+    weights = weights.astype(vs[0].dtype).reshape(batch, kv_heads, -1, q_time, k_time)
+    ends = itertools.accumulate(part.shape[1] for part in vs[:-1])
+    of_parts = jnp.split(weights, list(ends), axis=-1)
+    mixed = map(partial(jnp.einsum, "bhgqk,bkhw->bqhgw"), of_parts, vs)
+    out = sum(mixed, next(mixed))
     return out.reshape(batch, q_time, heads, width), logsumexp
 
 

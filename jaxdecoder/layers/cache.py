@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxdecoder.config import Architecture
+from jaxdecoder.kernels.device import current_device
 
 
 class KeysAndValues(NamedTuple):
@@ -24,6 +25,16 @@ class KeysAndValues(NamedTuple):
 
     k: Float[Array, "batch kv_heads slots width"]
     v: Float[Array, "batch kv_heads slots width"]
+
+
+Parts = tuple[KeysAndValues, ...]
+"""Keys and values cut into parts of consecutive slots."""
+
+PARTS = 4
+"""How many parts a cache is cut into, on a CPU."""
+
+SHORTEST = 32
+"""Slots of a part, at least."""
 
 
 Caches = tuple[PyTree, ...]
@@ -87,11 +98,14 @@ class Slots(NamedTuple):
         twice = (jnp.arange(self.size) >= self.ring) & (found >= oldest)
         return jnp.where(twice, -1, found)
 
-    def filled(self, cursor: Cursor, time: int) -> Int[Array, ""] | None:
-        """Return how many first slots one more token fills; None for others and pinned slots."""
-        if time > 1 or self.pinned:
-            return None
-        return jnp.minimum(cursor.length + 1, self.ring)
+    def parts(self) -> int:
+        """Return how many parts to cut the slots into.
+
+        A CPU reads one core's memory slowly, and skips the parts that are empty. Pinned slots are
+        not in the order in which they are filled.
+        """
+        whole = self.pinned or self.ring % PARTS or self.ring < PARTS * SHORTEST
+        return 1 if whole or current_device().platform != "cpu" else PARTS
 
     def empty(self, config: Architecture, batch: int, dtype: DTypeLike) -> KeysAndValues:
         """Return a cache that has seen nothing."""
@@ -122,6 +136,41 @@ def extend(
     seen = jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=2), cache, new)
     positions = [slots.visible(cursor, 0), cursor.query_positions(time)]
     return seen, jnp.concatenate(positions, axis=1), written
+
+
+def cut(whole: KeysAndValues, parts: int) -> Parts:
+    """Cut keys and values into so many parts."""
+    return tuple(map(KeysAndValues, *(jnp.split(x, parts, axis=2) for x in whole)))
+
+
+def joined(parts: Parts) -> KeysAndValues:
+    """Join keys and values that `cut` has cut."""
+    return (
+        parts[0]
+        if len(parts) == 1
+        else KeysAndValues(*(jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True)))
+    )
+
+
+def write_one(
+    parts: Parts,
+    k: Float[Array, "batch 1 kv_heads width"],
+    v: Float[Array, "batch 1 kv_heads width"],
+    cursor: Cursor,
+) -> Parts:
+    """Write one token into the ring that the parts make up; each part is changed in place."""
+    size = parts[0].k.shape[2]
+    slot = cursor.length % (size * len(parts))
+
+    def write(number: int, part: jax.Array, new: jax.Array) -> jax.Array:
+        new = new.swapaxes(1, 2).astype(part.dtype)
+        place = (0, 0, jnp.clip(slot - number * size, 0, size - 1), 0)
+        kept = jnp.where(slot // size == number, new, jax.lax.dynamic_slice(part, place, new.shape))
+        return jax.lax.dynamic_update_slice(part, kept, place)
+
+    return tuple(
+        KeysAndValues(write(i, part.k, k), write(i, part.v, v)) for i, part in enumerate(parts)
+    )
 
 
 def _write(

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.config import Architecture
-from jaxdecoder.layers.cache import Cursor, KeysAndValues
+from jaxdecoder.layers.cache import Cursor, Parts
 from jaxdecoder.layers.costs import Costs, Kernels
 from jaxdecoder.layers.linear import linear
 from jaxdecoder.layers.masked import MASKED, mechanism
@@ -46,9 +46,9 @@ class Copying(nn.Module):
         features: Float[Array, "batch time d_model"],
         embedded: Float[Array, "batch time d_model"],
         positions: Int[Array, "#batch time"],
-        cache: KeysAndValues | None = None,
+        cache: Parts | None = None,
         cursor: Cursor | None = None,
-    ) -> tuple[Float[Array, "batch time d_model"], KeysAndValues | None]:
+    ) -> tuple[Float[Array, "batch time d_model"], Parts | None]:
         """Return the new features and, if one came in, the extended cache.
 
         `embedded` are the tokens' rows of the embedding, without their positions.
@@ -77,7 +77,7 @@ def head(c: Architecture) -> Architecture:
     return replace(c, n_heads=1, n_kv_heads=1, d_head=c.d_model, position="none")
 
 
-def empty_cache(config: Architecture, batch: int, dtype: DTypeLike) -> KeysAndValues:
+def empty_cache(config: Architecture, batch: int, dtype: DTypeLike) -> Parts:
     """Return the cache of a head that has seen nothing to point at."""
     return FULL.empty_cache(head(config), batch, dtype)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import flax.linen as nn
 import jax
@@ -13,8 +12,9 @@ from jaxtyping import Array, Float
 
 from jaxdecoder.config import Architecture, ModelConfig
 from jaxdecoder.kernels import packing
-from jaxdecoder.kernels.product import product
+from jaxdecoder.kernels.product import product, turned_product
 from jaxdecoder.kernels.quantized import packed_product
+from jaxdecoder.layers import tree
 
 Initializer = Callable[..., jax.Array]
 """(key, shape, dtype) -> a parameter."""
@@ -31,7 +31,7 @@ def linear(
     dtype: DTypeLike,
     residual_output: bool = False,
     name: str | None = None,
-) -> nn.Dense | Quantized:
+) -> Linear | Quantized:
     """Return a dense layer d_in -> d_out. `residual_output`: the residual stream gets its result.
 
     The fan-in is asked for because PyTorch's default draws the bias from it as well.
@@ -39,8 +39,35 @@ def linear(
     if config.quantized:
         return Quantized(config, d_in, d_out, bias, dtype, residual_output, name=name)
     kernel, bias_init = initializers(config, d_in, residual_output=residual_output)
-    dense = partial(nn.Dense, d_out, use_bias=bias, dtype=dtype, dot_general=product)
-    return dense(kernel_init=kernel, bias_init=bias_init, name=name)
+    return Linear(d_out, bias, dtype, kernel, bias_init, name=name)
+
+
+class Linear(nn.Module):
+    """A dense layer x @ kernel + bias, in `dtype` from float32 parameters.
+
+    `decoding.prepare` may give it the kernel turned, (d_out, d_in), under a name of its own.
+    """
+
+    d_out: int
+    bias: bool
+    dtype: DTypeLike
+    kernel_init: Initializer
+    bias_init: Initializer
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        x = x.astype(self.dtype)
+        if self.has_variable("params", tree.TURNED):
+            turned: jax.Array = self.get_variable("params", tree.TURNED)
+            out = turned_product(x, turned.astype(self.dtype))
+        else:
+            shape = (x.shape[-1], self.d_out)
+            kernel = self.param(tree.KERNEL, self.kernel_init, shape, jnp.float32)
+            out = product(x, kernel.astype(self.dtype))
+        if self.bias:
+            bias = self.param("bias", self.bias_init, (self.d_out,), jnp.float32)
+            out = out + bias.astype(self.dtype)
+        return out
 
 
 class Quantized(nn.Module):

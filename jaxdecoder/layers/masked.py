@@ -7,15 +7,16 @@ from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdecoder.config import Architecture
 from jaxdecoder.kernels import masks
-from jaxdecoder.kernels.decode import decode_attention
+from jaxdecoder.kernels.decode import attention_to_parts, decode_attention
 from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.kernels.flash import flash_attention
 from jaxdecoder.kernels.reference import attention
-from jaxdecoder.layers.cache import Cursor, KeysAndValues, Slots, extend
+from jaxdecoder.layers.cache import Cursor, Parts, Slots, cut, extend, joined, write_one
 from jaxdecoder.layers.dropout import of_weights
 from jaxdecoder.layers.mechanism import AttentionCosts, Heads, Mechanism, of_pairs
 
@@ -114,8 +115,8 @@ class MaskedMixing(nn.Module):
 
     @nn.compact
     def __call__(
-        self, heads: Heads, cache: KeysAndValues | None, cursor: Cursor | None, dropout: Rate | None
-    ) -> tuple[Float[Array, "batch time heads width"], KeysAndValues | None]:
+        self, heads: Heads, cache: Parts | None, cursor: Cursor | None, dropout: Rate | None
+    ) -> tuple[Float[Array, "batch time heads width"], Parts | None]:
         """See `Mechanism`."""
         c = self.config
         q, k, v = heads.rotate(heads.q), heads.rotate(heads.k), heads.v
@@ -125,20 +126,27 @@ class MaskedMixing(nn.Module):
             attend = partial(flash_attention, mask=self.mask, implementation=implementation)
             return attend(q, k, v, score=score, scale=scale, **dropped), None
         mask, k_positions = self.mask, heads.positions
-        attend = partial(attention, **dropped)
-        if cache is not None and cursor is not None:
-            (k, v), k_positions, cache = extend(cache, k, v, cursor, self.slots)
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        if cache is None or cursor is None:
+            attend = partial(attention, q, k, v, **dropped)
+        else:
             mask = mask & masks.sliding_window(c.context_length)
-            implementation = "reference" if implementation == "reference" else "auto"
-            filled = self.slots.filled(cursor, heads.q.shape[1])
-            attend = partial(decode_attention, implementation=implementation, filled=filled)
+            if len(cache) > 1 and k.shape[1] == 1:
+                cache, k_positions = write_one(cache, k, v, cursor), self.slots.visible(cursor, 1)
+                filled = jnp.minimum(cursor.length + 1, self.slots.ring)
+                keys, values = [part.k for part in cache], [part.v for part in cache]
+                attend = partial(attention_to_parts, q, keys, values, filled=filled)
+            else:
+                (k, v), k_positions, whole = extend(joined(cache), k, v, cursor, self.slots)
+                cache = cut(whole, len(cache))
+                implementation = "reference" if implementation == "reference" else "auto"
+                both = k.swapaxes(1, 2), v.swapaxes(1, 2)
+                attend = partial(decode_attention, q, *both, implementation=implementation)
         there = k_positions >= 0
         if heads.seen is not None:
             there = there & heads.seen(k_positions)
         allowed = mask(heads.positions[:, :, None], k_positions[:, None, :]) & there[:, None, :]
         at = {"q_index": heads.positions, "k_index": k_positions}
-        return attend(q, k, v, allowed[:, None], scale=scale, score=score, **at), cache
+        return attend(allowed[:, None], scale=scale, score=score, **at), cache
 
 
 def mechanism(masked: Masked) -> Mechanism:
@@ -161,6 +169,6 @@ def mechanism(masked: Masked) -> Mechanism:
 
     return Mechanism(
         lambda c, name=None: MaskedMixing(c, mask(c), slots(c), name=name),
-        lambda c, batch, dtype: slots(c).empty(c, batch, dtype),
+        lambda c, batch, dtype: cut(slots(c).empty(c, batch, dtype), slots(c).parts()),
         AttentionCosts(mixing, dense, drawn, cache),
     )

@@ -24,6 +24,8 @@ Matrices = Leaves
 """Arrays (*layers, d_in, d_out) by their paths."""
 
 BODY, BLOCKS, KERNEL = "body", "blocks", "kernel"
+TURNED = "turned"
+"""The name of a kernel (d_out, d_in), as `turned` keeps some for decoding."""
 SERIAL: Path = (BODY, BLOCKS)
 """The stacked blocks of the serial layout."""
 HEAD: Path = ("head", KERNEL)
@@ -149,6 +151,20 @@ def body_matrices(params: Params, *, head: bool = False) -> Matrices:
         and path[-2] != "router"
         and (path[0] == BODY or (head and path == HEAD))
     }
+
+
+def turned(params: Params) -> Params:
+    """Return the parameters with the body's matrices of more inputs than outputs turned.
+
+    Those are matrices of one layer alone, as `unroll` makes them.
+    """
+    narrowing = {
+        path: leaf
+        for path, leaf in body_matrices(params).items()
+        if leaf.ndim == 2 and leaf.shape[0] > leaf.shape[1]
+    }
+    kept = {path: leaf for path, leaf in leaves(params).items() if path not in narrowing}
+    return tree_of(kept | {(*path[:-1], TURNED): leaf.T for path, leaf in narrowing.items()})
 
 
 def layers_of(stacked: jax.Array) -> jax.Array:
