@@ -62,12 +62,16 @@ def main() -> None:
     """Reads the command line and measures."""
     options = parser(__doc__.split("\n")[0], "sample_cpu", SHAPES)
     options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    options.add_argument("--cache-parts", type=int, help="parts of a cache, 1 for a whole one")
     chosen = options.parse_args()
 
     import jax
 
+    from jaxdecoder.layers import cache
+
     jax.config.update("jax_platforms", "cpu")
-    described = describe()
+    cache.PARTS = chosen.cache_parts or cache.PARTS
+    described = describe(cache_parts=cache.PARTS)
     write(chosen.out, {**described, "results": [compare(name, chosen) for name in chosen.shapes]})
 
 

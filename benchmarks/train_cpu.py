@@ -52,7 +52,9 @@ STEPS = {"small": 20, "demo": 5, "medium": 1}
 PEERS = {"transformers": "train", "plain": "train_plain"}
 
 
-def ours(shape: dict[str, int], accumulation: int, steps: int, optimizer: str) -> Turn:
+def ours(
+    shape: dict[str, int], accumulation: int, steps: int, optimizer: str, attention: str = "auto"
+) -> Turn:
     """Compiles `steps` steps as one call; a turn gives the seconds they took."""
     import jax
     import numpy as np
@@ -65,7 +67,7 @@ def ours(shape: dict[str, int], accumulation: int, steps: int, optimizer: str) -
     shape = dict(shape)
     batch_size = shape.pop("batch_size")
     config = Config(
-        model=ModelConfig(**shape),
+        model=ModelConfig(**shape, attention_implementation=attention),
         optimizer=OptimizerConfig(name=optimizer, schedule="constant"),
         train=TrainConfig(batch_size=batch_size, gradient_accumulation=accumulation),
     )
@@ -99,7 +101,8 @@ def compare(name: str, optimizer: str, options: argparse.Namespace) -> dict[str,
     """Alternating turns of all sides on one shape."""
     shape, steps = SHAPES[name], STEPS[name]
     accumulation = options.gradient_accumulation or GRADIENT_ACCUMULATION[name]
-    sides, versions = {"jaxdecoder": ours(shape, accumulation, steps, optimizer)}, {}
+    mine, versions = ours(shape, accumulation, steps, optimizer, options.attention), {}
+    sides = {"jaxdecoder": mine}
     tokens = shape["batch_size"] * shape["context_length"]
     told = {**shape, "optimizer": optimizer}
     with contextlib.ExitStack() as peers:
@@ -111,6 +114,7 @@ def compare(name: str, optimizer: str, options: argparse.Namespace) -> dict[str,
         "shape": {"name": name, **shape},
         "optimizer": optimizer,
         "gradient_accumulation": accumulation,
+        "attention": options.attention,
         "versions": versions,
         **result,
     }
@@ -123,6 +127,7 @@ def main() -> None:
     options.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     options.add_argument("--devices", type=int, default=1, help="CPU devices the cores make up")
     options.add_argument("--gradient-accumulation", type=int, help="instead of the shape's own")
+    options.add_argument("--attention", default="auto", help="model.attention_implementation")
     chosen = options.parse_args()
     import jax
 

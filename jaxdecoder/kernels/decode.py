@@ -5,9 +5,8 @@ NVIDIA GPUs have a kernel for it (`decode_kernel.py`); elsewhere it is `referenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdecoder.errors import UserError
@@ -75,18 +74,14 @@ def attention_to_parts(
     All parts have the same size, and `filled` says how many first keys there are.
     """
     size = k[0].shape[2]
-
-    # The program has a branch for each number of parts. It gets the parts as they lie, because XLA
-    # copies what a branch reads otherwise: a slice of a whole cache, or keys transposed outside.
-    def to_first(count: int) -> Callable[[], jax.Array]:
-        def attend() -> jax.Array:
-            ks, vs = ([part.swapaxes(1, 2) for part in parts[:count]] for parts in (k, v))
-            index = None if k_index is None else k_index[:, : count * size]
-            seen = allowed[..., : count * size]
-            return reference.attention(
-                q, ks, vs, seen, scale=scale, score=score, q_index=q_index, k_index=index
-            )
-
-        return attend
-
-    return jax.lax.switch((filled - 1) // size, [to_first(n + 1) for n in range(len(k))])
+    return reference.attention(
+        q,
+        k,
+        v,
+        allowed,
+        scale=scale,
+        score=score,
+        q_index=q_index,
+        k_index=k_index,
+        present=[filled > number * size for number in range(len(k))],
+    )

@@ -15,8 +15,8 @@ from jaxdecoder.kernels.dropout import Rate, drops, keep, scaled, threshold
 from jaxdecoder.kernels.problem import Implementation, LogSumExp, Operands, Problem
 from jaxdecoder.kernels.scores import Score
 
-Parts = Sequence[Float[Array, "batch part kv_heads width"]]
-"""Keys or values, cut into parts along the time."""
+Parts = Sequence[Float[Array, "batch kv_heads part width"]]
+"""Keys or values as a cache has them, cut into parts along the time."""
 
 
 def attention(
@@ -31,12 +31,14 @@ def attention(
     k_index: Int[Array, "#batch k_time"] | None = None,
     dropout_rate: Rate = 0.0,
     dropout_seed: UInt32[Array, ""] | None = None,
+    present: Sequence[Bool[Array, ""]] | None = None,
 ) -> Float[Array, "batch q_time heads width"]:
     """Compute softmax(score(scale q k^T)) v over the allowed keys; a query with none gives zeros.
 
     Consecutive groups of `heads / kv_heads` query heads share a key head (arXiv 2305.13245). Scores
     and softmax are float32. The positions that `score` sees count from 0, unless `q_index` and
-    `k_index` give each row its own. Keys and values in parts are not joined.
+    `k_index` give each row its own. Keys and values in parts are not joined;
+    `present` says of each whether any of its keys may be allowed, and the others are not read.
     """
     batch, q_time, heads, _ = q.shape
     batch_index, head, q_count, k_count = _indices(batch, heads, q_time, allowed.shape[-1])
@@ -48,9 +50,9 @@ def attention(
         return s if score is None else score(s, batch_index, head, q_at, k_at)
 
     if dropout_seed is None or not drops(dropout_rate):
-        return _attention(q, k, v, allowed, new_score, None)[0]
+        return _attention(q, k, v, allowed, new_score, None, present)[0]
     dropout = (dropout_seed, threshold(dropout_rate))
-    out, _ = _attention(q, k, v, allowed, new_score, dropout)
+    out, _ = _attention(q, k, v, allowed, new_score, dropout, present)
     return scaled(out, dropout_rate)
 
 
@@ -83,13 +85,19 @@ def _attention(
     allowed: jax.Array | np.ndarray,
     score: Callable[[jax.Array], jax.Array],
     dropout: UInt32[Array, "2"] | tuple[UInt32[Array, ""], UInt32[Array, ""]] | None,
+    present: Sequence[Bool[Array, ""]] | None = None,
 ) -> tuple[jax.Array, LogSumExp]:
     batch, q_time, heads, width = q.shape
+    # Parts are read as they lie: before a branch of a program, XLA would copy them otherwise.
+    in_parts = isinstance(k, Sequence)
     ks, vs = (x if isinstance(x, Sequence) else [x] for x in (k, v))
-    kv_heads, k_time = ks[0].shape[2], sum(part.shape[1] for part in ks)
+    there, heads_at, time_at = ("bhkw", 1, 2) if in_parts else ("bkhw", 2, 1)
+    kv_heads, sizes = ks[0].shape[heads_at], [part.shape[time_at] for part in ks]
+    k_time = sum(sizes)
     grouped = q.reshape(batch, q_time, kv_heads, heads // kv_heads, width)
-    product = partial(jnp.einsum, "bqhgw,bkhw->bhgqk", preferred_element_type=jnp.float32)
-    scores = jnp.concatenate([product(grouped, part) for part in ks], axis=-1)
+    product = partial(jnp.einsum, f"bqhgw,{there}->bhgqk", preferred_element_type=jnp.float32)
+    products = [partial(product, grouped, part) for part in ks]
+    scores = jnp.concatenate(_computed(products, present), axis=-1)
     scores = scores.reshape(batch, heads, q_time, k_time)
     # Masked before the score function too, so that no infinite slope of it reaches the gradient.
     scores = jnp.where(allowed, score(jnp.where(allowed, scores, 0.0)), -jnp.inf)
@@ -98,11 +106,22 @@ def _attention(
         index = _indices(batch, heads, q_time, k_time)
         weights = jnp.where(keep(*dropout, *map(jnp.asarray, index)), weights, 0.0)
     weights = weights.astype(vs[0].dtype).reshape(batch, kv_heads, -1, q_time, k_time)
-    ends = itertools.accumulate(part.shape[1] for part in vs[:-1])
-    of_parts = jnp.split(weights, list(ends), axis=-1)
-    mixed = map(partial(jnp.einsum, "bhgqk,bkhw->bqhgw"), of_parts, vs)
-    out = sum(mixed, next(mixed))
+    of_parts = jnp.split(weights, list(itertools.accumulate(sizes[:-1])), axis=-1)
+    mix = partial(jnp.einsum, f"bhgqk,{there}->bqhgw")
+    products = [partial(mix, *both) for both in zip(of_parts, vs, strict=True)]
+    first, *others = _computed(products, present)
+    out = sum(others, first)
     return out.reshape(batch, q_time, heads, width), logsumexp
+
+
+def _computed(
+    products: Sequence[Callable[[], jax.Array]], present: Sequence[Bool[Array, ""]] | None
+) -> list[jax.Array]:
+    """Compute these products, those of parts that are not present as zeros."""
+    if present is None:
+        return [product() for product in products]
+    zeros = [partial(jnp.zeros_like, jax.eval_shape(product)) for product in products]
+    return list(map(jax.lax.cond, present, products, zeros))
 
 
 def softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from jaxdecoder.errors import UserError
 from jaxdecoder.layers.cache import Cache
 from jaxdecoder.layers.positions import POSITIONS
 from jaxdecoder.sampling import filters
+from jaxdecoder.training.devices import compiled_soon
 from jaxdecoder.training.step import make_decoder
 from jaxdecoder.typing import Index, Params
 
@@ -80,14 +81,15 @@ def generate(
         tokens[row, start[row] : width] = prompt
 
     session = _prepare(decoder, params)
-    state = _begin(session, jnp.asarray(tokens), jnp.asarray(start), width)
+    begin, advance = _programs(jax.default_backend())
+    state = begin(session, jnp.asarray(tokens), jnp.asarray(start), width)
     done, sent = np.zeros(len(prompts), bool), width
     while sent < tokens.shape[1] and not done.all():
         until = min(sent + CHUNK, tokens.shape[1])
         if sent < context and not slides:
             until = min(until, context)
         crops = sent >= context and not slides
-        state = _advance(session, state, until, key, choose, end_token, crops)
+        state = advance(session, state, until, key, choose, end_token, crops)
         fresh = np.asarray(state.tokens[:, sent : int(state.length)])
         yield [_until_end(row, end_token) if not done[i] else [] for i, row in enumerate(fresh)]
         done, sent = np.asarray(state.done), int(state.length)
@@ -124,7 +126,6 @@ def show_sample(config: Config, params: Params, tokenizer: Tokenizer) -> str:
 _prepare = jax.jit(prepare, static_argnums=0)
 
 
-@partial(jax.jit, static_argnums=3)
 def _begin(
     session: Session, tokens: Int[Array, "batch room"], start: Int[Array, "batch"], width: int
 ) -> Decoding:
@@ -137,7 +138,6 @@ def _begin(
     return Decoding(tokens, jnp.asarray(width), start, done, logits, counts, read.cache)
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6), donate_argnums=1)
 def _advance(
     session: Session,
     state: Decoding,
@@ -172,6 +172,16 @@ def _advance(
         return Decoding(tokens, length, s.start, done, logits[:, -1], counts, cache)
 
     return jax.lax.while_loop(lambda s: (s.length < until) & ~jnp.all(s.done), step, state)
+
+
+@functools.cache
+def _programs(platform: str) -> tuple[Callable[..., Decoding], Callable[..., Decoding]]:
+    """Return `_begin` and `_advance`, compiled; a CPU spends longer on compiling than on a text."""
+    options = compiled_soon(platform)
+    return (
+        jax.jit(_begin, static_argnums=3, compiler_options=options),
+        jax.jit(_advance, static_argnums=(4, 5, 6), donate_argnums=1, compiler_options=options),
+    )
 
 
 def _until_end(row: np.ndarray, end_token: int | None) -> list[int]:
