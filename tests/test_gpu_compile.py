@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu_compile import compile_for_h200, needs_cuda_packages
+from gpu_compile import H200, compile_for_h200, needs_cuda_packages
 from models import slow
 
 from jaxdecoder.config import Config, ModelConfig, TrainConfig
@@ -220,7 +220,9 @@ def test_a_decoding_step_of_gpt2_size_reads_the_cache_by_the_kernel():
     def step(session, tokens, cache):
         return session.extend(tokens, cache, last=True)
 
-    session = jax.eval_shape(fresh, jax.random.key(0))
-    cache = jax.eval_shape(lambda: empty_cache(GPT2, 8, dtype=jnp.bfloat16))
+    # Both are laid out for the device.
+    with jax.sharding.use_abstract_mesh(H200):
+        session = jax.eval_shape(fresh, jax.random.key(0))
+        cache = jax.eval_shape(lambda: empty_cache(GPT2, 8, dtype=jnp.bfloat16))
     record = compile_for_h200(step, session, jax.ShapeDtypeStruct((8, 1), jnp.int32), cache)
     assert record.hlo.count("__gpu$xla.gpu.triton") == GPT2.n_layers

@@ -101,8 +101,8 @@ class Slots(NamedTuple):
     def parts(self) -> int:
         """Return how many parts to cut the slots into.
 
-        A CPU reads one core's memory slowly, and skips the parts that are empty. Pinned slots are
-        not in the order in which they are filled.
+        A CPU skips the parts that are empty. Pinned slots do not fill in their order, so a cache
+        that has any is not cut.
         """
         whole = self.pinned or self.ring % PARTS or self.ring < PARTS * SHORTEST
         return 1 if whole or current_device().platform != "cpu" else PARTS
@@ -145,11 +145,9 @@ def cut(whole: KeysAndValues, parts: int) -> Parts:
 
 def joined(parts: Parts) -> KeysAndValues:
     """Join keys and values that `cut` has cut."""
-    return (
-        parts[0]
-        if len(parts) == 1
-        else KeysAndValues(*(jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True)))
-    )
+    if len(parts) == 1:
+        return parts[0]
+    return KeysAndValues(*(jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True)))
 
 
 def write_one(
