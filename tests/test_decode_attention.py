@@ -96,12 +96,12 @@ def test_reads_no_more_parts_than_hold_keys(score, filled):
         return jnp.split(x, count, axis=2)
 
     def attended(q, k, v, allowed, filled, count):
-        return decode.attention_to_parts(
+        return reference.attention(
             q,
             parts(k, count),
             parts(v, count),
             allowed,
-            filled=filled,
+            present=[filled > 30 * number for number in range(count)],
             scale=0.3,
             score=ours,
             q_index=at,

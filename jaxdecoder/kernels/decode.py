@@ -5,8 +5,6 @@ NVIDIA GPUs have a kernel for it (`decode_kernel.py`); elsewhere it is `referenc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdecoder.errors import UserError
@@ -54,34 +52,4 @@ def decode_attention(
             raise UserError(f"decode_attention: the kernel cannot do this, because {why_not}")
     return reference.attention(
         q, k, v, allowed, scale=scale, score=score, q_index=q_index, k_index=k_index
-    )
-
-
-def attention_to_parts(
-    q: Float[Array, "batch 1 heads width"],
-    k: Sequence[Float[Array, "batch kv_heads part width"]],
-    v: Sequence[Float[Array, "batch kv_heads part width"]],
-    allowed: Bool[Array, "#batch #heads 1 k_time"],
-    *,
-    filled: Int[Array, ""],
-    scale: float,
-    score: Score | None = None,
-    q_index: Int[Array, "#batch 1"] | None = None,
-    k_index: Int[Array, "#batch k_time"] | None = None,
-) -> Float[Array, "batch 1 heads width"]:
-    """Compute what `decode_attention` does, but read only the parts that have keys in them.
-
-    All parts have the same size, and `filled` says how many first keys there are.
-    """
-    size = k[0].shape[2]
-    return reference.attention(
-        q,
-        k,
-        v,
-        allowed,
-        scale=scale,
-        score=score,
-        q_index=q_index,
-        k_index=k_index,
-        present=[filled > number * size for number in range(len(k))],
     )

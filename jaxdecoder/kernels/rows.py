@@ -1,7 +1,7 @@
 """Attention in plain XLA, block of queries by block, each over the keys that its mask can reach.
 
-For sequences so short that all weights stay in a CPU's caches until the backward pass, which then
-computes none of them again. The blocks are no loop, so that each has as many keys as it needs.
+For sequences so short that all weights can be kept until the backward pass, which then computes
+none of them again. The blocks are no loop, so that each has as many keys as it needs.
 """
 
 from __future__ import annotations

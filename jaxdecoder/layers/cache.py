@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxdecoder.config import Architecture
 from jaxdecoder.kernels.device import current_device
@@ -169,6 +169,12 @@ def write_one(
     return tuple(
         KeysAndValues(write(i, part.k, k), write(i, part.v, v)) for i, part in enumerate(parts)
     )
+
+
+def present(parts: Parts, cursor: Cursor) -> list[Bool[Array, ""]]:
+    """Return which parts hold any token once one more is written."""
+    size, count = parts[0].k.shape[2], jnp.asarray(cursor.length) + 1
+    return [count > number * size for number in range(len(parts))]
 
 
 def _write(

@@ -7,16 +7,15 @@ from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdecoder.config import Architecture
 from jaxdecoder.kernels import masks
-from jaxdecoder.kernels.decode import attention_to_parts, decode_attention
+from jaxdecoder.kernels.decode import decode_attention
 from jaxdecoder.kernels.dropout import Rate
 from jaxdecoder.kernels.flash import flash_attention
 from jaxdecoder.kernels.reference import attention
-from jaxdecoder.layers.cache import Cursor, Parts, Slots, cut, extend, joined, write_one
+from jaxdecoder.layers.cache import Cursor, Parts, Slots, cut, extend, joined, present, write_one
 from jaxdecoder.layers.dropout import of_weights
 from jaxdecoder.layers.mechanism import AttentionCosts, Heads, Mechanism, of_pairs
 
@@ -132,9 +131,8 @@ class MaskedMixing(nn.Module):
             mask = mask & masks.sliding_window(c.context_length)
             if len(cache) > 1 and k.shape[1] == 1:
                 cache, k_positions = write_one(cache, k, v, cursor), self.slots.visible(cursor, 1)
-                filled = jnp.minimum(cursor.length + 1, self.slots.ring)
                 keys, values = [part.k for part in cache], [part.v for part in cache]
-                attend = partial(attention_to_parts, q, keys, values, filled=filled)
+                attend = partial(attention, q, keys, values, present=present(cache, cursor))
             else:
                 (k, v), k_positions, whole = extend(joined(cache), k, v, cursor, self.slots)
                 cache = cut(whole, len(cache))
