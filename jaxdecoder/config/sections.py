@@ -129,6 +129,9 @@ class TrainConfig:
     """Split parameters and optimiser state over the devices instead of replicating them."""
     cpu_devices: Count = 0
     """On the CPU: devices the cores are divided into; 0: one."""
+    tune: bool = True
+    """On the CPU: choose attention, passes and devices by short trials, for runs that repay them;
+    only what is left at its default."""
     steps_per_call: Positive = 10
     """Optimiser steps fused into one compiled call, at most."""
     evaluate_every: Positive = 250

@@ -29,6 +29,7 @@ from jaxdecoder.typing import Params, Table
 FREE = (
     "train.out",
     "train.keep",
+    "train.tune",
     "train.tensorboard",
     "train.sample_prompt",
     "data.path",
