@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
     """A mistake that the user can correct. The message says what is wrong, where, and the fix."""
+
+
+class Stopped(Exception):
+    """Work that ended before its end because it was asked to, with nothing lost."""
+
+
+INTERRUPTED = 130
+"""The status of a script that was interrupted, as shells give it: 128 and the number of SIGINT."""
 
 
 def first_line(error: Exception) -> str:
@@ -20,6 +29,7 @@ def first_line(error: Exception) -> str:
 def friendly(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a script's `main`: a `UserError` ends the script with its message and status 1.
 
+    A script that was `Stopped` says how to go on, and ends with status 0.
     Every other exception keeps its traceback, because it is a mistake in the program.
     """
 
@@ -30,11 +40,14 @@ def friendly(main: Callable[[], None]) -> Callable[[], None]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
+        except Stopped as stopped:
+            again = shlex.join(["python", *sys.argv])
+            print(f"{stopped}; to go on: {again}", file=sys.stderr)
         except BrokenPipeError:
             # The reader of our output is gone, so nothing more can be flushed to it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
 
     return wrapped

@@ -26,7 +26,7 @@ import psutil
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdecoder.config import Config, to_dict
-from jaxdecoder.data.batches import Batch, Feed, SplitName
+from jaxdecoder.data.batches import Batch, Feed, SplitName, Told, untold
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
 from jaxdecoder.training.devices import compiled_soon
@@ -247,22 +247,27 @@ class Population:
             fresh.append(jax.tree.map(np.asarray, to_state(own)))
         return self._place(fresh)
 
-    def advance(self, state: State, step: int, count: int) -> tuple[State, Metrics]:
-        """Take `count` steps from `step` on; members with one seed see the same batches."""
+    def batches(self, step: int, count: int) -> Batch:
+        """See `Placement`; members with one seed see the same batches."""
         seeds = {config.train.seed: config for config in self.padded}
         by_seed = {
             seed: Feed.of(config, self.corpus, "train").at(step, count)
             for seed, config in seeds.items()
         }
-        batches = self._place([by_seed[config.train.seed] for config in self.padded])
-        advance = self.program.advance_of(len(self.padded), count)
+        return self._place([by_seed[config.train.seed] for config in self.padded])
+
+    def advance(self, state: State, batches: Batch) -> tuple[State, Metrics]:
+        """Take the steps of these batches."""
+        advance = self.program.advance_of(len(self.padded), batches.inputs.shape[1])
         new: tuple[State, Metrics] = advance(state, self.hyperparameters, batches)
         return new
 
-    def losses(self, state: State, split: SplitName, count: int | None) -> list[float]:
+    def losses(
+        self, state: State, split: SplitName, count: int | None, told: Told = untold
+    ) -> list[float]:
         """Return each member's mean loss over (the first `count`) fixed batches of a split."""
         program = self.program
-        each = Feed.of(program.config, self.corpus, split).fixed(count)
+        each = Feed.of(program.config, self.corpus, split).fixed(count, told=told)
         at_once, call = program.batches_a_call, program.evaluate_of(len(self.padded))
         params, losses, weights = evaluated_params(state), [], []
         while several := list(islice(each, at_once)):

@@ -217,7 +217,8 @@ def check_rewind(options: SingleWeights, config: Config) -> None:
     theirs = runs.read_config(source)
     different = differences(replace(config, model=theirs.model), config)
     if different:
-        raise UserError(f"--rewind-run {source}: another model:\n  " + "\n  ".join(different))
+        listed = "\n  ".join(map(str, different))
+        raise UserError(f"--rewind-run {source}: another model:\n  {listed}")
     have = sorted(steps_in(source / "checkpoints"))
     if step in have or (step == 0 and not _begun_elsewhere(theirs)):
         return

@@ -250,4 +250,4 @@ def _reasons(teacher: ModelConfig, student: ModelConfig) -> list[str]:
     adopted["attention"] = student.attention
     adopted["mod_every"] = student.mod_every
     same_depth = replace(teacher, **adopted)
-    return differences(Config(model=same_depth), Config(model=student))
+    return [str(found) for found in differences(Config(model=same_depth), Config(model=student))]

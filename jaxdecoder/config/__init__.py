@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import pydantic
 import tomli_w
@@ -136,16 +136,27 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(json.loads(json.dumps(to_dict(config))))
 
 
-def differences(a: Config, b: Config) -> list[str]:
-    """Return the dotted keys in which two configs differ, each with both values."""
-    lines = []
+class Difference(NamedTuple):
+    """A dotted key in which two configs differ, with both values as TOML shows them."""
+
+    key: str
+    then: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.then} there, {self.now} here"
+
+
+def differences(a: Config, b: Config) -> list[Difference]:
+    """Return what differs between a config that was used before and one given now."""
+    found = []
     for section in dataclasses.fields(Config):
         left, right = getattr(a, section.name), getattr(b, section.name)
         for item in dataclasses.fields(left):
             x, y = getattr(left, item.name), getattr(right, item.name)
             if x != y:
-                lines.append(f"{section.name}.{item.name}: {show(x)} there, {show(y)} here")
-    return lines
+                found.append(Difference(f"{section.name}.{item.name}", show(x), show(y)))
+    return found
 
 
 def choices(cls: type, name: str) -> tuple[str, ...]:

@@ -137,14 +137,26 @@ class TrainConfig:
     evaluate_every: Positive = 250
     """Steps between evaluations."""
     evaluation_batches: Positive = 20
-    """Fixed validation batches of each evaluation; the end evaluates the whole split."""
+    """Fixed validation batches of each evaluation."""
+    final_batches: Count = 0
+    """Validation batches of the evaluation at the end; 0: the whole split."""
     checkpoint_every: Positive = 500
     """Steps between checkpoints."""
+    checkpoint_minutes: PositiveFloat = 10.0
+    """Minutes between checkpoints, at most."""
     best_every: Count = 0
     """Steps between two checkpoints of better models, at least, besides those of checkpoint_every;
     0: every better one is saved."""
     keep: Positive = 2
     """Last checkpoints kept, besides the best."""
+    rollbacks: Count = 3
+    """How often a run whose loss spikes, or is no longer finite, goes back to its last checkpoint
+    and on past the batches since."""
+    spike: NonNegativeFloat = 2.0
+    """Nats by which the loss of a step is above the median of the last 32 logged ones when it
+    counts as a spike; 0: none does."""
+    watchdog_minutes: NonNegativeFloat = 0.0
+    """Minutes without a sign of life after which the run says what it is waiting for; 0: never."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     sample_every: Count = 0
@@ -153,6 +165,9 @@ class TrainConfig:
     """Prompt of those samples."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
+    history: tuple[str, ...] = ()
+    """What the run had before it went on with other values, and until which step; train.py writes
+    it down."""
 
     def __post_init__(self) -> None:
         if self.batch_size % self.gradient_accumulation:

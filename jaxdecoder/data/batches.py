@@ -6,7 +6,7 @@ several hosts asks for its own rows of the global batch. Nothing here allocates 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,6 +18,14 @@ from jaxdecoder.data.tokens import Corpus, Split
 from jaxdecoder.errors import UserError
 
 SplitName = Literal["train", "validation"]
+
+Told = Callable[[int, int], None]
+"""Learns (batches done, of how many) before each batch, and may raise."""
+
+
+def untold(done: int, of: int) -> None:
+    """Take no notice."""
+
 
 ROUNDS = 6
 """Rounds of the shuffling network. Four already look random; two more cost microseconds."""
@@ -68,7 +76,9 @@ class Feed:
             flat = _documents(self.split, order.ravel(), t, self._end())
         return Batch(*(array.reshape(*order.shape, t) for array in flat))
 
-    def fixed(self, count: int | None, rows: slice = slice(None)) -> Iterator[Batch]:
+    def fixed(
+        self, count: int | None, rows: slice = slice(None), told: Told = untold
+    ) -> Iterator[Batch]:
         """Yield batches for a loss, (rows, context_length): all, or `count` of them spread evenly.
 
         In packed mode, all batches together have every token of the split as a target exactly
@@ -89,6 +99,7 @@ class Feed:
         whole = -(-(len(split.tokens) - 1) // t) if packed else len(split.starts)
         wanted = whole if count is None else min(whole, count * self.batch_size)
         for first in range(0, wanted, self.batch_size):
+            told(first // self.batch_size, -(-wanted // self.batch_size))
             places = np.arange(first, first + self.batch_size)[rows]
             # Rows past the end repeat the last one, at weight 0.
             chosen = np.minimum(places, wanted - 1) * whole // wanted

@@ -1,17 +1,19 @@
 """Checkpoints through orbax: asynchronous, atomic, the last few and the best kept.
 
 A checkpoint has the items `params`, `ema` (only where there is one) and `optimizer`, so that
-whoever wants weights reads weights alone.
+whoever wants weights reads weights alone. Beside them are the checksums of their files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -29,6 +31,9 @@ from jaxdecoder.typing import Params
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports what we report ourselves
 
 METRIC = "validation_loss"
+CHECKSUMS = "checksums.json"
+UNKNOWN = math.inf
+"""The loss noted with a checkpoint that was saved without an evaluation."""
 
 
 def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> ocp.CheckpointManager:
@@ -38,6 +43,8 @@ def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> oc
         # The policy below reads every note, so one that cannot be read would stop every save.
         if recorded_loss(folder, step) is None:
             _set_aside(folder, step, "its noted loss cannot be read")
+    # Called in the folder's temporary place, before its name says that it is complete.
+    sealing = partial(_write_checksums, folder) if is_first_host() else None
     policy = AnyPreservationPolicy(
         [LatestN(n=keep), BestN(n=1, get_metric_fn=lambda m: m[METRIC], reverse=True)]
     )
@@ -49,6 +56,7 @@ def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> oc
         read_only=read_only,
         cleanup_tmp_directories=not read_only,
         enable_background_delete=False,
+        async_options=ocp.AsyncOptions(post_finalization_callback=sealing),
     )
     return ocp.CheckpointManager(folder, options=options)
 
@@ -60,11 +68,14 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def recorded_loss(folder: Path, step: int) -> float | None:
-    """Return the validation loss noted with a checkpoint, or None if it cannot be read."""
+    """Return the validation loss noted with a checkpoint, or None if it cannot be read.
+
+    It is infinite where none was known.
+    """
     try:
         noted = json.loads((folder / str(step) / "metrics" / "metrics").read_text())
         loss = float(noted[METRIC])
-        return loss if math.isfinite(loss) else None
+        return None if math.isnan(loss) or loss < 0 else loss
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -75,8 +86,15 @@ def best_loss(folder: Path, since: int = 0) -> float:
     return min((loss for loss in losses if loss is not None), default=math.inf)
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: State, validation_loss: float) -> None:
-    """Start writing the state; it is on disk once the manager is closed, or has waited."""
+def save(
+    manager: ocp.CheckpointManager, step: int, state: State, validation_loss: float = UNKNOWN
+) -> None:
+    """Start writing the state; it is on disk once the manager is closed, or has waited.
+
+    A step that is there already is left as it is.
+    """
+    if step in manager.all_steps():
+        return
     arguments = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
     manager.save(
         step, args=ocp.args.Composite(**arguments), metrics={METRIC: validation_loss}, force=True
@@ -94,6 +112,7 @@ def restore_latest(manager: ocp.CheckpointManager, like: State) -> tuple[int, St
     failures: dict[int, str] = {}
     for step in steps_in(folder):
         try:
+            verify(folder / str(step))
             read = manager.restore(step, args=ocp.args.Composite(**arguments))
         except Exception as error:
             # Whatever a broken file raises, the answer is the same: use the one before.
@@ -131,7 +150,7 @@ def restore_params(
     losses = {
         step: loss
         for step in steps
-        if step >= since and (loss := recorded_loss(folder, step)) is not None
+        if step >= since and math.isfinite(loss := recorded_loss(folder, step) or UNKNOWN)
     }
     if which == "best" and losses:
         # The wanted one first, then the newest ones, should it be damaged.
@@ -140,6 +159,7 @@ def restore_params(
     for step in steps:
         item = "ema" if (folder / str(step) / "ema").is_dir() else "params"
         try:
+            verify(folder / str(step), [item])
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
             with open_checkpoints(run, read_only=True) as manager:
                 return step, manager.restore(step, args=args)[item]
@@ -170,6 +190,41 @@ def _items(state: State) -> dict[str, PyTree]:
     """Return the items of a checkpoint of this state."""
     items = {"params": state.params, "optimizer": state.optimizer}
     return items if state.ema == () else {**items, "ema": state.ema}
+
+
+def verify(checkpoint: Path, items: Iterable[str] | None = None) -> None:
+    """Raise a `UserError` if a file of these items, or of all, is not the one that was saved.
+
+    A checkpoint from before there were checksums is taken as it is.
+    """
+    try:
+        checksums = json.loads((checkpoint / CHECKSUMS).read_text())
+        wanted = {
+            name: checksum
+            for name, checksum in checksums.items()
+            if items is None or name.split("/")[0] in items
+        }
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"{checkpoint / CHECKSUMS} cannot be read") from None
+    for name, checksum in wanted.items():
+        path = checkpoint / name
+        if not path.is_file() or _checksum(path) != checksum:
+            raise UserError(f"{path} is not as it was saved")
+
+
+def _write_checksums(folder: Path) -> None:
+    """Write the checksums of the items that are about to be complete."""
+    for checkpoint in folder.glob("*.orbax-checkpoint-tmp*"):
+        files = [path for path in sorted(checkpoint.glob("*/**/*")) if path.is_file()]
+        sums = {path.relative_to(checkpoint).as_posix(): _checksum(path) for path in files}
+        (checkpoint / CHECKSUMS).write_text(json.dumps(sums, indent=0))
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _set_aside(folder: Path, step: int, why: str) -> None:

@@ -60,6 +60,14 @@ class Screen:
             # Where there is no bar, a line an evaluation shows that something happens.
             self.say(f"step {step}: {_summary(self.shown)}")
 
+    def evaluating(self, split: str, done: int, of: int) -> None:
+        """Show how far the evaluation at the end is."""
+        if done == 0:
+            self.say(f"evaluating {of:,} batch{'es' if of > 1 else ''} of the {split} split")
+            what = f"of the {split} split"
+            self.progress.reset(self.task, total=of, shown=what)
+        self.progress.update(self.task, completed=done)
+
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         self.progress.console.print(

@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import jax
-import numpy as np
+from jaxtyping import PyTree
 from orbax.checkpoint import CheckpointManager
 
 from jaxdecoder.config import Config
-from jaxdecoder.data.batches import SplitName
+from jaxdecoder.data.batches import SplitName, Told, untold
 from jaxdecoder.data.tokens import Corpus
-from jaxdecoder.errors import UserError
+from jaxdecoder.errors import Stopped
 from jaxdecoder.kernels import packing
 from jaxdecoder.training import checkpoints, runs
+from jaxdecoder.training.clock import EVALUATION, INPUT, SAVING, Clock
 from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.evaluation import bigram_loss
+from jaxdecoder.training.faults import Fault, Skipped
 from jaxdecoder.training.record import Record, Summary, saves
 from jaxdecoder.training.step import Metrics, State
+from jaxdecoder.training.stopping import Stop, anywhere, listening
 from jaxdecoder.typing import Params
 
 
@@ -46,11 +47,19 @@ class Placement(Protocol):
     def start(self, params: Params | None) -> State:
         """Return the state at step 0: of these weights, or fresh ones."""
 
-    def advance(self, state: State, step: int, count: int) -> tuple[State, Metrics]:
-        """Take `count` steps from `step` on; metrics are (members, steps), or (steps,) of one."""
+    def batches(self, step: int, count: int) -> PyTree:
+        """Return what `advance` takes for `count` steps from `step` on, placed."""
 
-    def losses(self, state: State, split: SplitName, count: int | None) -> Sequence[float]:
-        """Return each member's mean loss over `count` fixed batches of a split, or over all."""
+    def advance(self, state: State, batches: PyTree) -> tuple[State, Metrics]:
+        """Take the steps of these batches; metrics are (members, steps), or (steps,) of one."""
+
+    def losses(
+        self, state: State, split: SplitName, count: int | None, told: Told = untold
+    ) -> Sequence[float]:
+        """Return each member's mean loss over `count` fixed batches of a split, or over all.
+
+        `told` learns (batches done, of how many) before each, and may raise.
+        """
 
     def members(self, state: State) -> Iterable[State]:
         """Return the state of each member by itself."""
@@ -66,8 +75,20 @@ class Watch:
     """(step, metrics), as in metrics.jsonl"""
     passed: Callable[[int, State], None] = lambda step, state: None
     """(step, state) after each call"""
-    diverged: Callable[[UserError], None] = lambda error: None
+    evaluating: Callable[[str, int, int], None] = lambda split, done, of: None
+    """(split, batches done, of how many) in the evaluation at the end"""
+    said: Callable[[str], None] = print
+    """What is out of the ordinary, in words."""
+    diverged: Callable[[Fault], None] = lambda fault: None
     """A member whose loss is no longer finite. It stands; the others go on, unless this raises."""
+
+
+class _RollBack(Exception):
+    """A fault after which the run goes back to its last checkpoint."""
+
+    def __init__(self, fault: Fault):
+        super().__init__(str(fault))
+        self.fault = fault
 
 
 def train_together(
@@ -90,44 +111,36 @@ def train_together(
 
     Raises:
         UserError: if the disk is full, or what `watch.diverged` raises.
+        Stopped: if a signal asked for it; all that was trained is saved.
     """
     longest = max(members, key=lambda config: config.train.steps)
     own = folder == Path(members[0].train.out)
-    with checkpoints.full_disk_explained(folder):
+    with checkpoints.full_disk_explained(folder), listening() as stop:
         for config in members:
             runs.begin(config, corpus)
-        keep = longest.train.keep if own else 1
-        with checkpoints.open_checkpoints(folder, keep=keep) as manager:
-            step, state = _first_state(longest, placement, manager)
-            records = [
-                Record(config, step, wrote=watch.wrote, diverged=watch.diverged)
-                for config in members
-            ]
-            if own:
-                # A checkpoint may be gone that the metrics tell of.
-                settles_at = longest.compression.settles_at
-                records[0].best = checkpoints.best_loss(folder / "checkpoints", settles_at)
-            like = placement.like
-            every = packing.size(like.params, nonzero=False).parameters
-            # Of one member: each has a step of its own.
-            parameters = every // math.prod(like.step.shape)
-            watch.began(step, parameters)
-            clock = Clock(records)
+        stop.idle = True
+        with checkpoints.open_checkpoints(folder, keep=longest.train.keep if own else 1) as manager:
+            course = _Course(members, placement, folder, manager, stop, watch)
+            state, clock = course.run()
+        parameters, records = course.parameters, clock.records
 
-            def save(step: int, state: State, losses: Sequence[float]) -> None:
-                if saves(step, longest, better=own and records[0].improved):
-                    # Which member is best is not asked in the middle of a population.
-                    checkpoints.save(manager, step, state, losses[0] if own else 0.0)
+        def losses(split: SplitName, count: int | None) -> Sequence[float]:
+            def told(done: int, of: int) -> None:
+                stop.check()
+                watch.evaluating(split, done, of)
 
-            state = take_steps(step, state, longest, placement, clock, save, watch)
-        train = placement.losses(state, "train", longest.train.evaluation_batches)
-        validation = placement.losses(state, "validation", None)
+            return placement.losses(state, split, count, told)
+
+        stop.idle = True
+        train = losses("train", longest.train.evaluation_batches)
+        validation = losses("validation", longest.train.final_batches or None)
         splits = corpus.train.tokens, corpus.validation.tokens
         floor = bigram_loss(*splits, corpus.tokenizer.vocab_size)
+        stop.idle = False
         seconds = clock.seconds() / len(members) / beside
         summaries = [
-            record.summary(corpus, parameters, *losses, bigram_loss=floor, seconds=seconds)
-            for record, *losses in zip(records, train, validation, strict=True)
+            record.summary(corpus, parameters, *found, bigram_loss=floor, seconds=seconds)
+            for record, *found in zip(records, train, validation, strict=True)
         ]
         if not own:
             summaries = _leave(records, placement.members(state), summaries)
@@ -138,34 +151,155 @@ def train_together(
     return state, summaries
 
 
+class _Course:
+    """Training of members from their last checkpoint to their last step, faults included.
+
+    `own`: there is one member, and the checkpoints are its own. Only such a run is rolled back;
+    what a member of a population does is its result.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Config],
+        placement: Placement,
+        folder: Path,
+        manager: CheckpointManager,
+        stop: Stop,
+        watch: Watch,
+    ):
+        self.members, self.placement, self.folder = members, placement, folder
+        self.manager, self.stop, self.watch = manager, stop, watch
+        self.longest = max(members, key=lambda config: config.train.steps)
+        self.own = folder == Path(members[0].train.out)
+        self.skipped = Skipped(folder)
+        like = placement.like
+        every = packing.size(like.params, nonzero=False).parameters
+        # Of one member: each has a step of its own.
+        self.parameters = every // math.prod(like.step.shape)
+
+    def run(self) -> tuple[State, Clock]:
+        """Take all steps; return the last state, and the clock with the records."""
+        step, state = _first_state(self.longest, self.placement, self.manager)
+        if step == 0:
+            self.skipped.clear()
+        t = self.longest.train
+        self.watch.began(step, self.parameters)
+        patience = 60 * t.watchdog_minutes
+        with Clock(self._records(step), watchdog=self.watch.said, patience=patience) as clock:
+            while True:
+                try:
+                    return take_steps(
+                        step,
+                        state,
+                        self.longest,
+                        self.placement,
+                        clock,
+                        batch_of=self.skipped.batch_of,
+                        save=lambda *evaluated: self._save(clock, *evaluated),
+                        passed=lambda step, state: self._passed(clock, step, state),
+                    ), clock
+                except _RollBack as error:
+                    del state  # or two of them must fit
+                    step, state = self._roll_back(error.fault, clock)
+
+    def _records(self, step: int) -> list[Record]:
+        t, left = self.longest.train, self._rollbacks_left()
+        records = [
+            Record(
+                config,
+                step,
+                wrote=self.watch.wrote,
+                fault=self._fault,
+                spike=t.spike if left and t.spike else math.inf,
+            )
+            for config in self.members
+        ]
+        if self.own:
+            # A checkpoint may be gone that the metrics tell of.
+            settles_at = self.longest.compression.settles_at
+            records[0].best = checkpoints.best_loss(self.folder / "checkpoints", settles_at)
+        return records
+
+    def _rollbacks_left(self) -> int:
+        # The teacher's answers are stored for each step's own batch.
+        if not self.own or self.longest.distillation.cached_top_k:
+            return 0
+        return max(0, self.longest.train.rollbacks - len(self.skipped.parts))
+
+    def _fault(self, fault: Fault) -> None:
+        if self._rollbacks_left():
+            raise _RollBack(fault)
+        self.watch.diverged(fault)
+
+    def _roll_back(self, fault: Fault, clock: Clock) -> tuple[int, State]:
+        """Return the last good state, with the batches up to the fault skipped."""
+        self.manager.wait_until_finished()
+        step, state = _first_state(self.longest, self.placement, self.manager)
+        self.skipped.add(step, fault.step - step)
+        clock.forget()
+        clock.records = self._records(step)
+        left = self._rollbacks_left()
+        clock.records[0].add_note(step, fault_step=fault.step)
+        self.watch.said(
+            f"step {fault.step}: {fault.what}; back to step {step}, past {fault.step - step} "
+            f"batches ({left} more rollback{'' if left == 1 else 's'}: train.rollbacks)"
+        )
+        return step, state
+
+    def _save(self, clock: Clock, step: int, state: State, losses: Sequence[float]) -> None:
+        if saves(step, self.longest, better=self.own and clock.records[0].improved):
+            with clock.on(SAVING):
+                # Which member is best is not asked in the middle of a population.
+                checkpoints.save(self.manager, step, state, losses[0] if self.own else 0.0)
+
+    def _passed(self, clock: Clock, step: int, state: State) -> None:
+        """After each call: save what is due by the clock, and stop if asked to."""
+        self.watch.passed(step, state)
+        self.stop.idle = False
+        t = self.longest.train
+        asked, late = anywhere(self.stop.requested, clock.since_saved() > 60 * t.checkpoint_minutes)
+        if asked or late:
+            clock.catch_up()  # a state after a fault is not saved
+            with clock.on(SAVING):
+                checkpoints.save(self.manager, step, state)
+        if asked:
+            raise Stopped(f"{self.folder}: stopped at step {step:,} of {t.steps:,}, which is saved")
+
+
 def take_steps(
     step: int,
     state: State,
     config: Config,
     placement: Placement,
     clock: Clock,
+    *,
+    batch_of: Callable[[int], int],
     save: Callable[[int, State, Sequence[float]], None],
-    watch: Watch,
+    passed: Callable[[int, State], None],
 ) -> State:
     """Take all steps from `step` on; record, evaluate and save on the way; return the last state.
 
     All training of the project goes through this loop. `config` is that of the member with the most
-    steps; `save` is told every validation loss.
+    steps; `batch_of` says which batch a step takes; `save` is told every validation loss; `passed`
+    is told the state after every call.
     """
     t = config.train
     while step < t.steps:
         end = boundary(step, config, placement.steps_per_call)
-        state, metrics = placement.advance(state, step, end - step)
+        with clock.on(INPUT):
+            batches = placement.batches(batch_of(step), end - step)
+        state, metrics = placement.advance(state, batches)
         clock.add(step, metrics)
         step = end
         due = step % t.evaluate_every == 0 or step % t.checkpoint_every == 0
         if due or step == t.steps:
             clock.catch_up()
-            losses = placement.losses(state, "validation", t.evaluation_batches)
+            with clock.on(EVALUATION):
+                losses = placement.losses(state, "validation", t.evaluation_batches)
             for record, loss in zip(clock.records, losses, strict=True):
-                record.add_validation(step, loss, clock.seconds())
+                record.add_validation(step, loss, clock.told())
             save(step, state, losses)
-        watch.passed(step, state)
+        passed(step, state)
         if due:
             clock.restart()
     clock.catch_up()
@@ -216,44 +350,3 @@ def _leave(
         known = {key: x if math.isfinite(x) else None for key, x in summary.items()}
         told.append(known | {"diverged_at": record.diverged_at})
     return told
-
-
-class Clock:
-    """Time the calls, and read their metrics one call late, so that no device is waited for."""
-
-    def __init__(self, records: Sequence[Record]):
-        self.records = records
-        earlier = max(record.seconds for record in records)
-        self.started = time.perf_counter() - earlier
-        self.pending: tuple[int, Metrics] | None = None
-        # Unknown at first: the first call compiles.
-        self.last: float | None = None
-
-    def add(self, step: int, metrics: Metrics) -> None:
-        """Take the metrics of a call that started at `step`, and read those before it."""
-        self.catch_up()
-        self.pending = (step, metrics)
-
-    def catch_up(self) -> None:
-        """Write down the metrics that are pending."""
-        if self.pending is None:
-            return
-        step, metrics = self.pending
-        self.pending = None
-        metrics = jax.tree.map(lambda x: np.atleast_2d(np.asarray(x)), metrics)
-        now, known = time.perf_counter(), {}
-        if self.last is not None and len(self.records) == 1:
-            t = self.records[0].config
-            tokens = t.train.batch_size * t.model.context_length * metrics.train_loss.shape[1]
-            known["tokens_per_second"] = tokens / (now - self.last)
-        self.last = now
-        for i, record in enumerate(self.records):
-            record.add(step, jax.tree.map(lambda x, i=i: x[i], metrics), **known)
-
-    def restart(self) -> None:
-        """Leave the time since the last call out of the speed."""
-        self.last = time.perf_counter()
-
-    def seconds(self) -> float:
-        """Return the seconds spent on these members, earlier processes included."""
-        return time.perf_counter() - self.started

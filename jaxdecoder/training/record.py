@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,15 +14,18 @@ import numpy as np
 
 from jaxdecoder.config import Config
 from jaxdecoder.data.tokens import Corpus
-from jaxdecoder.errors import UserError
 from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.evaluation import bits_per_byte, predicted
+from jaxdecoder.training.faults import Fault
 from jaxdecoder.training.logging import keep_metrics
 from jaxdecoder.training.step import Metrics
 from jaxdecoder.typing import Table
 
 Summary = Table
 """The content of summary.json."""
+
+USUAL = 32
+"""Logged losses whose median is what a spike is held against."""
 
 
 def saves(step: int, config: Config, *, better: bool) -> bool:
@@ -40,7 +45,9 @@ class Record:
     """The metrics.jsonl of one member, and what is known of the member so far.
 
     `start`: the step that it goes on from; lines past it are dropped. `wrote` is told each line;
-    `diverged` is told the first number that is not finite, and may raise it.
+    `fault` is told the first number that is not finite, and a loss that is so many nats, `spike`,
+    above what is usual; it may raise it. What is usual are logged losses, so that a resumed run
+    knows them too.
     """
 
     def __init__(
@@ -49,21 +56,29 @@ class Record:
         start: int,
         *,
         wrote: Callable[[int, dict[str, float]], None],
-        diverged: Callable[[UserError], None],
+        fault: Callable[[Fault], None],
+        spike: float = math.inf,
     ):
-        self.config, self.wrote, self.on_divergence = config, wrote, diverged
+        self.config, self.wrote, self.fault, self.spike = config, wrote, fault, spike
         self.run = Path(config.train.out)
         self.seconds = 0.0
         """Seconds that earlier processes spent."""
+        self.spent: dict[str, float] = {}
+        """Those of each phase."""
         self.best = math.inf
         """The lowest validation loss that was saved."""
         self.improved = False
         """Whether the last validation loss was the lowest that is saved."""
         self.diverged_at: int | None = None
         self._validated = 0
+        self._usual: deque[float] = deque(maxlen=USUAL)
         self._path = self.run / "metrics.jsonl" if is_first_host() else Path(os.devnull)
         for line in keep_metrics(self.run, start) if is_first_host() else []:
             self.seconds = max(self.seconds, line.get("seconds", 0.0))
+            if "train_loss" in line:
+                self._usual.append(line["train_loss"])
+            ending = "_seconds"
+            self.spent |= {k.removesuffix(ending): x for k, x in line.items() if k.endswith(ending)}
             if "validation_loss" in line:
                 self._note(line["step"], line["validation_loss"])
             if "diverged" in line:
@@ -82,6 +97,10 @@ class Record:
                 self._write(rows)
                 self._diverge(step, f"the loss is {loss} and the gradient norm {norm}")
                 return
+            if loss > self._bound():
+                self._write(rows)
+                rows = []
+                self.fault(Fault(step, f"the loss is {loss:.4f}, above {self._bound():.4f}"))
             if step % t.log_every == 0:
                 measured = {
                     "train_loss": loss,
@@ -89,10 +108,14 @@ class Record:
                     "gradient_norm": norm,
                 }
                 rows.append((step, measured | known))
+                self._usual.append(loss)
         self._write(rows)
 
-    def add_validation(self, step: int, loss: float, seconds: float) -> None:
-        """Write down a validation loss; after a member's last step there is one more."""
+    def add_validation(self, step: int, loss: float, known: dict[str, float]) -> None:
+        """Write down a validation loss and what else is known of the run at this step.
+
+        After a member's last step there is one more.
+        """
         steps = self.config.train.steps
         if self.diverged_at is not None or self._validated == steps:
             return
@@ -101,7 +124,11 @@ class Record:
             self._diverge(step, f"the validation loss is {loss}")
             return
         self._note(step, loss)
-        self._write([(step, {"validation_loss": loss, "seconds": seconds})])
+        self._write([(step, {"validation_loss": loss, **known})])
+
+    def add_note(self, step: int, **note: float) -> None:
+        """Write down something else that happened at a step."""
+        self._write([(step, note)])
 
     def summary(
         self,
@@ -135,9 +162,15 @@ class Record:
         if self.improved:
             self.best = loss
 
+    def _bound(self) -> float:
+        """Return the loss above which one is a spike; infinite while nothing is usual yet."""
+        if len(self._usual) < USUAL:
+            return math.inf
+        return statistics.median(self._usual) + self.spike
+
     def _diverge(self, step: int, what: str) -> None:
         self.diverged_at = step
-        self.on_divergence(diverged(step, what))
+        self.fault(Fault(step, what))
         self._write([(step, {"diverged": True})])
 
     def _write(self, rows: list[tuple[int, dict[str, float]]]) -> None:
@@ -148,12 +181,3 @@ class Record:
                 file.write(json.dumps({"step": step, **measured}) + "\n")
         for step, measured in rows:
             self.wrote(step, measured)
-
-
-def diverged(step: int, what: str) -> UserError:
-    """Return what to say, and to try, when a number is no longer finite."""
-    return UserError(
-        f"step {step}: {what}; training stopped, the last good checkpoint is kept. A lower "
-        "optimizer.learning_rate, more warmup_steps or a gradient_clip may help, with another "
-        "--train.out"
-    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,15 @@ import filelock
 import jax
 import jax.numpy as jnp
 
-from jaxdecoder.config import Config, ConfigError, differences, from_dict, read_toml, to_toml
+from jaxdecoder.config import (
+    Config,
+    ConfigError,
+    Difference,
+    differences,
+    from_dict,
+    read_toml,
+    to_toml,
+)
 from jaxdecoder.data import tokenizers
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.decoder import Decoder
@@ -30,6 +39,9 @@ FREE = (
     "train.out",
     "train.keep",
     "train.tune",
+    "train.history",
+    "train.checkpoint_minutes",
+    "train.watchdog_minutes",
     "train.tensorboard",
     "train.sample_prompt",
     "data.path",
@@ -90,27 +102,32 @@ def lock(run: Path) -> Iterator[None]:
         yield
 
 
-def check_same_config(run: Path, config: Config) -> None:
+def check_same_config(
+    run: Path, config: Config, changeable: Sequence[str] = ()
+) -> list[Difference]:
     """Refuse to go on with a run that was started with another config.
 
-    `config` may still lack what the tokenizer and the shapes decide; those are taken over.
+    `config` may still lack what the tokenizer and the shapes decide; those are taken over. Returns
+    the differences in keys that are `changeable`.
     """
     if not _has_results(run):
-        return
+        return []
     theirs = read_config(run)
     known = config.model.vocab_size or theirs.model.vocab_size
     model = dataclasses.replace(config.model, vocab_size=known).resolve()
     different = [
-        line
-        for line in differences(theirs, dataclasses.replace(config, model=model))
-        if line.split(":")[0] not in FREE
+        difference
+        for difference in differences(theirs, dataclasses.replace(config, model=model))
+        if difference.key not in FREE
     ]
-    if different:
-        listed = "\n  ".join(different)
+    if refused := [difference for difference in different if difference.key not in changeable]:
+        listed = "\n  ".join(map(str, refused))
         raise UserError(
             f"{run}: this run was started with another config:\n  {listed}\n"
-            f"Give {ANOTHER_FOLDER}, or the values it was started with"
+            f"Give {ANOTHER_FOLDER}, or the values it was started with. "
+            f"To start another run from its weights: --train.init-from {shlex.quote(str(run))}"
         )
+    return different
 
 
 def check_same_corpus(run: Path, key: str) -> None:
@@ -142,7 +159,7 @@ def check_same_model(config: Config, theirs: Config) -> None:
     model = dataclasses.replace(theirs.model, **adopted)
     different = differences(dataclasses.replace(config, model=model), config)
     if different:
-        listed = "\n  ".join(different)
+        listed = "\n  ".join(map(str, different))
         raise UserError(
             f"train.init_from = {config.train.init_from}: its weights are those of another "
             f"model:\n  {listed}"

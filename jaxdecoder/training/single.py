@@ -13,12 +13,13 @@ from jaxtyping import PyTree
 
 from jaxdecoder.config import Config
 from jaxdecoder.data import tokenizers
-from jaxdecoder.data.batches import Feed, SplitName
+from jaxdecoder.data.batches import Feed, SplitName, Told, untold
 from jaxdecoder.data.tokens import Corpus, prepare
-from jaxdecoder.errors import UserError
 from jaxdecoder.training import checkpoints, runs
+from jaxdecoder.training.continuing import go_on
 from jaxdecoder.training.devices import compiled_soon, is_first_host
 from jaxdecoder.training.evaluation import make_evaluator
+from jaxdecoder.training.faults import Fault
 from jaxdecoder.training.logging import Screen, draw_losses
 from jaxdecoder.training.loop import Watch, steps_a_call, train_together
 from jaxdecoder.training.record import Summary
@@ -55,7 +56,7 @@ def train(
     """
     run, t = Path(config.train.out), config.train
     with runs.lock(run) if is_first_host() else contextlib.nullcontext():
-        runs.check_same_config(run, config)
+        config, news = go_on(config)
         config = runs.with_source_tokenizer(config)
         corpus = prepare(config.data)
         runs.check_same_corpus(run, corpus.key)
@@ -67,6 +68,8 @@ def train(
             devices, platform = alone.mesh.size, jax.devices()[0].platform
             begun = f"going on at step {step}" if step else "from the start"
             screen.begin(step)
+            for line in news:
+                screen.say(line)
             screen.say(
                 f"{run}: {parameters:,} parameters, {len(corpus.train.tokens):,} training tokens "
                 f"of {corpus.tokenizer.vocab_size:,} kinds, on {devices} {platform} "
@@ -84,11 +87,11 @@ def train(
             if sampler is not None and sampled(step):
                 screen.sample(step, sample(state))
 
-        def stop(error: UserError) -> None:
-            raise error
+        def stop(fault: Fault) -> None:
+            raise fault
 
         with Screen(run, steps=t.steps, tensorboard=t.tensorboard) as screen:
-            watch = Watch(began, screen.show, passed, stop)
+            watch = Watch(began, screen.show, passed, screen.evaluating, screen.say, stop)
             state, (summary,) = train_together([config], corpus, alone, run, watch=watch)
             if is_first_host():
                 draw_losses(run)
@@ -137,16 +140,21 @@ class Alone:
             compiler_options=compiled_soon(jax.default_backend()),
         )()
 
-    def advance(self, state: State, step: int, count: int) -> tuple[State, Metrics]:
-        """Take `count` steps from `step` on, each host giving its rows of the batches."""
+    def batches(self, step: int, count: int) -> PyTree:
+        """See `Placement`; each host gives its rows of the batches."""
         rows = self._rows()
         stacked = Feed.of(self.config, self.corpus, "train").at(step, count, rows)
-        batches = _place(self.objective.feed(stacked, step, rows), batch_sharding(self.mesh, 1))
+        return _place(self.objective.feed(stacked, step, rows), batch_sharding(self.mesh, 1))
+
+    def advance(self, state: State, batches: PyTree) -> tuple[State, Metrics]:
+        """Take the steps of these batches."""
         return self._call(state, batches, self.constants)
 
-    def losses(self, state: State, split: SplitName, count: int | None) -> Sequence[float]:
+    def losses(
+        self, state: State, split: SplitName, count: int | None, told: Told = untold
+    ) -> Sequence[float]:
         """Return the mean loss over `count` fixed batches of a split, or over all of it."""
-        each = Feed.of(self.config, self.corpus, split).fixed(count, self._rows())
+        each = Feed.of(self.config, self.corpus, split).fixed(count, self._rows(), told)
         placed = (_place(batch, batch_sharding(self.mesh)) for batch in each)
         return [self._evaluate(evaluated_params(state), placed)]
 

@@ -250,11 +250,11 @@ def _turns(config: Config, objective: ToObjective) -> Iterator[float]:
     alone = Alone(config, corpus, objective(config))
     state, steps = alone.start(None), 1
     # The first step compiles.
-    state, _ = alone.advance(state, 0, 1)
+    state, _ = alone.advance(state, alone.batches(0, 1))
     while True:
         start = time.perf_counter()
         for _ in range(steps):
-            state, metrics = alone.advance(state, 0, 1)
+            state, metrics = alone.advance(state, alone.batches(0, 1))
         jax.block_until_ready((state, metrics))
         taken = time.perf_counter() - start
         yield taken / steps
