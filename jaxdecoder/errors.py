@@ -26,6 +26,11 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def how_to_go_on() -> str:
+    """Return the command that goes on with what this script was stopped in."""
+    return f"to go on: {shlex.join(['python', *sys.argv])}"
+
+
 def friendly(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a script's `main`: a `UserError` ends the script with its message and status 1.
 
@@ -41,8 +46,7 @@ def friendly(main: Callable[[], None]) -> Callable[[], None]:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
         except Stopped as stopped:
-            again = shlex.join(["python", *sys.argv])
-            print(f"{stopped}; to go on: {again}", file=sys.stderr)
+            print(f"{stopped}; {how_to_go_on()}", file=sys.stderr)
         except BrokenPipeError:
             # The reader of our output is gone, so nothing more can be flushed to it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,10 +18,11 @@ from jaxdecoder.ablation.population import memory_available
 from jaxdecoder.ablation.training import Report, Result, by_program, finished, train_members
 from jaxdecoder.config import Config
 from jaxdecoder.data.tokens import prepare
-from jaxdecoder.errors import UserError
+from jaxdecoder.errors import Stopped, UserError
 from jaxdecoder.helpers import SPAWN, no_main_module, start_helper
 from jaxdecoder.training.devices import stay_on
 from jaxdecoder.training.runs import with_source_tokenizer
+from jaxdecoder.training.stopping import Stop, listening
 
 
 def train_on_cores(
@@ -56,12 +57,15 @@ def _share_out(configs: Sequence[Config], out: Path, cores: Sequence[int], repor
     available = memory_available([jax.devices()[0]]) // len(cores)
     shared = (work, messages, out, available, len(cores))
     workers = [SPAWN.Process(target=_train, args=(core, *shared)) for core in cores]
+    total = sum(config.train.steps for config in configs)
     try:
-        with no_main_module():
-            for worker in workers:
-                worker.start()
-        _follow(workers, messages, len(parts), sum(c.train.steps for c in configs), report)
+        with listening() as stop:
+            with no_main_module():
+                for worker in workers:
+                    worker.start()
+            _follow(workers, messages, len(parts), total, report, stop)
     finally:
+        # A worker that trains saves what it has before it ends.
         for worker in workers:
             worker.terminate()
             worker.join()
@@ -93,13 +97,18 @@ def _train(core: int, work: Any, messages: Any, out: Path, available: int, besid
         except UserError as error:
             messages.put((number, str(error)))
             return
+        except Stopped:
+            return
         messages.put((number, None))
 
 
-def _follow(workers: Sequence[Any], messages: Any, parts: int, total: int, report: Report) -> None:
-    """Read the workers' messages until all parts are done."""
+def _follow(
+    workers: Sequence[Any], messages: Any, parts: int, total: int, report: Report, stop: Stop
+) -> None:
+    """Read the workers' messages until all parts are done, or it is asked to stop."""
     steps, ended = [0] * parts, 0
     while ended < parts:
+        stop.check()
         for worker in workers:
             if worker.exitcode:
                 raise UserError(

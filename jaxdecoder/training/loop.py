@@ -247,6 +247,7 @@ class _Course:
         return step, state
 
     def _save(self, clock: Clock, step: int, state: State, losses: Sequence[float]) -> None:
+        self.stop.idle = False
         if saves(step, self.longest, better=self.own and clock.records[0].improved):
             with clock.on(SAVING):
                 # Which member is best is not asked in the middle of a population.

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from jaxdecoder.errors import INTERRUPTED, Stopped
+from jaxdecoder.errors import INTERRUPTED, Stopped, how_to_go_on
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -83,7 +83,7 @@ def _listen(read: socket.socket, stop: Stop) -> None:
         if stop.requested:
             _leave(INTERRUPTED, "stopped at once")
         if stop.idle:
-            _leave(0, "stopped; there was nothing new to save")
+            _leave(0, f"stopped; there was nothing new to save; {how_to_go_on()}")
         stop.requested = True
         _say("stopping: what is new is saved first; a second time stops at once")
 
