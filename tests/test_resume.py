@@ -17,7 +17,7 @@ from jaxdecoder.training import single
 from jaxdecoder.training.checkpoints import open_checkpoints, restore_latest, steps_in
 from jaxdecoder.training.loop import boundary, steps_a_call
 from jaxdecoder.training.record import saves
-from jaxdecoder.training.runs import read_config
+from jaxdecoder.training.runs import load_model, read_config
 from jaxdecoder.training.single import train
 from jaxdecoder.training.step import init_state
 from tests.runs import losses, script, write_config
@@ -95,6 +95,40 @@ def test_a_truncated_checkpoint_is_set_aside_and_the_one_before_is_used(tiny_run
     assert (run / "damaged" / "24").is_dir()
     assert losses(run) == losses(tiny_run)
     assert_same_bits(final_state(run), final_state(tiny_run))
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_is_used(
+    tiny_run, tmp_path, capsys, which
+):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    last = run / "checkpoints" / "24"
+    files = sorted((p for p in last.glob("*/d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(files[-1 - which].read_bytes())
+    content[len(content) // 2] ^= 1
+    files[-1 - which].write_bytes(content)
+    if "params" in str(files[-1 - which]) or "ema" in str(files[-1 - which]):
+        assert load_model(run, "last").step in (20, 24)  # it reads the average alone
+    train(load(tiny_run / "config.toml", ["--train.out", str(run)]))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{files[-1 - which].name} is not as it was saved" in said
+    assert "going on at step 20" in said
+    assert_same_bits(final_state(run), final_state(tiny_run))
+
+
+def test_a_damaged_line_of_metrics_costs_that_line_alone(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[3] = lines[3][:9]
+    path.write_text("\n".join(["[]", '{"step": "x"}', *lines, '{"step": 24, "train']))
+    train(load(tiny_run / "config.toml", ["--train.out", str(run)]))
+    expected = losses(tiny_run)
+    missing = expected.keys() - losses(run).keys()
+    assert {step for step, _ in missing} == {4}
+    assert all(line.endswith("}") for line in path.read_text().splitlines())
 
 
 def test_calls_end_where_the_step_alone_says(tmp_path):

@@ -178,7 +178,7 @@ def test_a_stopped_ablation_goes_on_where_it_was(tmp_path, number):
 @pytest.mark.slow
 def test_a_stopped_recovery_of_a_pruned_model_goes_on_where_it_was(tiny_run, tmp_path):
     command = ["compress.py", "prune", tiny_run, tmp_path / "cut", "--method", "magnitude"]
-    command += ["--sparsity", "0.5", "--recover-steps", "1500"]
+    command += ["--sparsity", "0.5", "--recover-steps", "160"]
     process = script(*command, wait=False)
     wait_for(lambda: steps_logged(tmp_path / "cut") > 12)
     process.send_signal(signal.SIGINT)

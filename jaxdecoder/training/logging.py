@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jaxdecoder.files import write_atomically
 from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.typing import Table
+
+EVALUATING = "evaluating"
 
 
 class Screen:
@@ -37,6 +40,9 @@ class Screen:
         return self
 
     def __exit__(self, *error: object) -> None:
+        done = self.progress.tasks[0]
+        if done.description == EVALUATING and not error[0]:
+            self.progress.update(self.task, completed=done.total)
         self.progress.stop()
         if self.writer is not None:
             self.writer.close()
@@ -65,7 +71,7 @@ class Screen:
         if done == 0:
             self.say(f"evaluating {of:,} batch{'es' if of > 1 else ''} of the {split} split")
             what = f"of the {split} split"
-            self.progress.reset(self.task, total=of, shown=what)
+            self.progress.reset(self.task, total=of, shown=what, description=EVALUATING)
         self.progress.update(self.task, completed=done)
 
     def say(self, text: str) -> None:
@@ -90,14 +96,15 @@ def keep_metrics(run: Path, start: int) -> list[Table]:
 
 
 def read_metrics(run: Path) -> list[Table]:
-    """Return the lines of a run's metrics.jsonl; one cut short by a kill is dropped."""
+    """Return the lines of a run's metrics.jsonl, without those cut short by a kill, or damaged."""
     path = run / "metrics.jsonl"
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    content = path.read_bytes() if path.exists() else b""
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict) and isinstance(found.get("step"), int):
+                lines.append(found)
     return lines
 
 
