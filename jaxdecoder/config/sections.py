@@ -165,6 +165,8 @@ class TrainConfig:
     """Prompt of those samples."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
+    profile: bool = False
+    """Trace one of the first calls, and write a page that says where a step goes (profile/)."""
     history: tuple[str, ...] = ()
     """What the run had before it went on with other values, and until which step; train.py writes
     it down."""

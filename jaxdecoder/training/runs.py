@@ -43,6 +43,7 @@ FREE = (
     "train.checkpoint_minutes",
     "train.watchdog_minutes",
     "train.tensorboard",
+    "train.profile",
     "train.sample_prompt",
     "data.path",
     "data.cache",

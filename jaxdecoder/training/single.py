@@ -22,6 +22,7 @@ from jaxdecoder.training.evaluation import make_evaluator
 from jaxdecoder.training.faults import Fault
 from jaxdecoder.training.logging import Screen, draw_losses
 from jaxdecoder.training.loop import Watch, steps_a_call, train_together
+from jaxdecoder.training.profiling import Profiler
 from jaxdecoder.training.record import Summary
 from jaxdecoder.training.sharding import batch_sharding, everywhere, make_mesh, state_sharding
 from jaxdecoder.training.step import (
@@ -83,7 +84,11 @@ def train(
         def sampled(step: int) -> bool:
             return t.sample_every > 0 and step % t.sample_every == 0
 
+        profiler = Profiler(run, alone.program) if t.profile and is_first_host() else None
+
         def passed(step: int, state: State) -> None:
+            if profiler and (said := profiler.passed(step, state)):
+                screen.say(said)
             if sampler is not None and sampled(step):
                 screen.sample(step, sample(state))
 
@@ -92,7 +97,8 @@ def train(
 
         with Screen(run, steps=t.steps, tensorboard=t.tensorboard) as screen:
             watch = Watch(began, screen.show, passed, screen.evaluating, screen.say, stop)
-            state, (summary,) = train_together([config], corpus, alone, run, watch=watch)
+            with contextlib.closing(profiler) if profiler else contextlib.nullcontext():
+                state, (summary,) = train_together([config], corpus, alone, run, watch=watch)
             if is_first_host():
                 draw_losses(run)
             if sampler is not None and not sampled(t.steps):
@@ -149,6 +155,11 @@ class Alone:
     def advance(self, state: State, batches: PyTree) -> tuple[State, Metrics]:
         """Take the steps of these batches."""
         return self._call(state, batches, self.constants)
+
+    def program(self) -> str:
+        """Return the compiled text of what `advance` calls."""
+        batches = self.batches(0, self.steps_per_call)
+        return str(self._call.lower(self.like, batches, self.constants).compile().as_text())
 
     def losses(
         self, state: State, split: SplitName, count: int | None, told: Told = untold
