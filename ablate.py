@@ -40,12 +40,14 @@ def main() -> None:
     from jaxdecoder.ablation.grid import read
     from jaxdecoder.ablation.run import run
     from jaxdecoder.training.devices import keep_programs, one_device_a_core
+    from jaxdecoder.training.stopping import listening
 
     ablation = read(options.config, out=out, size=options.size)
     one_device_a_core(options.devices)
     # Ablations share compiled programs, and a resumed ablation finds those of its first part.
     keep_programs(ablation.base.data.cache)
-    run(ablation, out, command=f"python ablate.py {shlex.join(sys.argv[1:])}")
+    with listening(idle=True):
+        run(ablation, out, command=f"python ablate.py {shlex.join(sys.argv[1:])}")
 
 
 if __name__ == "__main__":

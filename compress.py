@@ -54,20 +54,22 @@ def main() -> None:
     from jaxdecoder.compression.pruning import prune
     from jaxdecoder.compression.quantization import dequantize, quantize
     from jaxdecoder.compression.sensitivity import sensitivity
+    from jaxdecoder.training.stopping import listening
 
-    match options:
-        case Prune():
-            prune(options, command)
-        case Sensitivity():
-            sensitivity(options, command)
-        case Distill():
-            distill(options, command)
-        case Quantize():
-            quantize(options, command)
-        case Dequantize():
-            dequantize(options, command)
-        case Chart():
-            chart(options, command)
+    with listening(idle=True):
+        match options:
+            case Prune():
+                prune(options, command)
+            case Sensitivity():
+                sensitivity(options, command)
+            case Distill():
+                distill(options, command)
+            case Quantize():
+                quantize(options, command)
+            case Dequantize():
+                dequantize(options, command)
+            case Chart():
+                chart(options, command)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,13 @@ def main() -> None:
     from jaxdecoder.sampling.generate import show_sample
     from jaxdecoder.training.devices import set_up
     from jaxdecoder.training.single import train
+    from jaxdecoder.training.stopping import listening
     from jaxdecoder.training.tune import tuned
 
-    config = tuned(config, objective=objective)
-    set_up(config)
-    train(config, sampler=show_sample, objective=objective)
+    with listening(idle=True):
+        config = tuned(config, objective=objective)
+        set_up(config)
+        train(config, sampler=show_sample, objective=objective)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ count. The table compares the next tenth with the last, and a picture beside the
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -48,6 +49,7 @@ evaluation_batches = 4
 checkpoint_every = 2000
 sample_every = 10000
 log_every = 100
+tune = false
 out = "{folder}/run"
 """
 
@@ -86,7 +88,7 @@ def picture(metrics: list[dict[str, Any]]) -> bytes:
     steps = [m["step"] for m in timed]
     pace = [
         (b["step_seconds"] - a["step_seconds"]) / (b["step"] - a["step"]) * 1e3
-        for a, b in zip(timed, timed[1:], strict=False)
+        for a, b in itertools.pairwise(timed)
     ]
     figure = Figure(figsize=(8, 5), layout="constrained")
     above, below = figure.subplots(2, sharex=True)

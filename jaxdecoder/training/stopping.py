@@ -25,8 +25,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Stop:
     """Whether to stop. `idle`: there is nothing to save, so a signal ends the process at once."""
 
-    def __init__(self) -> None:
-        self.requested, self.idle = False, False
+    def __init__(self, *, idle: bool = False) -> None:
+        self.requested, self.idle = False, idle
 
     def check(self) -> None:
         """Raise `Stopped` if it is asked for. Call it where nothing would be lost."""
@@ -35,13 +35,13 @@ class Stop:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Stop]:
+def listening(*, idle: bool = False) -> Iterator[Stop]:
     """Listen to the signals, but for those that this process ignores, until the block ends.
 
     Outside the main thread, where Python sets no handlers, the `Stop` is never requested. Within
     another such block, the inner one is told.
     """
-    stop = Stop()
+    stop = Stop(idle=idle)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

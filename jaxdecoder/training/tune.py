@@ -240,6 +240,8 @@ def _take_turns(pipe: Connection, config: Config, objective: ToObjective) -> Non
         pipe.send(next(turns))
         while pipe.recv():
             pipe.send(next(turns))
+    except (EOFError, BrokenPipeError):
+        return  # nobody asks any more
     except Exception as error:
         # Whatever this form lacks, memory too, the others are still there to try.
         pipe.send(first_line(error))
