@@ -35,6 +35,8 @@ class Clock:
         self.records = records
         self.earlier = max(record.seconds for record in records)
         self.started = time.perf_counter() - self.earlier
+        self.took = dict.fromkeys(PHASES, 0.0)
+        """Seconds of each phase when it was last."""
         self.spent = {name: records[0].spent.get(name, 0.0) for name in PHASES if name != STEP}
         self.pending: tuple[int, Metrics] | None = None
         # Unknown at first: the first call compiles.
@@ -61,7 +63,8 @@ class Clock:
             yield
         finally:
             self.alive = time.perf_counter()
-            self.spent[phase] += self.alive - start
+            self.took[phase] = self.alive - start
+            self.spent[phase] += self.took[phase]
             self.phase = STEP
             if phase == SAVING:
                 self.saved = self.alive

@@ -66,10 +66,11 @@ class Screen:
             # Where there is no bar, a line an evaluation shows that something happens.
             self.say(f"step {step}: {_summary(self.shown)}")
 
-    def evaluating(self, split: str, done: int, of: int) -> None:
-        """Show how far the evaluation at the end is."""
+    def evaluating(self, split: str, done: int, of: int, seconds: float) -> None:
+        """Show how far the evaluation at the end is, and first how long it may take."""
         if done == 0:
-            self.say(f"evaluating {of:,} batch{'es' if of > 1 else ''} of the {split} split")
+            about = f", about {seconds:.0f} s" if seconds >= 1 else ""
+            self.say(f"evaluating {of:,} batch{'es' if of > 1 else ''} of the {split} split{about}")
             what = f"of the {split} split"
             self.progress.reset(self.task, total=of, shown=what, description=EVALUATING)
         self.progress.update(self.task, completed=done)

@@ -75,8 +75,9 @@ class Watch:
     """(step, metrics), as in metrics.jsonl"""
     passed: Callable[[int, State], None] = lambda step, state: None
     """(step, state) after each call"""
-    evaluating: Callable[[str, int, int], None] = lambda split, done, of: None
-    """(split, batches done, of how many) in the evaluation at the end"""
+    evaluating: Callable[[str, int, int, float], None] = lambda split, done, of, seconds: None
+    """(split, batches done, of how many, seconds that all take by what the last ones took) in the
+    evaluation at the end"""
     said: Callable[[str], None] = print
     """What is out of the ordinary, in words."""
     diverged: Callable[[Fault], None] = lambda fault: None
@@ -127,7 +128,8 @@ def train_together(
         def losses(split: SplitName, count: int | None) -> Sequence[float]:
             def told(done: int, of: int) -> None:
                 stop.check()
-                watch.evaluating(split, done, of)
+                each = clock.took[EVALUATION] / longest.train.evaluation_batches
+                watch.evaluating(split, done, of, of * each)
 
             return placement.losses(state, split, count, told)
 
