@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +27,7 @@ from jaxdecoder.errors import UserError, first_line
 PIECE = 1 << 17
 """Approximate length of a piece, in characters."""
 LONGEST_PIECE = 4 * PIECE
-"""Length at which a text with no safe place to cut is cut. tiktoken gives up on a million spaces."""
+"""Length at which a text with no safe place to cut is cut: tiktoken refuses a million spaces."""
 
 TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -191,8 +192,8 @@ def tiny_shakespeare(data: DataConfig) -> Path:
     """
     if data.path:
         named = formats.local("data.path", data.path)
-        if not named.is_file():
-            raise UserError(f"data.path = {json.dumps(data.path)}: no such file")
+        if not os.path.isfile(named):
+            raise UserError(f"data.path = {json.dumps(data.path[:200])}: no such file")
         if file_digest(named) != TINY_SHAKESPEARE_SHA256:
             raise UserError(
                 f"data.path = {named}: this is not Tiny Shakespeare (its SHA-256 should be "

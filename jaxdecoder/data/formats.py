@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from jaxdecoder.data.digests import digest, file_digest
 from jaxdecoder.errors import UserError, first_line
@@ -246,9 +246,9 @@ COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.BufferedIOBase:
     opened = COMPRESSIONS.get(kind_of(path)[1], partial(Path.open, mode="rb"))(path)
-    return cast(BinaryIO, opened)
+    return cast(io.BufferedIOBase, opened)
 
 
 @contextmanager
@@ -266,7 +266,7 @@ def _errors_name(path: Path) -> Iterator[None]:
 # Readers of records. None of them knows which column is the text, but parquet reads only that one.
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, str]]:
+def _lines(file: io.BufferedIOBase, path: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines with their numbers."""
     for number, raw in enumerate(file, 1):
         try:
@@ -291,7 +291,8 @@ def _parsed(text: str, path: Path, first: int) -> Any:
         place = f"{path}: line {line:,}"
         why = getattr(error, "msg", first_line(error))
         raise UserError(
-            f"{place}: this is not JSON, or only half of it ({why}); mend or delete it"
+            f"{place}: this is not JSON, or only half of it ({why}); mend or delete it (a record is "
+            "one line, or a part of one array)"
         ) from None
 
 
@@ -301,11 +302,11 @@ def _by_line(lines: Iterable[tuple[int, str]], path: Path) -> Records:
             yield f"{path}: line {number:,}", _parsed(line, path, number)
 
 
-def _json_lines(file: BinaryIO, path: Path, column: str) -> Records:
+def _json_lines(file: io.BufferedIOBase, path: Path, column: str) -> Records:
     return _by_line(_lines(file, path), path)
 
 
-def _json(file: BinaryIO, path: Path, column: str) -> Records:
+def _json(file: io.BufferedIOBase, path: Path, column: str) -> Records:
     """Read one array of records, whole; or a record a line, which many files of this name hold."""
     lines = _lines(file, path)
     first = next((pair for pair in lines if not pair[1].isspace()), (1, "\n"))
@@ -318,7 +319,7 @@ def _json(file: BinaryIO, path: Path, column: str) -> Records:
         yield f"{path}: record {number:,}", value
 
 
-def _csv(file: BinaryIO, path: Path, column: str) -> Records:
+def _csv(file: io.BufferedIOBase, path: Path, column: str) -> Records:
     csv.field_size_limit(LONGEST_CELL)
     rows = csv.reader((line for _, line in _lines(file, path)), strict=True)
     try:
@@ -336,7 +337,7 @@ def _csv(file: BinaryIO, path: Path, column: str) -> Records:
         raise UserError(f"{path}: line {rows.line_num:,}: not CSV: {error}") from None
 
 
-def _parquet(file: BinaryIO, path: Path, column: str) -> Records:
+def _parquet(file: io.BufferedIOBase, path: Path, column: str) -> Records:
     import pyarrow
     import pyarrow.parquet
 
@@ -358,7 +359,7 @@ def _parquet(file: BinaryIO, path: Path, column: str) -> Records:
         ) from None
 
 
-RECORDS: dict[str, Callable[[BinaryIO, Path, str], Records]] = {
+RECORDS: dict[str, Callable[[io.BufferedIOBase, Path, str], Records]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".csv": _csv,
