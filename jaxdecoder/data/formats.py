@@ -291,8 +291,8 @@ def _parsed(text: str, path: Path, first: int) -> Any:
         place = f"{path}: line {line:,}"
         why = getattr(error, "msg", first_line(error))
         raise UserError(
-            f"{place}: this is not JSON, or only half of it ({why}); mend or delete it (a record is "
-            "one line, or a part of one array)"
+            f"{place}: this is not JSON, or only half of it ({why}); mend or delete it (a record "
+            "is one line, or a part of one array)"
         ) from None
 
 
