@@ -164,6 +164,32 @@ def test_a_damaged_tokenizer_is_refused_by_name(
             assert "tokenizer" in said if ids is None else ids.max() < found.vocab_size
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "odd"}, "KeyError: 'odd'"),
+        ({"name": 7}, "wrong name or pattern"),
+        ({"pattern": None}, "wrong name or pattern"),
+        ({"end_token": 999}, "wrong end_token or unknown"),
+        ({"end_token": True}, "wrong end_token or unknown"),
+        ({"unknown": -1}, "wrong end_token or unknown"),
+        ({"vocab_size": 3}, "wrong vocab_size"),
+        ({"vocabulary": ["a", "bc"], "vocab_size": 2, "end_token": None}, "wrong vocabulary"),
+        ({"vocabulary": 7}, "TypeError"),
+        ({"digesu": 7}, "wrong entries"),
+    ],
+)
+def test_a_tokenizer_with_a_wrong_value_is_refused(
+    tokenizer_files: dict[str, bytes], tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    values = json.loads(tokenizer_files["char"])
+    del values["digest"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values | change))
+    with pytest.raises(UserError, match=message) as said:
+        tokenizers.load(tmp_path / "tokenizer.json")
+    assert str(tmp_path / "tokenizer.json") in str(said.value)
+
+
 def test_a_tokenizer_of_an_earlier_version_loads(
     tokenizer_files: dict[str, bytes], tmp_path: Path
 ) -> None:

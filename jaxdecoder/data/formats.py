@@ -79,7 +79,8 @@ def text_files(path: str) -> list[Path]:
         if root.is_file():
             return [root]
         if root.is_dir():
-            found = sorted(file for file in root.rglob("*") if _belongs(file, root))
+            readable = (".txt", *RECORDS)
+            found = [file for file in visible_files(root) if kind_of(file)[0] in readable]
             if not found:
                 endings = ", ".join(f"*{ending}" for ending in RECORDS)
                 raise UserError(
@@ -100,9 +101,13 @@ def text_files(path: str) -> list[Path]:
     return found
 
 
-def _belongs(file: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    return not hidden and kind_of(file)[0] in (".txt", *RECORDS) and file.is_file()
+def visible_files(folder: Path) -> list[Path]:
+    """Return the files below a folder in the order of their paths, without hidden ones."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(x.startswith(".") for x in path.relative_to(folder).parts)
+    ]
 
 
 def kind_of(path: Path) -> tuple[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from jaxdecoder.data.formats import (
     local,
     records,
     text_of,
+    visible_files,
 )
 from jaxdecoder.errors import UserError, first_line
 from jaxdecoder.files import write_atomically
@@ -60,17 +60,10 @@ def documents_of(data: DataConfig, part: Part) -> Documents:
 
 def _name_broken_line(folder: Path, column: str) -> None:
     """Raise the error of the first line of a folder's files that cannot be parsed, if any."""
-    for path in _visible_files(folder):
+    for path in visible_files(folder):
         if kind_of(path)[0] in (".jsonl", ".json", ".csv"):
             for _ in records(path, column):
                 pass
-
-
-def _visible_files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
-            yield path
 
 
 def _split(data: DataConfig, folder: Path | None, part: Part) -> Any:
@@ -163,7 +156,7 @@ def fingerprint(data: DataConfig) -> str:
         return digest("text", fingerprint_of(place, data.text_column))
     else:
         # File names are part of it: they say which split a file belongs to.
-        files = ((p.relative_to(place).as_posix(), file_digest(p)) for p in _visible_files(place))
+        files = ((p.relative_to(place).as_posix(), file_digest(p)) for p in visible_files(place))
         content = tuple(part for named in files for part in named)
     return digest("huggingface", data.text_column, data.validation_split, *content)
 

@@ -163,7 +163,8 @@ def _write(data: DataConfig, folder: Path) -> None:
         os.replace(unfinished, folder)
     except OSError as error:
         if not disk_is_full(error):
-            raise
+            where = error.filename or folder.parent
+            raise UserError(f"{where}: tokens cannot be written: {error.strerror}") from None
         raise UserError(
             f"{folder.parent}: no room for the tokens ({error.strerror}): this corpus needs "
             f"{_room_needed(data, ledger)}; free some space or set data.cache to another disk"
