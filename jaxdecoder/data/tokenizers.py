@@ -104,6 +104,8 @@ def from_json(values: Table) -> Tokenizer:
         ValueError, KeyError, TypeError, AttributeError: if nothing like it is described.
     """
     kind: Kind = values["kind"]
+    if not isinstance(values["name"], str) or not isinstance(values["pattern"], str):
+        raise ValueError("wrong name or pattern")
     made = Tokenizer(
         kind=kind,
         name=values["name"],
@@ -118,7 +120,6 @@ def from_json(values: Table) -> Tokenizer:
     fits = {
         "entries": values.keys() == {field.name for field in fields(Tokenizer)} | {"vocab_size"},
         "vocab_size": values.get("vocab_size") == made.vocab_size,
-        "name or pattern": isinstance(made.name, str) and isinstance(made.pattern, str),
         "end_token or unknown": all(type(i) is int and 0 <= i < made.vocab_size for i in ids),
         "vocabulary": {
             "char": lambda: all(len(entry.decode()) == 1 for entry in texts),
