@@ -211,7 +211,6 @@ def chunks(path: Path, block: int = 1 << 20) -> Iterator[str]:
     with _errors_name(path), _open(path) as file:
         while True:
             raw = file.read(block)
-            read = len(raw)
             if not offset:
                 beginning = raw[:8]
             at = offset - len(decoder.getstate()[0])
@@ -232,9 +231,9 @@ def chunks(path: Path, block: int = 1 << 20) -> Iterator[str]:
                     "otherwise remove what is no text (`tr -d '\\000' < OLD > NEW`)",
                 )
             yield text if offset else text.removeprefix("\ufeff")
-            if not read:
+            if not raw:
                 return
-            offset += read
+            offset += len(raw)
 
 
 def _open_zstd(path: Path) -> Any:

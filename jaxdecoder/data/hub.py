@@ -10,6 +10,7 @@ from typing import Any, Literal
 from jaxdecoder.config import DataConfig
 from jaxdecoder.data.digests import digest, file_digest, sealed, unsealed
 from jaxdecoder.data.formats import (
+    RECORDS,
     Documents,
     documents,
     fingerprint_of,
@@ -109,6 +110,7 @@ def _place(data: DataConfig) -> Path | None:
         if path.is_dir() or path.is_file():
             return path
         is_id = not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.path)
+        is_id = is_id and kind_of(path)[0] not in (".txt", *RECORDS)  # a name mistyped
     except OSError as error:
         named = json.dumps(data.path[:200])
         raise UserError(f"data.path = {named}: {error.strerror}") from None
