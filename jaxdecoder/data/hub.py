@@ -109,12 +109,11 @@ def _place(data: DataConfig) -> Path | None:
     try:
         if path.is_dir() or path.is_file():
             return path
-        is_id = not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.path)
-        is_id = is_id and kind_of(path)[0] not in (".txt", *RECORDS)  # a name mistyped
+        meant_a_file = path.exists() or kind_of(path)[0] in (".txt", *RECORDS)
     except OSError as error:
         named = json.dumps(data.path[:200])
         raise UserError(f"data.path = {named}: {error.strerror}") from None
-    if not is_id:
+    if meant_a_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.path):
         raise UserError(
             f"data.path = {json.dumps(data.path)}: neither a folder or file nor a hub id such as "
             "roneneldan/TinyStories"
