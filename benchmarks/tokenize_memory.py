@@ -3,7 +3,8 @@
     python -m benchmarks.tokenize_memory --megabytes 2000 --tokenizer bpe
 
 The corpus is made of invented words, in one file (the hard case: one document larger than what
-may be held in memory) or in documents of a page each. Memory is the sum over this process and its
+may be held in memory; harder still: in one line, or without white space) or in documents of a page
+each. Memory is the sum over this process and its
 helpers, sampled 20 times a second from /proc, so it runs on Linux.
 """
 
@@ -27,15 +28,20 @@ PAGE = 3000
 LETTERS = np.array(list("etaoinshrdlucmfw"))
 
 
-def write_corpus(path: Path, n_bytes: int, pages: bool, seed: int = 0) -> None:
-    """Words with the frequencies of a language (Zipf's law), a new line every ten or so."""
+BETWEEN = {"lines": (" ", "\n"), "line": (" ", " "), "nothing": ("", "")}
+"""What is between words and between every ten of them."""
+
+
+def write_corpus(path: Path, n_bytes: int, pages: bool, between: str, seed: int = 0) -> None:
+    """Words with the frequencies of a language (Zipf's law)."""
+    word_end, line_end = BETWEEN[between]
     rng = np.random.default_rng(seed)
     words = np.array(["".join(rng.choice(LETTERS, rng.integers(1, 10))) for _ in range(50_000)])
     path.mkdir()
     written = number = 0
     while written < n_bytes:
         ranks = np.minimum(rng.zipf(1.2, 1_000_000), len(words)) - 1
-        text = "\n".join(" ".join(line) for line in np.split(words[ranks], 100_000))
+        text = line_end.join(word_end.join(line) for line in np.split(words[ranks], 100_000))
         text = text[: n_bytes - written]
         if pages:
             for start in range(0, len(text), PAGE):
@@ -67,10 +73,11 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int)
     parser.add_argument("--processes", type=int, default=0)
     parser.add_argument("--pages", action="store_true", help="many documents instead of one")
+    parser.add_argument("--between", choices=BETWEEN, default="lines", help="what divides words")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
-        write_corpus(corpus, arguments.megabytes * 1_000_000, arguments.pages)
+        write_corpus(corpus, arguments.megabytes * 1_000_000, arguments.pages, arguments.between)
         data = DataConfig(
             source="text",
             path=str(corpus),

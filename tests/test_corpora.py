@@ -198,8 +198,9 @@ class TestHuggingFace:
             list(corpora.documents(hub_data(tmp_path / "bare", tmp_path)))
 
     def test_a_path_that_is_neither_folder_nor_id_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="neither a folder nor a hub id"):
-            corpora.fingerprint(hub_data(tmp_path / "missing", tmp_path))
+        for path in (tmp_path / "missing", "missing.jsonl", "some/missing.txt.gz"):
+            with pytest.raises(UserError, match="neither a folder or file nor a hub id"):
+                corpora.fingerprint(hub_data(path, tmp_path))
 
     def test_without_a_network_the_hub_is_refused_with_a_way_round(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,7 @@
 """Tokenizers: text survives the round trip, and ours agrees with others' implementations."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +253,42 @@ def test_a_large_document_is_encoded_in_pieces_and_pathological_ones_end(bpe: To
     assert bpe.decode(bpe.encode(text)) == text
     for character in ("a", " ", "\n", "."):
         assert bpe.decode(bpe.encode(character * 600_000)) == character * 600_000
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+@pytest.mark.parametrize("line", ["a", " ", "中", "\t.", f"{'a' * 5000}{' ' * 5000}"])
+def test_one_endless_line_takes_seconds(kind: str, line: str) -> None:
+    text = "x" + line * (300_000 // len(line))
+    began = time.process_time()
+    made = build(kind, text)
+    assert made.decode(made.encode(text)) == text
+    assert time.process_time() - began < 20  # dividing no words, bpe takes a minute and more
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base", "bpe"])
+@pytest.mark.parametrize("character", [" ", "\n", "a", "1", "\u3000"])
+def test_no_run_is_too_long_for_a_pattern(
+    published: dict[str, Tokenizer], name: str, character: str
+) -> None:
+    text = f"x{character * 1_500_000}x"
+    assert published[name].decode(published[name].encode(text)) == text
+
+
+def test_words_of_ordinary_length_are_learned_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = list(stories(50_000, 0))
+    learned = build("bpe", *texts, vocab_size=600)
+    monkeypatch.setattr(vocabularies, "BPE_LONGEST_WORD", 10**9)
+    assert build("bpe", *texts, vocab_size=600) == learned
+
+
+def test_text_without_spaces_is_learned_from_a_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(text: str) -> int:
+        texts = iter([text] * 1000)
+        list(vocabularies._sample(texts, 1_000_000))
+        return 1000 - len(list(texts))
+
+    assert read("ACGT" * 2500) == 10
+    assert read("some " * 2000) == 100
 
 
 class TestTiktoken:

@@ -1,6 +1,7 @@
 """Tokenising once: the split, the bytes, the cache, and what happens when it goes wrong."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdecoder.config import DataConfig
-from jaxdecoder.data import corpora, tokens
+from jaxdecoder.data import corpora, tokenizers, tokens
 from jaxdecoder.data.stories import stories
 from jaxdecoder.errors import UserError
 
@@ -176,27 +177,76 @@ class TestFiles:
         np.testing.assert_array_equal(first.validation.starts, second.validation.starts)
         assert first.tokenizer == second.tokenizer
 
-    @pytest.mark.parametrize(
-        "change",
-        [
-            {"tokenizer": "byte"},
-            {"tokenizer": "bpe", "vocab_size": 300},
-            {"vocab_size": 20},
-            {"end_of_text": False},
-            {"validation_fraction": 0.2},
-            {"seed": 1},
-        ],
-    )
-    def test_other_settings_are_other_files(self, cache: str, change: dict[str, object]) -> None:
-        data = DataConfig(stories_bytes=3000, cache=cache)
-        changed = dataclasses.replace(data, **change)  # type: ignore[arg-type]
-        assert tokens.cache_key(data) != tokens.cache_key(changed)
+    @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(DataConfig)])
+    def test_the_key_follows_what_changes_tokens_and_nothing_else(
+        self, tmp_path: Path, cache: str, field: str
+    ) -> None:
+        """A new field must say here which it is."""
+        (tmp_path / "hub").mkdir()
+        for name in ("train", "test"):
+            (tmp_path / "hub" / f"{name}.jsonl").write_text('{"text": "abc", "other": "def"}\n')
+        made = tokens.prepare(DataConfig(stories_bytes=3000, cache=cache))
+        tokenizers.save(made.tokenizer, tmp_path / "tokenizer.json")
+        stories = DataConfig(stories_bytes=3000, cache=cache)
+        hub = DataConfig(source="huggingface", path=str(tmp_path / "hub"), cache=cache)
+        lines = dataclasses.replace(hub, source="text")
+        changes: dict[str, tuple[DataConfig, object]] = {
+            "source": (lines, "huggingface"),
+            "path": (lines, str(tmp_path / "hub" / "test.jsonl")),
+            "text_column": (lines, "other"),
+            "separator": (lines, ""),
+            "validation_split": (hub, "test"),
+            "validation_fraction": (stories, 0.2),
+            "stories_bytes": (stories, 4000),
+            "stories_plots": (stories, ("lost",)),
+            "stories_names": (stories, 3),
+            "stories_paragraphs": (stories, False),
+            "seed": (stories, 1),
+            "tokenizer": (stories, "byte"),
+            "tokenizer_path": (stories, str(tmp_path / "tokenizer.json")),
+            "vocab_size": (stories, 20),
+            "end_of_text": (stories, False),
+        }
+        keeps: dict[str, object] = {
+            "train_fraction": 0.5,
+            "mode": "padded",
+            "sampling": "random",
+            "cache": str(tmp_path / "another"),
+            "processes": 3,
+        }
+        data, value = changes[field] if field in changes else (stories, keeps[field])
+        changed = dataclasses.replace(data, **{field: value})  # type: ignore[arg-type]
+        assert (tokens.cache_key(data) == tokens.cache_key(changed)) == (field in keeps)
 
-    def test_settings_of_batches_share_the_files(self, cache: str) -> None:
+    def test_corpora_without_separators_keep_the_key_they_had(self, cache: str) -> None:
+        """So that runs of earlier versions can go on."""
         data = DataConfig(stories_bytes=3000, cache=cache)
-        changed = dataclasses.replace(data, mode="padded", sampling="random", processes=3)
-        changed = dataclasses.replace(changed, train_fraction=0.5)
-        assert tokens.cache_key(data) == tokens.cache_key(changed)
+        assert tokens.cache_key(data) == "0c20e5b6bfa21f48af1ffde34f37e906"
+
+    @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+    @given(texts=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1))
+    def test_any_documents_come_back_from_their_tokens(
+        self, tmp_path_factory: pytest.TempPathFactory, tokenizer: str, texts: list[str]
+    ) -> None:
+        folder = tmp_path_factory.mktemp("any")
+        (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+        data = DataConfig(
+            source="text",
+            path=str(folder / "texts.jsonl"),
+            tokenizer=tokenizer,
+            vocab_size=300 if tokenizer == "bpe" else None,
+            cache=str(folder),
+        )
+        if not "".join(texts).strip():
+            with pytest.raises(UserError, match="no text in it but white space"):
+                tokens.prepare(data)
+            return
+        corpus = tokens.prepare(data)
+        ids = np.concatenate([corpus.train.tokens, corpus.validation.tokens])
+        ends = np.flatnonzero(ids == corpus.tokenizer.end_token)
+        documents = np.split(ids, ends + 1)[:-1]
+        assert [corpus.tokenizer.decode(document[:-1]) for document in documents] == texts
+        assert corpus.train.n_bytes + corpus.validation.n_bytes == len("".join(texts).encode())
 
     def test_large_vocabularies_take_four_bytes_and_small_ones_two(
         self, tmp_path: Path, cache: str

@@ -23,6 +23,7 @@ from rich.table import Table
 from jaxdecoder import analysis
 from jaxdecoder.compression.options import Chart
 from jaxdecoder.compression.passes import corpus_of, sizes
+from jaxdecoder.data import tokenizers
 from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
@@ -90,7 +91,7 @@ def chart(options: Chart, command: str) -> list[Point]:
     subjects = [s for run in options.runs for s in _subjects(run, options.exit_thresholds)]
     speeds = _tokens_per_second(subjects, options.tokens)
     points = list(map(_measure, track(subjects, description="validation losses"), speeds))
-    shared = len({(Path(run) / "tokenizer.json").read_text() for run in options.runs}) == 1
+    shared = len({tokenizers.load(Path(run) / "tokenizer.json") for run in options.runs}) == 1
     loss = "loss" if shared else "bits_per_byte"
     write(Path(options.out), points, loss, command)
     heading, *body = rows(points, loss)

@@ -25,9 +25,11 @@ class DataConfig:
     source: Literal["stories", "text", "huggingface", "tiny_shakespeare"] = "stories"
     """stories: built-in generator; text: your files; huggingface: a hub id or local folder."""
     path: str = ""
-    """For text: a file, folder or glob. For huggingface: a hub id or a local folder."""
+    """For text: a file, folder or glob. For huggingface: a hub id, or a local folder or file."""
     text_column: str = "text"
-    """For huggingface: the column that holds the text."""
+    """Of records (jsonl, json, csv, parquet): the column that holds the text."""
+    separator: str = "<|endoftext|>"
+    """What divides a text into documents, with the line breaks around it; empty: nothing."""
     validation_split: str = ""
     """For huggingface: the split to validate on; empty: a share of the training split."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1

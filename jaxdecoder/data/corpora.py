@@ -6,30 +6,33 @@ A document may be larger than memory (a 2 GB book is one document). So the strea
 
 from __future__ import annotations
 
-import codecs
-import glob
 import hashlib
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 from jaxdecoder.config import DataConfig
+from jaxdecoder.data import formats, hub
+from jaxdecoder.data.digests import digest, file_digest
+from jaxdecoder.data.formats import Documents
+from jaxdecoder.data.hub import Part
 from jaxdecoder.errors import UserError, first_line
-from jaxdecoder.files import write_atomically
 
 PIECE = 1 << 17
 """Approximate length of a piece, in characters."""
-LONGEST_PIECE = 8 * PIECE
-"""Greatest length of a piece. A text with no safe place to cut is cut here."""
+LONGEST_PIECE = 4 * PIECE
+"""Length at which a text with no safe place to cut is cut: tiktoken refuses a million spaces."""
 
 TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-Part = Literal["train", "validation"]
 
 
 class Piece(NamedTuple):
@@ -49,28 +52,38 @@ def documents(data: DataConfig) -> Iterator[str]:
             texts.clear()
 
 
-def pieces(data: DataConfig, part: Part = "train") -> Iterator[Piece]:
+def pieces(
+    data: DataConfig, part: Part = "train", say: Callable[[str], None] = lambda _: None
+) -> Iterator[Piece]:
     """Yield the corpus as pieces of at most `LONGEST_PIECE` characters, without empty documents.
 
-    `part` = "validation" is the separate split that `data.validation_split` names.
+    `part` = "validation" is the separate split that `data.validation_split` names. `say` is told
+    how many records had no text.
 
     Raises:
         UserError: if there is no text.
     """
-    empty = True
-    for chunks in _SOURCES[data.source].chunks(data, part):
-        last = None
-        for text in cut(chunks):
+    blank, without = True, 0
+    for document in _SOURCES[data.source].documents(data, part):
+        if document is None:
+            without += 1
+            continue
+        numbered = split(document, data.separator, 2 if data.end_of_text else 0)
+        for _, chunks in groupby(numbered, itemgetter(0)):
+            last = None
+            for text in cut(chunk for _, chunk in chunks):
+                if last is not None:
+                    yield Piece(last, ends=False)
+                last = text
+                blank = blank and text.isspace()
             if last is not None:
-                yield Piece(last, ends=False)
-            last = text
-        if last is not None:
-            empty = False
-            yield Piece(last, ends=True)
-    if empty:
-        key = "path" if data.path else "source"
-        named = f"data.{key} = {json.dumps(getattr(data, key))}"
-        raise UserError(f"{named}: the corpus is empty; there is no text in it")
+                yield Piece(last, ends=True)
+    key = "path" if data.path else "source"
+    named = f"data.{key} = {json.dumps(getattr(data, key))}"
+    if blank:
+        raise UserError(f"{named}: the corpus is empty; there is no text in it but white space")
+    if without:
+        say(f"{named}: {without:,} record(s) without text are left out")
 
 
 def fingerprint(data: DataConfig) -> str:
@@ -111,16 +124,46 @@ def cut(chunks: Iterable[str], piece: int = PIECE, longest: int = LONGEST_PIECE)
         yield rest
 
 
+def split(chunks: Iterable[str], separator: str, breaks: int = 2) -> Iterator[tuple[int, str]]:
+    """Divide a text at each separator into documents: yield parts of them, with their numbers.
+
+    As many as `breaks` line breaks on each side belong to the separator, because it mostly stands
+    on a line of its own. They do not count if `separator` is "", which occurs nowhere.
+    """
+    if not separator:
+        yield from ((0, chunk) for chunk in chunks)
+        return
+    around = rf"(?:\r?\n){{0,{breaks}}}"
+    pattern = re.compile(around + re.escape(separator) + around)
+    longest = len(separator) + 4 * breaks
+    number, rest = 0, ""
+    for chunk in chunks:
+        rest += chunk
+        done = 0
+        known = len(rest) - longest  # a separator that starts later may be longer than it seems
+        if separator in rest:
+            for found in pattern.finditer(rest):
+                if found.start() > known:
+                    break
+                yield number, rest[done : found.start()]
+                number, done = number + 1, found.end()
+        kept = max(done, known + 1)
+        yield number, rest[done:kept]
+        rest = rest[kept:]
+    for later, text in enumerate(pattern.split(rest)):
+        yield number + later, text
+
+
 # Sources: stream the text of each document in chunks, name the content, tell its size.
 
 
 class Source(NamedTuple):
-    chunks: Callable[[DataConfig, Part], Iterator[Iterable[str]]]
+    documents: Callable[[DataConfig, Part], Documents]
     fingerprint: Callable[[DataConfig], str]
     size: Callable[[DataConfig], int | None]
 
 
-def _story_chunks(data: DataConfig, part: Part) -> Iterator[Iterable[str]]:
+def _stories(data: DataConfig, part: Part) -> Documents:
     from jaxdecoder.data.stories import stories, world_of
 
     for story in stories(data.stories_bytes, data.seed, world_of(data)):
@@ -132,161 +175,13 @@ def _story_fingerprint(data: DataConfig) -> str:
 
     world = stories.world_of(data)
     smaller = () if world == stories.EVERYTHING else world
-    return _digest("stories", stories.VERSION, data.stories_bytes, data.seed, *smaller)
-
-
-def _text_files(path: str) -> list[Path]:
-    """Return the files of `data.path`: itself, the *.txt files below it, or those a glob finds."""
-    root = Path(path).expanduser()
-    if root.is_file():
-        return [root]
-    if root.is_dir():
-        found = sorted(p for p in root.rglob("*.txt") if p.is_file())
-        if not found:
-            raise UserError(f"data.path = {json.dumps(path)}: no *.txt file in this folder")
-        return found
-    found = sorted(Path(p) for p in glob.glob(str(root), recursive=True) if Path(p).is_file())
-    if not found:
-        what = "no file matches" if glob.has_magic(path) else "no such file or folder"
-        raise UserError(f"data.path = {json.dumps(path)}: {what} (seen from {Path.cwd()})")
-    return found
-
-
-def _read(path: Path, block: int = 1 << 20) -> Iterator[str]:
-    """Read a UTF-8 file block by block, byte for byte (line ends are kept)."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
-    try:
-        with path.open("rb") as file:
-            while True:
-                raw = file.read(block)
-                pending = len(decoder.getstate()[0])
-                try:
-                    text = decoder.decode(raw, final=not raw)
-                except UnicodeDecodeError as error:
-                    at = offset - pending + error.start
-                    raise UserError(
-                        f"{path}: not UTF-8 text: byte {at:,} (0x{error.object[error.start]:02x}) "
-                        "does not belong there; convert the file to UTF-8"
-                    ) from None
-                if text:
-                    yield text
-                if not raw:
-                    return
-                offset += len(raw)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-
-
-def _huggingface_chunks(data: DataConfig, part: Part) -> Iterator[Iterable[str]]:
-    dataset = _huggingface_split(data, part)
-    for rows in dataset.iter(batch_size=64):
-        if data.text_column not in rows:
-            raise UserError(
-                f"data.text_column = {json.dumps(data.text_column)}: {data.path} has no such "
-                f"column; it has {', '.join(sorted(rows))}"
-            )
-        for text in rows[data.text_column]:
-            if text is None:
-                continue
-            if not isinstance(text, str):
-                raise UserError(
-                    f"data.text_column = {json.dumps(data.text_column)}: {data.path} holds "
-                    f"{type(text).__name__} there, not text; name a column of text"
-                )
-            yield (text,)
-
-
-def _huggingface_split(data: DataConfig, part: Part) -> Any:
-    """Stream one split of a Hub repository, or of a local folder of parquet or jsonl files."""
-    import datasets
-
-    folder = _huggingface_folder(data)
-    revision = None if folder else _revision(data)
-    try:
-        splits = datasets.load_dataset(
-            str(folder or data.path),
-            revision=revision,
-            streaming=True,
-            cache_dir=str(Path(data.cache) / "huggingface"),
-        )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"data.path = {json.dumps(data.path)}: this is not a data set that can be read "
-            f"({first_line(error)}); give a hub id such as roneneldan/TinyStories, or a folder "
-            "of parquet or jsonl files"
-        ) from None
-    names = list(splits)
-    if data.validation_split and data.validation_split not in names:
-        raise UserError(
-            f"data.validation_split = {json.dumps(data.validation_split)}: {data.path} has no "
-            f"such split; it has {', '.join(names)}"
-        )
-    if part == "validation":
-        return splits[data.validation_split]
-    others = [name for name in names if name != data.validation_split]
-    if "train" not in others and len(others) != 1:
-        raise UserError(
-            f"data.path = {json.dumps(data.path)}: there is no split to train on besides "
-            f"data.validation_split = {json.dumps(data.validation_split)}; the splits are "
-            f"{', '.join(names)}, and the one to train on is called train"
-        )
-    return splits["train" if "train" in others else others[0]]
-
-
-def _huggingface_folder(data: DataConfig) -> Path | None:
-    path = Path(data.path).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.path):
-        raise UserError(
-            f"data.path = {json.dumps(data.path)}: neither a folder nor a hub id such as "
-            "roneneldan/TinyStories"
-        )
-    return None
-
-
-def _revision(data: DataConfig) -> str:
-    """Return the commit that a hub id means now; without a network, the one it meant last."""
-    import huggingface_hub
-
-    note = Path(data.cache) / "huggingface" / f"{data.path.replace('/', '--')}.revision"
-    try:
-        revision = huggingface_hub.HfApi().dataset_info(data.path, timeout=30).sha
-    except huggingface_hub.errors.RepositoryNotFoundError:
-        raise UserError(
-            f"data.path = {json.dumps(data.path)}: the Hugging Face Hub has no such data set, or "
-            "you may not read it; check the name, or log in with `hf auth login`"
-        ) from None
-    except Exception as error:  # the client's errors for "no network" have no common base
-        if note.is_file():
-            return note.read_text().strip()
-        raise UserError(
-            f"data.path = {json.dumps(data.path)}: the Hugging Face Hub cannot be reached "
-            f"({first_line(error)}); where there is a network, run `hf download {data.path} "
-            "--repo-type dataset --local-dir FOLDER`, bring FOLDER here and set "
-            'data.path = "FOLDER"'
-        ) from None
-    _cache(note, f"{revision}\n".encode())
-    return str(revision)
-
-
-def _huggingface_fingerprint(data: DataConfig) -> str:
-    folder = _huggingface_folder(data)
-    if folder is None:
-        content: tuple[object, ...] = (data.path, _revision(data))
-    else:
-        files = [(p.relative_to(folder), p) for p in sorted(folder.rglob("*")) if p.is_file()]
-        seen = [(name, p) for name, p in files if not any(x.startswith(".") for x in name.parts)]
-        # File names are part of it: they say which split a file belongs to.
-        content = tuple(part for name, p in seen for part in (name.as_posix(), _file_digest(p)))
-    return _digest("huggingface", data.text_column, data.validation_split, *content)
+    return digest("stories", stories.VERSION, data.stories_bytes, data.seed, *smaller)
 
 
 def _shakespeare_fingerprint(data: DataConfig) -> str:
     if data.path:
         tiny_shakespeare(data)  # refuses another text
-    return _digest("text", TINY_SHAKESPEARE_SHA256)
+    return digest("text", TINY_SHAKESPEARE_SHA256)
 
 
 def tiny_shakespeare(data: DataConfig) -> Path:
@@ -296,15 +191,22 @@ def tiny_shakespeare(data: DataConfig) -> Path:
         UserError: if the file is missing, is another text, or cannot be downloaded.
     """
     if data.path:
-        local = Path(data.path).expanduser()
-        if not local.is_file():
-            raise UserError(f"data.path = {json.dumps(data.path)}: no such file")
-        _check_shakespeare(local, "data.path")
-        return local
+        named = formats.local("data.path", data.path)
+        if not os.path.isfile(named):
+            raise UserError(f"data.path = {json.dumps(data.path[:200])}: no such file")
+        if file_digest(named) != TINY_SHAKESPEARE_SHA256:
+            raise UserError(
+                f"data.path = {named}: this is not Tiny Shakespeare (its SHA-256 should be "
+                f"{TINY_SHAKESPEARE_SHA256}); get it from {TINY_SHAKESPEARE_URL}, or use "
+                'data.source = "text" for a text of your own'
+            )
+        return named
     cached = Path(data.cache) / "tinyshakespeare.txt"
-    if not cached.is_file():
-        _cache(cached, _download_shakespeare(cached))
-    _check_shakespeare(cached, "the cached Tiny Shakespeare")
+    if cached.is_file() and file_digest(cached) == TINY_SHAKESPEARE_SHA256:
+        return cached
+    if cached.exists():
+        print(f"{cached}: not Tiny Shakespeare, or damaged; getting it anew", file=sys.stderr)
+    hub.keep(cached, _download_shakespeare(cached))
     return cached
 
 
@@ -328,46 +230,27 @@ def _download_shakespeare(destination: Path) -> bytes:
     return response.content
 
 
-def _check_shakespeare(path: Path, what: str) -> None:
-    if _file_digest(path) != TINY_SHAKESPEARE_SHA256:
-        raise UserError(
-            f"{what} = {path}: this is not Tiny Shakespeare (its SHA-256 should be "
-            f"{TINY_SHAKESPEARE_SHA256}); get it from {TINY_SHAKESPEARE_URL}, or use "
-            'data.source = "text" for a text of your own'
-        )
+def _text_documents(data: DataConfig, part: Part) -> Documents:
+    for path in formats.text_files(data.path):
+        yield from formats.documents(path, data.text_column)
+
+
+def _text_fingerprint(data: DataConfig) -> str:
+    files = formats.text_files(data.path)
+    return digest("text", *(formats.fingerprint_of(path, data.text_column) for path in files))
 
 
 _SOURCES: dict[str, Source] = {
-    "stories": Source(_story_chunks, _story_fingerprint, lambda data: data.stories_bytes),
+    "stories": Source(_stories, _story_fingerprint, lambda data: data.stories_bytes),
     "text": Source(
-        lambda data, part: map(_read, _text_files(data.path)),
-        lambda data: _digest("text", *map(_file_digest, _text_files(data.path))),
-        lambda data: sum(path.stat().st_size for path in _text_files(data.path)),
+        _text_documents,
+        _text_fingerprint,
+        lambda data: formats.size(formats.text_files(data.path)),
     ),
-    "huggingface": Source(_huggingface_chunks, _huggingface_fingerprint, lambda data: None),
+    "huggingface": Source(hub.documents_of, hub.fingerprint, lambda data: None),
     "tiny_shakespeare": Source(
-        lambda data, part: iter([_read(tiny_shakespeare(data))]),
+        lambda data, part: iter([formats.chunks(tiny_shakespeare(data))]),
         _shakespeare_fingerprint,
         lambda data: 1_115_394,
     ),
 }
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-
-
-def _cache(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None

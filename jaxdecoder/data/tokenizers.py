@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, SupportsInt
@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 
 from jaxdecoder.data.corpora import PIECE, cut
-from jaxdecoder.errors import UserError
+from jaxdecoder.data.digests import sealed, unsealed
+from jaxdecoder.errors import UserError, first_line
 from jaxdecoder.files import write_atomically
 from jaxdecoder.typing import Table
 
@@ -97,9 +98,15 @@ _CODEC: dict[Kind, str] = {"char": "utf-8", "byte": "latin-1", "bpe": "latin-1"}
 
 
 def from_json(values: Table) -> Tokenizer:
-    """Return the tokenizer that `to_json` described."""
+    """Return the tokenizer that `to_json` described.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: if nothing like it is described.
+    """
     kind: Kind = values["kind"]
-    return Tokenizer(
+    if not isinstance(values["name"], str) or not isinstance(values["pattern"], str):
+        raise ValueError("wrong name or pattern")
+    made = Tokenizer(
         kind=kind,
         name=values["name"],
         vocabulary=tuple(entry.encode(_CODEC[kind]) for entry in values["vocabulary"]),
@@ -107,26 +114,47 @@ def from_json(values: Table) -> Tokenizer:
         unknown=values["unknown"],
         pattern=values["pattern"],
     )
+    texts = [entry for i, entry in enumerate(made.vocabulary) if i != made.end_token]
+    every_byte = [bytes([value]) for value in range(256)]
+    ids = [i for i in (made.end_token, made.unknown) if i is not None]
+    fits = {
+        "entries": values.keys() == {field.name for field in fields(Tokenizer)} | {"vocab_size"},
+        "vocab_size": values.get("vocab_size") == made.vocab_size,
+        "end_token or unknown": all(type(i) is int and 0 <= i < made.vocab_size for i in ids),
+        "vocabulary": {
+            "char": lambda: all(len(entry.decode()) == 1 for entry in texts),
+            "byte": lambda: texts == every_byte,
+            "bpe": lambda: set(every_byte) <= set(texts),
+        }[kind](),
+    }
+    for what, good in fits.items():
+        if not good:
+            raise ValueError(f"wrong {what}")
+    return made
 
 
 def save(tokenizer: Tokenizer, path: str | Path) -> None:
-    """Write a self-contained tokenizer.json, completely or not at all."""
-    write_atomically(Path(path), json.dumps(tokenizer.to_json(), ensure_ascii=False))
+    """Write a self-contained tokenizer.json with its digest, completely or not at all."""
+    values = sealed(tokenizer.to_json())
+    write_atomically(Path(path), json.dumps(values, ensure_ascii=False))
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Read what `save` wrote.
+    """Read what `save` wrote. A file without a digest, of an earlier version, will do.
 
     Raises:
-        UserError: if the file cannot be read or is not a tokenizer of this project.
+        UserError: if the file cannot be read, is damaged or is not a tokenizer of this project.
     """
     try:
-        return from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        return from_json(unsealed(values) if "digest" in values else values)
     except OSError as error:
         raise UserError(f"{path}: the tokenizer cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path}: not a tokenizer of this project ({type(error).__name__}: {error})"
+            f"{path}: not a tokenizer of this project, or a damaged one "
+            f"({type(error).__name__}: {error}); bring a copy of the file, or if you edited it, "
+            "delete its digest"
         ) from None
 
 
@@ -187,9 +215,13 @@ def _bpe_encoder(tokenizer: Tokenizer) -> Callable[[str], Ids]:
 
     end = tokenizer.end_token
     ranks = {entry: i for i, entry in enumerate(tokenizer.vocabulary) if entry and i != end}
-    encoding = tiktoken.Encoding(
-        tokenizer.name, pat_str=tokenizer.pattern, mergeable_ranks=ranks, special_tokens={}
-    )
+    try:
+        encoding = tiktoken.Encoding(
+            tokenizer.name, pat_str=tokenizer.pattern, mergeable_ranks=ranks, special_tokens={}
+        )
+    except ValueError as error:
+        why = f"its pattern is not a regular expression: {first_line(error)}"
+        raise UserError(f"the tokenizer {tokenizer.name}: {why}") from None
 
     def encode(text: str) -> Ids:
         if not text.isascii():

@@ -25,8 +25,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from jaxdecoder.config import DataConfig
-from jaxdecoder.data import corpora, tokenizers, vocabularies
+from jaxdecoder.data import corpora, formats, tokenizers, vocabularies
 from jaxdecoder.data.corpora import Part
+from jaxdecoder.data.digests import check_of, file_digest, sealed, unsealed
 from jaxdecoder.data.encoding import Encoded, Stream, dtype_of, encode_all, jobs_of
 from jaxdecoder.data.tokenizers import Tokenizer
 from jaxdecoder.errors import UserError
@@ -67,29 +68,37 @@ def prepare(data: DataConfig) -> Corpus:
     """
     key = cache_key(data)  # it may read the whole text
     folder = Path(data.cache) / "tokens" / key
-    if not folder.is_dir():
-        with _lock(folder):
-            if not folder.is_dir():  # another process may have been faster
-                _write(data, folder)
     corpus = _open(folder)
+    if corpus is None:
+        with _lock(folder):
+            corpus = _open(folder)  # another process may have been faster
+            if corpus is None:
+                if folder.exists():
+                    print(f"{folder}: these tokens are damaged; making them anew", file=sys.stderr)
+                _write(data, folder)
+                corpus = _open(folder)
+    if corpus is None:
+        raise UserError(f"{folder}: the disk gave back other tokens than were written; check it")
     return replace(corpus, train=first(corpus.train, data.train_fraction), key=key)
 
 
 def cache_key(data: DataConfig) -> str:
     """Return the name of the folder for this corpus, tokenizer and split."""
-    folder = Path(data.tokenizer_path).expanduser()
+    folder = formats.local("data.tokenizer_path", data.tokenizer_path)
     names = [] if folder.suffix == ".json" else ["vocab.json", "merges.txt"]
     files = [folder / name for name in names] or [folder]
     settings = {
         "format": FORMAT,
         "corpus": corpora.fingerprint(data),
         "tokenizer": data.tokenizer,
-        "tokenizer_files": [_digest(p.read_bytes()) for p in files if p.is_file()],
+        "tokenizer_files": [file_digest(p) for p in files if p.is_file()],
         "vocab_size": data.vocab_size,
         "end_of_text": data.end_of_text,
         "validation": _validation_split(data) or data.validation_fraction,
     }
-    return _digest(json.dumps(settings, sort_keys=True).encode())[:32]
+    if data.separator != DataConfig.separator:  # left out, so that older runs know their corpus
+        settings["separator"] = data.separator
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def first(split: Split, fraction: float) -> Split:
@@ -150,16 +159,26 @@ def _write(data: DataConfig, folder: Path) -> None:
         unfinished.mkdir()
         with _bar(corpora.size(data)) as start:
             _tokenise(data, unfinished, ledger, start)
+        _remove(folder)
         os.replace(unfinished, folder)
     except OSError as error:
         if not disk_is_full(error):
-            raise
+            where = error.filename or folder.parent
+            raise UserError(f"{where}: tokens cannot be written: {error.strerror}") from None
         raise UserError(
             f"{folder.parent}: no room for the tokens ({error.strerror}): this corpus needs "
             f"{_room_needed(data, ledger)}; free some space or set data.cache to another disk"
         ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or the file that is in its place."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)
 
 
 Start = Callable[[str], Callable[[int], None]]
@@ -186,7 +205,7 @@ def _tokenise(data: DataConfig, folder: Path, ledger: _Ledger, start: Start) -> 
     pieces_of_train = 0
     with (folder / "train.bin").open("wb") as file:
         for part in parts:
-            jobs = jobs_of(corpora.pieces(data, part))
+            jobs = jobs_of(corpora.pieces(data, part, partial(print, file=sys.stderr)))
             for encoded in encode_all(data, tokenizer, folder / "tokenizer.json", jobs):
                 file.write(encoded.tokens.data)
                 ledger.add(encoded)
@@ -229,8 +248,9 @@ def _divide(
         "dtype": dtype.name,
         "train": {"tokens": place, "bytes": train_bytes},
         "validation": {"tokens": n - place, "bytes": sum(ledger.n_bytes) - train_bytes},
+        "checks": {path.name: check_of(path) for path in sorted(folder.iterdir())},
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    (folder / "meta.json").write_text(json.dumps(sealed(meta), indent=1), encoding="utf-8")
 
 
 def _bytes_before(place: int, tokenizer: Tokenizer, path: Path, ledger: _Ledger) -> int:
@@ -249,8 +269,16 @@ def _bytes_before(place: int, tokenizer: Tokenizer, path: Path, ledger: _Ledger)
     return total
 
 
-def _open(folder: Path) -> Corpus:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+def _open(folder: Path) -> Corpus | None:
+    """Open the files that `_write` wrote; None if there are none, or not as they were written."""
+    try:
+        meta = unsealed(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
+        if any(check_of(folder / name) != check for name, check in meta["checks"].items()):
+            return None
+    except PermissionError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from None
+    except (OSError, ValueError, KeyError, RecursionError):
+        return None
 
     def split(name: str) -> Split:
         return Split(
@@ -261,10 +289,6 @@ def _open(folder: Path) -> Corpus:
 
     tokenizer = tokenizers.load(folder / "tokenizer.json")
     return Corpus(tokenizer, split("train"), split("validation"))
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _validation_split(data: DataConfig) -> str:

@@ -29,6 +29,9 @@ BPE_PATTERN = (
 BPE_VOCAB_SIZE = 4096
 BPE_SAMPLE_BYTES = 100_000_000
 """Bytes at the start of the corpus that a tokenizer is trained on. More change little."""
+BPE_LONGEST_WORD = 1000
+"""Characters of a word that a tokenizer is trained on; longer ones (no spaces: genes, base64) are
+divided. Training on a word takes time in proportion to the square of its length."""
 
 
 def build(data: DataConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
@@ -115,8 +118,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
 
     trained = tokenizers.Tokenizer(models.BPE())
     words = pre_tokenizers.Split(tokenizers.Regex(BPE_PATTERN), "isolated")
+    bounded = pre_tokenizers.FixedLength(length=BPE_LONGEST_WORD)
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    trained.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+    trained.pre_tokenizer = pre_tokenizers.Sequence([words, bounded, to_bytes])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -127,9 +131,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def _sample(texts: Iterable[str], most: int) -> Iterator[str]:
+    """Yield texts until they have `most` bytes.
+
+    Text without white space counts ten times: hardly a word of it occurs twice, so it takes ten
+    times the memory and time.
+    """
     for text in texts:
         yield text
-        most -= len(text.encode())
+        endless = sum(len(word) for word in text.split() if len(word) > BPE_LONGEST_WORD)
+        most -= len(text.encode()) + 9 * endless
         if most <= 0:
             return
 
