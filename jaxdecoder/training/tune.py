@@ -114,6 +114,9 @@ def tuned(config: Config, *, objective: ToObjective = next_token, say: Say = pri
     path = Path(config.data.cache).expanduser() / "forms" / f"{_key(complete)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         form = Form(**json.loads(path.read_text())["form"])
+        # Whatever the file holds, it must be a form that could have been chosen.
+        if any(change not in candidates for change in _differ(form, form_of(complete))):
+            raise ValueError(form)
         say(f"tune: {form}, the quickest on this processor when it was measured ({path})")
         return with_form(config, form)
     say(f"tune: trials on {processor()}, {len(cores())} cores (--train.tune false leaves them out)")
@@ -263,10 +266,17 @@ def _turns(config: Config, objective: ToObjective) -> Iterator[float]:
         steps = max(1, round(steps * TURN_SECONDS / taken))
 
 
+def _differ(a: Form, b: Form) -> list[Mapping[str, Any]]:
+    """Return what makes `a` of `b`, one change each."""
+    both = zip(Form._fields, a, b, strict=True)
+    return [{name: mine} for name, mine, theirs in both if mine != theirs]
+
+
 def _filled(said: Form, theirs: Form) -> Form:
     """Return what is said, and theirs where nothing is."""
-    unsaid = [name for name in Form._fields if getattr(said, name) == getattr(UNSAID, name)]
-    return said._replace(**{name: getattr(theirs, name) for name in unsaid})
+    for change in _differ(said, UNSAID):
+        theirs = theirs._replace(**change)
+    return theirs
 
 
 def _repays(config: Config, trials: int) -> bool:
