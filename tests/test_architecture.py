@@ -23,6 +23,7 @@ from jaxdecoder.layers.depth import CONFIDENCES, DEPTHS
 from jaxdecoder.layers.feed_forward import ACTIVATIONS
 from jaxdecoder.layers.norms import NORMS
 from jaxdecoder.layers.positions import POSITIONS
+from jaxdecoder.layers.remat import REMATS
 from jaxdecoder.training.optimizers import OPTIMIZERS, SCHEDULES
 
 ROOT = Path(__file__).parent.parent
@@ -124,6 +125,7 @@ def test_nothing_imports_a_script():
         (get_args(model.AttentionName), ATTENTIONS),
         (get_args(model.Layout), LAYOUTS),
         (get_args(model.Depth), DEPTHS),
+        (choices(model.ModelConfig, "remat"), REMATS),
         (get_args(model.ExitConfidence), CONFIDENCES),
         (choices(OptimizerConfig, "name"), OPTIMIZERS),
         (choices(OptimizerConfig, "schedule"), SCHEDULES),
@@ -138,6 +140,7 @@ def test_nothing_imports_a_script():
         "attention",
         "layout",
         "depth",
+        "remat",
         "exit_confidence",
         "optimizer",
         "schedule",
