@@ -35,6 +35,7 @@ ROOMS = [
     "files",
     "helpers",
     "typing",
+    "devices",
     "config",
     "kernels",
     "layers",
@@ -83,7 +84,8 @@ def imported_rooms(path):
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_module_imports_its_own_room_and_those_below(path):
-    own = ROOMS.index(room(path))
+    # What `python -m` runs is a script, as train.py is: it stands above all rooms.
+    own = len(ROOMS) if path.name == "__main__.py" else ROOMS.index(room(path))
     for imported in imported_rooms(path):
         assert imported in ROOMS, f"{imported} is no room: import from the room that has it"
         assert ROOMS.index(imported) <= own, f"{imported} stands above {room(path)}"
