@@ -15,18 +15,22 @@ have each policy of `model.remat`. Each device has, in gigabytes (1e9 bytes):
   comes out; it compares two programs for one device, and is not a time.
 
 Besides, the floating-point operations of XLA's own matrix products (those of attention kernels are
-not among them), their number, and the seconds that tracing and
-compiling took on this machine. Rows go to
-benchmarks/results/; `--version before` names them, and leaves those of other versions there.
+not among them), their number, and the seconds that tracing and compiling took on this machine.
+`--turns 20` also takes steps of each on this CPU, in turns, and gives the median of the processor
+time of a step, which other programs disturb less than its duration. Rows go to benchmarks/results/;
+`--version before` names them, and leaves those of other versions there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.hlo import Program
 from benchmarks.turns import HERE, machine, write
@@ -79,6 +83,29 @@ def measure(config: Any, target: str, devices: int = 1) -> dict[str, float]:
     }
 
 
+def milliseconds(configs: dict[str, Any], turns: int) -> dict[str, float]:
+    """The median processor time of a step of each on this CPU; they take turns."""
+    import jax
+
+    from jaxdecoder.devices import DEVICES
+    from jaxdecoder.training.memory import compile_step
+    from jaxdecoder.training.step import init_state
+
+    programs, states, batches, found = {}, {}, {}, {name: [] for name in configs}
+    for name, config in configs.items():
+        lowered, programs[name] = compile_step(config, DEVICES["cpu"], steps=1, run=True)
+        states[name] = jax.jit(init_state, static_argnums=0)(config)
+        batches[name] = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), lowered.batches)
+    for turn in range(turns + 1):
+        for name, program in programs.items():
+            start = time.process_time()
+            states[name], metrics = program(states[name], batches[name], ())
+            jax.block_until_ready(metrics)
+            if turn:  # the first one warms up
+                found[name].append(1e3 * (time.process_time() - start))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
 def main() -> None:
     """Prints a row for each target and set of savings."""
     import jax
@@ -92,6 +119,7 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--targets", nargs="+", choices=DEVICES)
     parser.add_argument("--devices", type=int, default=1, help="over how many of them")
+    parser.add_argument("--turns", type=int, default=0, help="steps of each to time on the CPU")
     parser.add_argument("--policies", action="store_true", help="a row for each of model.remat")
     parser.add_argument("--limit", type=float, help="gigabytes the config itself must fit in")
     parser.add_argument("--version", default="now", help="a name for these rows")
@@ -117,6 +145,12 @@ def main() -> None:
             about = {"version": options.version, "target": target, "devices": options.devices}
             about |= {"config": name}
             found.append({**about, "jax": jax.__version__, **figures})
+    if options.turns:
+        configs = rows(options.config, overrides, options.policies)
+        for name, median in milliseconds(configs, options.turns).items():
+            print(f"{name}: {median:.0f} ms of processor time a step")
+            row = next(r for r in found if (r["target"], r["config"]) == ("cpu", name))
+            row["milliseconds"] = median
     out = options.out or HERE / "results" / f"step_memory_{options.config.stem}.json"
     held = json.loads(out.read_text())["rows"] if out.exists() else []
     others = [row for row in held if row.get("version", "now") != options.version]

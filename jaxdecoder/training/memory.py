@@ -64,15 +64,18 @@ def estimated(config: Config, device: Device, count: int = 1) -> Memory:
 
 
 def compile_step(
-    config: Config, device: Device, count: int = 1, steps: int | None = None
+    config: Config, device: Device, count: int = 1, steps: int | None = None, *, run: bool = False
 ) -> tuple[Lowered, jax.stages.Compiled]:
-    """Compile a call of so many steps, or of as many as training takes at once."""
+    """Compile a call of so many steps, or of as many as training takes at once.
+
+    `run`: as well as for a program that is run, and not only counted.
+    """
     _check_division(config, count)
     with _mesh(device, count) as mesh:
         lowered = lower(config, mesh, steps or _steps(config))
         # How LLVM optimises a CPU's code changes no plan of memory, only how long this takes.
-        quick = {"xla_backend_optimization_level": 0} if device.card is None else None
-        return lowered, lowered.call.compile(quick)
+        fast = None if run or device.card is not None else {"xla_backend_optimization_level": 0}
+        return lowered, lowered.call.compile(fast)
 
 
 def lower(config: Config, mesh: Mesh, steps: int) -> Lowered:
