@@ -10,50 +10,24 @@ need. Nothing is run: what is shown is that the compilers take a program, and wh
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
 import os
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import pytest
-from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+from jaxdecoder.devices import DEVICES
+from jaxdecoder.training import ahead
 
-
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # its parent package
-        return False
-
-
-CUDA_PACKAGES = any(map(_installed, PLUGINS))
-
-
-def _cuda_root() -> Path | None:
-    """The folder of NVIDIA's compilers: that of the environment, or else that of the packages."""
-    if "CUDA_ROOT" in os.environ:
-        return Path(os.environ["CUDA_ROOT"]).absolute()
-    places = importlib.util.find_spec("nvidia.cu13") if _installed("nvidia.cu13") else None
-    found = [Path(x) for x in (places and places.submodule_search_locations) or ()]
-    return next((x for x in found if (x / "bin" / "ptxas").exists()), None)
-
-
-CUDA_ROOT = _cuda_root()
+CUDA_PACKAGES = ahead.can_compile()
 if CUDA_PACKAGES:
-    if CUDA_ROOT is not None:
-        # XLA takes its ptxas from there, but Mosaic takes the first one on the PATH.
-        os.environ["CUDA_ROOT"] = str(CUDA_ROOT)
-        os.environ["PATH"] = os.pathsep.join([str(CUDA_ROOT / "bin"), os.environ["PATH"]])
+    CUDA_ROOT = ahead.find_compilers()
     # What the compilers print. They read this when the first of them is loaded, so before any
     # compiles.
     os.environ |= {
@@ -64,47 +38,13 @@ if CUDA_PACKAGES:
     }
     # Kernels that LLVM does not optimise spill registers; conftest.py makes it quick for the rest.
     jax.config.update("jax_disable_most_optimizations", False)
-    # What has been compiled for a card that is not there cannot be read back.
-    jax.config.update("jax_enable_compilation_cache", False)
 
 needs_cuda_packages = pytest.mark.skipif(
     not CUDA_PACKAGES,
     reason="jax has no CUDA compiler here: `make test-cuda` installs it and runs these tests",
 )
 
-H200 = AbstractMesh(
-    (1,),
-    ("x",),
-    axis_types=(AxisType.Auto,),
-    abstract_device=AbstractDevice("NVIDIA H200", num_cores=132, platform="gpu"),
-)
-# A GpuTargetConfigProto of XLA's, in text form, with the card's published and reported figures.
-TARGET = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000
-  l2_cache_size: 62914560
-  clock_rate_ghz: 1.98
-  device_memory_size: 150000000000
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  cuda_compute_capability { major: 9 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 }
-device_description_str: "NVIDIA H200"
-"""
+H200 = ahead.abstract_mesh(DEVICES["h200"], 1, "x")
 
 
 class Kernel(NamedTuple):
@@ -135,14 +75,6 @@ class Record(NamedTuple):
     """that compiling took, tracing left out"""
 
 
-@functools.cache
-def _mesh(n_devices: int) -> Mesh:
-    topology = topologies.get_topology_desc(
-        "h200", platform="cuda", target_config=TARGET, topology=f"1x1x{n_devices}"
-    )
-    return topologies.make_mesh(topology, (n_devices,), ("x",))
-
-
 def compile_for_h200(
     function: Callable[..., Any],
     *shapes: Any,
@@ -155,16 +87,15 @@ def compile_for_h200(
     On several devices, the arrays are laid out by `spec` over the mesh axis x, or all on each.
     `of_jit`: what `jax.jit` takes besides, such as `donate_argnums`.
     """
-    mesh = _mesh(n_devices)
+    device = DEVICES["h200"]
+    mesh = ahead.mesh_of(device, n_devices, "x")
     sharding = NamedSharding(mesh, P() if spec is None else spec)
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     arguments = jax.tree.map(placed, shapes)
-    # Triton's lowering asks the mesh which device it is for, and so does `implementation="auto"`.
-    abstract = H200.update(axis_sizes=(n_devices,))
-    with jax.sharding.use_abstract_mesh(abstract), _printed() as log:
+    with ahead.traced_for(device, n_devices, "x"), _printed() as log:
         lowered = jax.jit(function, **of_jit).lower(*arguments)
         start = time.perf_counter()
         compiled = lowered.compile()

@@ -34,6 +34,7 @@ SEEDS = {
     "shakespeare_small": (2_697_281, 65),
     "shakespeare_baby_gpt": (10_788_929, 65),
     "gpt2_124m": (124_439_808, 50_257),
+    "gpt2_xl": (1_557_611_200, 50_257),
     "tinygpt": (21_416_593, 145),
     "tinystories_77m": (76_852_305, 50_257),
     "parallel_stacks": (521_695_152, 110_000),

@@ -179,10 +179,12 @@ class Card:
         self.memory_stats = lambda: stats
 
 
-@pytest.mark.parametrize("stats", [None, {}, {"bytes_limit": 60_000_000_000}])
+@pytest.mark.parametrize("stats", [None, {}, {"bytes_limit": 105_750_000_000}])
 def test_a_gpus_limits_are_shares_of_its_memory(gpu, monkeypatch, stats):
+    """Of one that is not here, of three quarters of what its data sheet says."""
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.setattr(jax, "local_devices", lambda: [Card(stats)])
-    assert module.device_limits() == (937_500_000, 117_187_500)
+    assert module.device_limits() == (1_652_343_750, 206_542_968)
     monkeypatch.setattr(jax, "local_devices", lambda: [Card({"bytes_limit": 6_400_000})])
     assert module.device_limits() == (100_000, 12_500)
 

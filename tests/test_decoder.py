@@ -125,7 +125,7 @@ STACKED = [
         n_kv_heads=2,
         norm="rmsnorm",
         norm_placement="sandwich",
-        remat=True,
+        remat="everything",
     ),
 ]
 CONFIGS = [*covering_configs(), *SWITCHED, *STACKED]

@@ -132,7 +132,7 @@ def test_layers_are_paired_evenly_and_last_with_last():
 
 
 LOOKED_INTO = [
-    small(n_kv_heads=2, remat=True, position="rope", qk_norm=True),
+    small(n_kv_heads=2, remat="block", position="rope", qk_norm=True),
     small(layout="parallel_stacks", n_layers=4, attention=("full", "linear")),
 ]
 MORE_OF_THEM = [

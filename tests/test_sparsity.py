@@ -145,7 +145,12 @@ def test_n_of_every_m_that_follow_one_another_stay_the_highest(n, m):
     "changes",
     [
         pytest.param(
-            {"n_kv_heads": 2, "activation": "swiglu", "norm_placement": "parallel", "remat": True},
+            {
+                "n_kv_heads": 2,
+                "activation": "swiglu",
+                "norm_placement": "parallel",
+                "remat": "dots",
+            },
             marks=pytest.mark.slow,
         ),
         {"depth": "mixture_of_depths"},

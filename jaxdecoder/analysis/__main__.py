@@ -1,94 +1,130 @@
-"""The counts of a config as tables, for a terminal; see the package."""
+"""The counts of a config as tables for a terminal, or whether its training fits a device."""
 
 from __future__ import annotations
 
-import sys
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
-from jaxdecoder import analysis
-from jaxdecoder.config import ModelConfig, load
+from jaxdecoder.config import Config, load
+from jaxdecoder.devices import DEVICES, Device
 from jaxdecoder.errors import UserError, friendly
-from jaxdecoder.layers.depth import exits_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from jaxdecoder.analysis.memory import Memory
 
 
-def report(config: ModelConfig) -> list[Table]:
-    """Return the counts as tables for a terminal."""
-    return [_parameter_table(config), _flops_table(config), _bytes_table(config)]
-
-
-def _parameter_table(config: ModelConfig) -> Table:
-    counts = analysis.parameters(config)
-    table = _table("parameters", "count", "share")
-    for part, count in counts.items():
-        _add(table, part, f"{count:,}", f"{count / counts['total']:.1%}")
-    return table
-
-
-def _flops_table(config: ModelConfig) -> Table:
-    flops, dense = analysis.flops_per_token(config), analysis.flops_per_token(config, dense=True)
-    table = _table("FLOPs a token", *analysis.FlopsPerToken._fields)
-    for part in flops.train:
-        _add(table, part, *(_short(column[part]) for column in flops))
-    _add(table, "total, dense attention", *(_short(column["total"]) for column in dense))
-    exits = exits_of(config)
-    for depth in exits if len(exits) > 1 else ():
-        early = analysis.early_exit_flops(config, depth, start=config.context_length - 1)["total"]
-        _add(table, f"total, stopping at depth {depth}", "", "", _short(early))
-    table.caption = (
-        "Matrix products, 2 a multiply-add; attention over the pairs its mask allows; train is "
-        f"forward and backward; decode is the last token of {config.context_length}."
+def arguments() -> argparse.ArgumentParser:
+    """Return what the command takes besides overrides of the config."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxdecoder.analysis",
+        description="Tell what a config costs: parameters, FLOPs and bytes; with --device, whether "
+        "a training step fits into the device's memory, what fills it, and what would make it fit.",
+        epilog="Any field of the config can be given too: --model.n-layers 6",
+        allow_abbrev=False,
     )
-    return table
-
-
-def _bytes_table(config: ModelConfig) -> Table:
-    sizes = {"float32": 4, "bfloat16": 2}
-    table = _table("bytes", *sizes)
-    weights = [analysis.weight_bytes(config, size) for size in sizes.values()]
-    cache = [analysis.cache_bytes(config, size) for size in sizes.values()]
-    _add(table, "weights", *(f"{n:,}" for n in weights))
-    _add(table, "cache, a sequence", *(f"{n:,}" for n in cache))
-    a_token = (f"{n / config.context_length:,.0f}" for n in cache)
-    _add(table, f"cache, a token of {config.context_length}", *a_token)
-    return table
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(caption_justify="left")
-    table.add_column(first)
-    for other in others:
-        table.add_column(other, justify="right")
-    return table
-
-
-def _add(table: Table, name: str, *cells: str) -> None:
-    table.add_row(name.replace("_", " "), *cells, style="bold" if name == "total" else None)
-
-
-def _short(value: float) -> str:
-    for unit in ("", "k", "M", "G", "T"):
-        if value < 1000:
-            return f"{value:.4g} {unit}".rstrip()
-        value /= 1000
-    return f"{value:.4g} P"
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml")
+    parser.add_argument("--device", choices=DEVICES, help="train on this")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="on so many of them")
+    parser.add_argument(
+        "--estimate", action="store_true", help="by the closed form, even where XLA can count"
+    )
+    return parser
 
 
 @friendly
 def main() -> None:
     """Read a config file and overrides, and print the tables."""
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0].startswith("-"):
-        raise UserError(
-            "usage: python -m jaxdecoder.analysis CONFIG.toml [--model.field value ...]"
-        )
-    path = Path(arguments[0])
-    model = analysis.with_vocab_size(load(path, arguments[1:]), str(path))
+    options, overrides = arguments().parse_known_args()
+    config = load(options.config, overrides)
+    if options.devices < 1:
+        raise UserError(f"--devices {options.devices}: at least 1")
+
+    # Imported late: --help and a refused config need no JAX.
+    from rich.console import Console
+
+    from jaxdecoder import analysis
+
+    config = dataclasses.replace(
+        config, model=analysis.with_vocab_size(config, str(options.config))
+    )
     console = Console()
-    for table in report(model):
-        console.print(table)
+    if options.device is None:
+        from jaxdecoder.analysis.tables import report
+
+        for table in report(config.model):
+            console.print(table)
+        return
+    _prepare(options.devices)
+    for part in memory_report(config, options.device, options.devices, options.estimate):
+        console.print(part, soft_wrap=isinstance(part, str), highlight=False)
+
+
+def memory_report(config: Config, name: str, devices: int, estimate: bool) -> Iterator[Table | str]:
+    """Yield what fills the device's memory, whether it fits, and what to do about it."""
+    from jaxdecoder.analysis import fitting
+    from jaxdecoder.analysis.tables import memory_table
+    from jaxdecoder.training import memory as by
+
+    device = DEVICES[name]
+    counts = by.can_count(device) and not estimate
+    tell = functools.cache(
+        functools.partial(_tell, by.told if counts else by.estimated, device=device)
+    )
+    memory, room = tell(config, devices), device.usable
+    how = "Counted by XLA." if counts else "Estimated in closed form, not counted by XLA"
+    if not counts:
+        how += "." if by.can_count(device) else ": jax's CUDA packages are not installed."
+    yield memory_table(memory, room, f"each of {devices} {name}" if devices > 1 else name)
+    yield how
+    if device.card is not None:
+        yield (
+            f"JAX takes {room / device.memory:.0%} of the {gigabytes(device.memory)} of a GPU like "
+            "this; XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives it more."
+        )
+    if memory.total <= room:
+        yield f"It fits: {gigabytes(memory.total)} of {gigabytes(room)}."
+        larger = fitting.largest_batch(config, devices, room, tell)
+        if larger is None:
+            yield "No larger batch fits, in powers of two."
+        else:
+            yield f"A larger batch fits: {larger[0].command} ({gigabytes(larger[1].total)})."
+        return
+    yield f"It does not fit: {gigabytes(memory.total)}, and there are {gigabytes(room)}. Tried:"
+    more = fitting.MORE_DEVICES if device.card is not None else ()
+    found = False
+    for attempt, needed in fitting.attempts(config, devices, room, tell, more=more):
+        found = needed.total <= room
+        on = f", on {attempt.devices} devices" if attempt.devices > devices else ""
+        verdict = "fits" if found else "does not fit"
+        yield f"  {attempt.command}{on}: {gigabytes(needed.total)}, {verdict}"
+    if not found:
+        yield "Nothing of this fits: take a smaller model, a shorter context, or another device."
+
+
+def _tell(told: Callable[..., Memory], config: Config, devices: int, *, device: Device) -> Memory:
+    return told(config, device, devices)
+
+
+def gigabytes(size: int) -> str:
+    """Return a number of bytes for people, in units of 1e9."""
+    return f"{size / 1e9:.2f} GB"
+
+
+def _prepare(count: int) -> None:
+    """Compile on the CPU, which has as many devices; take no memory of a GPU that is here."""
+    import jax
+
+    from jaxdecoder.training import ahead
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+    ahead.find_compilers()
 
 
 if __name__ == "__main__":

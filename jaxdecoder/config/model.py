@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from jaxdecoder.config.checks import CHECKS
 from jaxdecoder.config.fields import (
@@ -32,6 +32,14 @@ Implementation = Literal["auto", "reference", "rows", "chunked", "portable", "ho
 WeightFormat = Literal["float32", "int8", "int4", "float8_e4m3fn", "float8_e5m2"]
 Granularity = Literal["tensor", "channel", "group"]
 ActivationFormat = Literal["float", "int8"]
+
+
+def _named(remat: object) -> object:
+    """Return the policy that a run of before they had names means by true or false."""
+    return ("block" if remat else "none") if isinstance(remat, bool) else remat
+
+
+Remat = Annotated[Literal["none", "dots", "block", "everything"], BeforeValidator(_named)]
 
 PAIRED: tuple[Position, ...] = ("alibi", "t5")
 GATED: tuple[Activation, ...] = ("swiglu", "geglu", "reglu")
@@ -152,8 +160,10 @@ class ModelConfig:
     """Have a feed-forward branch at all."""
     feed_forward_projection: bool = True
     """Project the feed-forward's hidden units back to d_model; without, they are d_model wide."""
-    remat: bool = False
-    """Compute each block's activations again in the backward pass rather than keep them."""
+    remat: Remat = "none"
+    """What training computes again in the backward pass rather than keep it: none; dots, all but
+    the products of linear layers; block, each block from its input; everything, also within a
+    block, or of a whole stack. Each needs less memory than the one before, and more time."""
 
     initializer: Initializer = "scaled"
     """normal: N(0, init_std); scaled: GPT-2's, residual outputs divided by sqrt(2 n_layers);

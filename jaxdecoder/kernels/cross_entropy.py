@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from jaxdecoder import devices
 from jaxdecoder.kernels import online
 from jaxdecoder.kernels.device import current_device
 from jaxdecoder.kernels.packing import Packed
@@ -51,7 +52,7 @@ TILE = 128
 """The columns of a GPU's products are a multiple of this."""
 
 USUAL_MEMORY = 60_000_000_000
-"""Bytes that JAX takes of an H100's 80 GB, for programs compiled on a machine without a card."""
+"""Bytes that JAX takes of an H100's 80 GB, for a card that is neither here nor known."""
 
 
 def device_tile() -> int:
@@ -69,7 +70,8 @@ def device_limits() -> Limits:
         return CPU if platform == "cpu" else ACCELERATOR
     device = jax.local_devices()[0]
     stats = (device.memory_stats() or {}) if device.platform == "gpu" else {}
-    memory = stats.get("bytes_limit", USUAL_MEMORY)
+    known = devices.of_kind(current_device().kind)
+    memory = stats.get("bytes_limit", known.usable if known else USUAL_MEMORY)
     return Limits(memory // 64, memory // 512)
 
 

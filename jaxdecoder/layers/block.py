@@ -22,6 +22,7 @@ from jaxdecoder.layers.dropout import Dropout
 from jaxdecoder.layers.feed_forward import FeedForward
 from jaxdecoder.layers.mechanism import Seen
 from jaxdecoder.layers.norms import NORMS
+from jaxdecoder.layers.remat import nested
 
 Stream = Float[Array, "batch time d_model"]
 Branch = tuple[str, Callable[[jax.Array], jax.Array]]
@@ -148,9 +149,14 @@ class Block(nn.Module):
             out = FeedForward(c, self.dtype, name="feed_forward")(h)
             return Dropout()(out, dropout)
 
-        branches: list[Branch] = [("attention", attend)]
+        def branch(name: str, function: Callable[[Stream], Stream]) -> Branch:
+            if cache is not None:  # decoding has no backward pass
+                return name, function
+            return name, partial(nested(c, lambda block, h: function(h)), self)
+
+        branches = [branch("attention", attend)]
         if c.feed_forward:
-            branches.append(("feed_forward", feed_forward))
+            branches.append(branch("feed_forward", feed_forward))
         norm = partial(NORMS[c.norm].new, c, self.dtype)
         x = PLACEMENTS[c.norm_placement].wire(x, branches, norm, residual(c))
         return x, parts if isinstance(cache, Convolved) else parts.layer

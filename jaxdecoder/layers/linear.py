@@ -15,6 +15,7 @@ from jaxdecoder.kernels import packing
 from jaxdecoder.kernels.product import product, turned_product
 from jaxdecoder.kernels.quantized import packed_product
 from jaxdecoder.layers import tree
+from jaxdecoder.layers.remat import product_kept
 
 Initializer = Callable[..., jax.Array]
 """(key, shape, dtype) -> a parameter."""
@@ -67,7 +68,7 @@ class Linear(nn.Module):
         if self.bias:
             bias = self.param("bias", self.bias_init, (self.d_out,), jnp.float32)
             out = out + bias.astype(self.dtype)
-        return out
+        return product_kept(out)
 
 
 class Quantized(nn.Module):
@@ -89,7 +90,7 @@ class Quantized(nn.Module):
         if self.bias:
             bias = self.param("bias", bias_init, (self.d_out,), jnp.float32)
             out = out + bias.astype(self.dtype)
-        return out
+        return product_kept(out)
 
 
 class Weights(nn.Module):

@@ -20,6 +20,7 @@ from jaxdecoder.layers.block import PLACEMENTS, Block, empty_cache
 from jaxdecoder.layers.body import Exits, Head, Layout, Passed
 from jaxdecoder.layers.cache import Caches, Cursor
 from jaxdecoder.layers.norms import NORMS
+from jaxdecoder.layers.remat import unit
 
 
 class Trail(NamedTuple):
@@ -96,7 +97,7 @@ class Serial(nn.Module):
         norm = NORMS[c.norm].new(c, self.dtype, name="final_norm")
         if caches is None:
             blocks = nn.scan(
-                _remat(dropout) if c.remat else Turn,
+                _as_unit(c, dropout),
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
@@ -153,13 +154,14 @@ def loops(config: Architecture) -> bool:
     than the same blocks one after another; those take longer to compile. Recomputed activations
     stay in a loop: outside one, XLA would see that it has them already, and keep them.
     """
-    return config.remat or current_device().platform not in ("cpu", "gpu")
+    return config.remat != "none" or current_device().platform not in ("cpu", "gpu")
 
 
-def _remat(dropout: Rate | None) -> type[Turn]:
-    """Return a `Turn` whose activations are computed again; a rate known now stays known."""
+def _as_unit(config: Architecture, dropout: Rate | None) -> type[Turn]:
+    """Return `Turn` as a unit of the config's `remat`; a rate known now stays known."""
     known = () if isinstance(dropout, jax.Array) else 5
-    return nn.remat(Turn, prevent_cse=False, static_argnums=known)
+    wrapped: type[Turn] = unit(config, Turn, prevent_cse=False, static_argnums=known)
+    return wrapped
 
 
 def turn(config: ModelConfig) -> tuple[tuple[str, bool], ...]:

@@ -28,6 +28,7 @@ from jaxdecoder.layers.dropout import Dropout
 from jaxdecoder.layers.feed_forward import FeedForward
 from jaxdecoder.layers.linear import linear
 from jaxdecoder.layers.norms import NORMS
+from jaxdecoder.layers.remat import nested, unit
 
 WIDENING = 4
 """The last stack, and so what the head sees, is this many times d_model wide."""
@@ -73,9 +74,8 @@ class SliceLayer(nn.Module):
             return project(name="skip")(h) + out if c.has_residual("feed_forward") else out
 
         # Apart, so that only one of the two has its activations there in the backward pass.
-        maybe_remat = nn.remat if c.remat else lambda f: f
-        h, cache = maybe_remat(stream)(self, x, cache)
-        return maybe_remat(narrow)(self, h), cache
+        h, cache = unit(c, stream)(self, x, cache)
+        return unit(c, narrow)(self, h), cache
 
 
 class SideBySide(nn.Module):
@@ -163,7 +163,9 @@ class ParallelStacks(nn.Module):
         for i in range(c.n_stacks):
             last = i == c.n_stacks - 1
             x = NORMS[c.norm].new(c, self.dtype, name=f"norm_{i}")(x)
-            stack = Stack(c, width(c) if last else c.d_model, self.dtype, name=tree.stack(i))
+            known = () if isinstance(dropout, jax.Array) else 5
+            whole = nested(c, Stack, static_argnums=known)
+            stack = whole(c, width(c) if last else c.d_model, self.dtype, name=tree.stack(i))
             own = None if caches is None else caches[i]
             x, own = stack(x, positions, own, cursor, dropout)
             self.sow("intermediates", tree.after(tree.stack(i)), x)
