@@ -94,7 +94,7 @@ def test_a_run_that_keeps_failing_stops_at_the_last_good_state(tmp_path, allowed
 
 
 def record(run, faults, start=0):
-    config = load(write_config(run), ["--train.steps", "200"])
+    config = load(write_config(run), ["--train.steps", "200", "--model.vocab-size", "257"])
     return Record(config, start, wrote=lambda *_: None, fault=faults.append, spike=2.0)
 
 
@@ -146,3 +146,20 @@ def test_the_watchdog_names_what_is_waited_for(tmp_path):
     assert told == ["no sign of life for 0 s: evaluation"]
     assert clock.told()["evaluation_seconds"] >= 0.05
     assert clock.told()["memory_bytes"] > 0
+
+
+def test_model_flop_utilisation_is_that_of_a_known_card(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    written = []
+    config = load(write_config(tmp_path), ["--model.vocab-size", "257"])
+    own = Record(config, 0, wrote=lambda step, line: written.append(line), fault=lambda f: None)
+    device = type("Device", (), {"device_kind": "NVIDIA H200", "memory_stats": lambda self: None})
+    monkeypatch.setattr("jaxdecoder.training.clock.jax.devices", lambda: [device()])
+    clock = Clock([own])
+    for step in (0, 1, 2):
+        clock.add(step, metrics([3.0]))
+    clock.catch_up()
+    assert "model_flop_utilisation" not in written[0]
+    for line in written[1:]:
+        flops = line["tokens_per_second"] * clock.flops_a_token
+        assert line["model_flop_utilisation"] == pytest.approx(flops / 989e12)

@@ -61,7 +61,7 @@ def test_what_is_told_is_what_the_real_call_takes(name, tmp_path):
     alone._call = compiled
     state = alone.start(None)
     held = {part: size_of(getattr(state, part)) for part in ("params", "optimizer", "ema")}
-    alone.advance(state, 0, alone.steps_per_call)
+    alone.advance(state, alone.batches(0, alone.steps_per_call))
     assert told.total == pytest.approx(taken[0], rel=0.03)
     assert told.weights == held["params"]
     assert told.moments == pytest.approx(held["optimizer"], abs=8)

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 import psutil
 
+from jaxdecoder.analysis import flops_per_token
+from jaxdecoder.devices import of_kind
 from jaxdecoder.training.record import Record
 from jaxdecoder.training.step import Metrics
 
@@ -41,6 +43,10 @@ class Clock:
         self.pending: tuple[int, Metrics] | None = None
         # Unknown at first: the first call compiles.
         self.last: float | None = None
+        card = of_kind(jax.devices()[0].device_kind)
+        self.peak = ((card and card.bfloat16_flops) or 0.0) * jax.device_count()
+        """FLOPs a second of all devices, if they are known."""
+        self.flops_a_token = flops_per_token(records[0].config.model).train["total"]
         self.saved = self.alive = time.perf_counter()
         self.phase = STEP
         self.watchdog, self.patience = watchdog, patience
@@ -90,6 +96,11 @@ class Clock:
             t = self.records[0].config
             tokens = t.train.batch_size * t.model.context_length * metrics.train_loss.shape[1]
             known["tokens_per_second"] = tokens / (now - self.last)
+            if self.peak:
+                # Of the products of the model alone: what is computed anew does not count
+                # (PaLM, arXiv 2204.02311, appendix B).
+                reached = known["tokens_per_second"] * self.flops_a_token
+                known["model_flop_utilisation"] = reached / self.peak
         self.last = self.alive = now
         for i, record in enumerate(self.records):
             record.add(step, jax.tree.map(lambda x, i=i: x[i], metrics), **known)

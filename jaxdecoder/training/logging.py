@@ -132,5 +132,6 @@ def _summary(metrics: dict[str, float]) -> str:
         "train_loss": "loss {:.4f}",
         "validation_loss": "val {:.4f}",
         "tokens_per_second": "{:,.0f} tokens/s",
+        "model_flop_utilisation": "{:.0%} MFU",
     }
     return "  ".join(form.format(metrics[name]) for name, form in forms.items() if name in metrics)
