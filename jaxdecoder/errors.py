@@ -17,6 +17,11 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def not_utf8(text: str) -> bool:
+    """Return whether a text has bytes that are not UTF-8, which Python holds as half surrogates."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def friendly(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a script's `main`: a `UserError` ends the script with its message and status 1.
 

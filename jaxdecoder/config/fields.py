@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Annotated
 
 from pydantic import Field
@@ -13,8 +14,8 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class ConfigError(UserError):
@@ -28,6 +29,12 @@ class ConfigError(UserError):
 def nearest_multiples(value: int, of: int) -> str:
     below, above = value // of * of, -(-value // of) * of
     return f"{below} or {above}" if below else str(above)
+
+
+def expand_home(section: object, *names: str) -> None:
+    """Replace a leading ~ in these paths of a frozen dataclass; for its `__post_init__`."""
+    for name in names:
+        object.__setattr__(section, name, os.path.expanduser(getattr(section, name)))
 
 
 def show(value: object) -> str:
