@@ -1,9 +1,12 @@
-"""Errors for the user: shown as one message, without a traceback."""
+"""Errors for the user: shown as one message, without a traceback; and output that any system takes."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import os
+import shlex
 import sys
 from collections.abc import Callable
 
@@ -22,24 +25,86 @@ def not_utf8(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
+def shell_word(path: str | os.PathLike[str]) -> str:
+    """Return a path as it can be pasted into a command: quoted, and never like an option."""
+    text = os.fspath(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def show_any_text() -> None:
+    """Let standard output take any text: what it cannot show becomes ?, and closed, it is void."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def friendly(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a script's `main`: a `UserError` ends the script with its message and status 1.
 
-    Every other exception keeps its traceback, because it is a mistake in the program.
+    So does an output that cannot be written, unless its reader has gone, which is no mistake. Every
+    other exception keeps its traceback, because it is a mistake in the program.
     """
 
     @functools.wraps(main)
     def wrapped() -> None:
+        show_any_text()
+        lost = None
         try:
-            main()
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
-        except BrokenPipeError:
-            # The reader of our output is gone, so nothing more can be flushed to it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            status = _ended(main)
+        except OSError:
+            if (lost := _lost_output("\n")) is None:
+                raise
+            status = 0
+        lost = lost or _lost_output()
+        if lost is not None and not isinstance(lost, BrokenPipeError):
+            _complain(f"error: the output cannot be written: {lost.strerror}", 1)
+            status = status or 1
+        if status:
+            sys.exit(status)
 
     return wrapped
+
+
+def _ended(main: Callable[[], None]) -> int:
+    """Run a script's `main`, say what went wrong, and return the status."""
+    try:
+        main()
+    except UserError as error:
+        return _complain(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except UnicodeEncodeError as error:
+        if sys.getfilesystemencoding() == "utf-8":
+            raise
+        strange = error.object[error.start : error.end]
+        why = "the names of files here cannot have it; set the environment variable PYTHONUTF8=1"
+        return _complain(f"error: {ascii(strange)}: {why}", 1)
+    except SystemExit as end:  # from the parser of the command line
+        dashed = [word for word in sys.argv[1:] if word.startswith("-") and "=" not in word]
+        if end.code == 2 and len(dashed) > 1:
+            _complain(f"A value that begins with a dash follows a =, as in {dashed[0]}=-x", 2)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _complain(message: str, status: int) -> int:
+    with contextlib.suppress(OSError):  # there may be nobody to tell
+        print(message, file=sys.stderr, flush=True)
+    return status
+
+
+def _lost_output(probe: str = "") -> OSError | None:
+    """Return why standard output takes no more, or None if it does; then nobody asks again.
+
+    `probe` is written, for an output without a buffer only fails while it is written to.
+    """
+    try:
+        print(end=probe, flush=True)
+    except OSError as error:
+        # Python flushes once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None

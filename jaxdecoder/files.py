@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxdecoder.errors import UserError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -28,6 +30,22 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def as_text(content: bytes, name: str) -> str:
+    """Return a person's text: UTF-8, its line ends as they are, without a byte order mark.
+
+    Raises:
+        UserError: with the name, for bytes that are not UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = len(content) - len(error.object) + error.start  # a mark is not counted
+        raise UserError(
+            f"{name}: not UTF-8 text: byte {at:,} (0x{content[at]:02x}) does not belong there; "
+            "convert it to UTF-8"
+        ) from None
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:

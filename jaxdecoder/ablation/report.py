@@ -75,7 +75,7 @@ def write(
         "rows": [cells(ablation, row) for row in table(ablation, results, outcomes)],
         "pictures": pictures,
         "command": command,
-        "source": ablation.path.read_text(encoding="utf-8"),
+        "source": ablation.path.read_text(encoding="utf-8-sig"),
     }
     (folder / "report.md").write_text(markdown(told), encoding="utf-8")
     page = as_page(Path(__file__).with_name("report.html.jinja"), **told)

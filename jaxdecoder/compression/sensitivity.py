@@ -18,6 +18,7 @@ from jaxdecoder.compression.parts import PARTS
 from jaxdecoder.compression.passes import corpus_of
 from jaxdecoder.compression.sparsity import apply, mask, scores_by
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.config.fields import check_seed
 from jaxdecoder.data.batches import Batch, Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
@@ -64,9 +65,9 @@ def sensitivity(options: Sensitivity, command: str) -> list[Effect]:
     if not options.sparsities or not all(0 < share < 1 for share in options.sparsities):
         shown = " ".join(map(str, options.sparsities))
         raise UserError(f"--sparsities {shown}: each must be between 0 and 1, such as 0.5")
-    for name, least in (("batches", 1), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} {getattr(options, name)}: must be {least} or more")
+    if options.batches < 1:
+        raise UserError(f"--batches {options.batches}: must be 1 or more")
+    check_seed("--seed", options.seed)
     set_up(read_config(Path(options.run)))
     model = load_model(options.run)
     config, corpus = corpus_of(model, Path(options.run))

@@ -33,6 +33,7 @@ from jaxdecoder.config.sections import (
     TrainConfig,
 )
 from jaxdecoder.errors import UserError, not_utf8
+from jaxdecoder.files import as_text
 
 Tables = dict[str, Any]
 """What a TOML file holds, by key."""
@@ -106,10 +107,10 @@ def load(
 def read_toml(path: Path) -> Tables:
     """Return the tables of a TOML file, or a `UserError` that names it."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write the mark
+        return tomllib.loads(as_text(path.read_bytes(), str(path)))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{_neighbours(path)}") from None
-    except (OSError, ValueError) as error:  # not TOML, not UTF-8, or no name that a file can have
+    except (OSError, ValueError) as error:  # not TOML, or no name that a file can have
         raise UserError(f"{path}: {error}") from None
 
 

@@ -137,7 +137,7 @@ def _story_fingerprint(data: DataConfig) -> str:
 
 def _text_files(path: str) -> list[Path]:
     """Return the files of `data.path`: itself, the *.txt files below it, or those a glob finds."""
-    root = Path(path).expanduser()
+    root = Path(path)
     if root.is_file():
         return [root]
     if root.is_dir():
@@ -153,13 +153,16 @@ def _text_files(path: str) -> list[Path]:
 
 
 def _read(path: Path, block: int = 1 << 20) -> Iterator[str]:
-    """Read a UTF-8 file block by block, byte for byte (line ends are kept)."""
+    """Read a UTF-8 file block by block, byte for byte: line ends are kept, a byte order mark not."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     try:
         with path.open("rb") as file:
             while True:
                 raw = file.read(block)
+                if not offset and raw.startswith(codecs.BOM_UTF8):
+                    offset = len(codecs.BOM_UTF8)  # a byte order mark is not text
+                    raw = raw[offset:] or file.read(block)
                 pending = len(decoder.getstate()[0])
                 try:
                     text = decoder.decode(raw, final=not raw)
@@ -235,7 +238,7 @@ def _huggingface_split(data: DataConfig, part: Part) -> Any:
 
 
 def _huggingface_folder(data: DataConfig) -> Path | None:
-    path = Path(data.path).expanduser()
+    path = Path(data.path)
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.path):
@@ -296,7 +299,7 @@ def tiny_shakespeare(data: DataConfig) -> Path:
         UserError: if the file is missing, is another text, or cannot be downloaded.
     """
     if data.path:
-        local = Path(data.path).expanduser()
+        local = Path(data.path)
         if not local.is_file():
             raise UserError(f"data.path = {json.dumps(data.path)}: no such file")
         _check_shakespeare(local, "data.path")

@@ -121,7 +121,7 @@ def load(path: str | Path) -> Tokenizer:
         UserError: if the file cannot be read or is not a tokenizer of this project.
     """
     try:
-        return from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        return from_json(json.loads(Path(path).read_bytes()))
     except OSError as error:
         raise UserError(f"{path}: the tokenizer cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

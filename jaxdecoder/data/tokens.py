@@ -77,7 +77,7 @@ def prepare(data: DataConfig) -> Corpus:
 
 def cache_key(data: DataConfig) -> str:
     """Return the name of the folder for this corpus, tokenizer and split."""
-    folder = Path(data.tokenizer_path).expanduser()
+    folder = Path(data.tokenizer_path)
     names = [] if folder.suffix == ".json" else ["vocab.json", "merges.txt"]
     files = [folder / name for name in names] or [folder]
     settings = {

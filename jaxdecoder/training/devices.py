@@ -70,7 +70,7 @@ def keep_programs(cache: str | Path) -> None:
     What took a second to compile is kept. JAX keeps apart what another version, flag or processor
     would compile otherwise.
     """
-    folder = Path(cache).expanduser().absolute() / "programs"
+    folder = Path(cache).absolute() / "programs"
     chosen = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     jax.config.update("jax_compilation_cache_dir", chosen)
 

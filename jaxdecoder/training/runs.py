@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -65,7 +66,7 @@ def load_model(run: str | Path, which: str | int = "best") -> Model:
 
     A model that training makes sparse is not best before it is as sparse as it is to be.
     """
-    run = Path(run)
+    run = Path(os.path.expanduser(run))
     config = read_config(run)
     tokenizer = tokenizers.load(run / "tokenizer.json")
     like = jax.eval_shape(partial(init_state, config)).params

@@ -111,7 +111,7 @@ def tuned(config: Config, *, objective: ToObjective = next_token, say: Say = pri
     candidates = others(complete, len(cores()))
     if not _repays(complete, len(candidates)):
         return config
-    path = Path(config.data.cache).expanduser() / "forms" / f"{_key(complete)}.json"
+    path = Path(config.data.cache) / "forms" / f"{_key(complete)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         form = Form(**json.loads(path.read_text())["form"])
         say(f"tune: {form}, the quickest on this processor when it was measured ({path})")
