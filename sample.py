@@ -14,7 +14,6 @@ from jaxdecoder.config.fields import PathOption, check_seed
 from jaxdecoder.errors import UserError, friendly, not_utf8
 from jaxdecoder.files import as_text
 
-
 MOST = {"max_new_tokens": 10**7, "num_samples": 10**5}
 """What fits into memory by far."""
 
@@ -128,7 +127,7 @@ def _prompts(options: Options) -> list[str]:
     if options.prompt_file:
         texts = [_read(options.prompt_file)]
     for text in filter(not_utf8, texts):
-        raise UserError(f"--prompt {ascii(text)}: not UTF-8 text; --prompt-file reads a file")
+        raise UserError(f"--prompt {text!a}: not UTF-8 text; --prompt-file reads a file")
     return [text for text in texts for _ in range(options.num_samples)]
 
 

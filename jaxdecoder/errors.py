@@ -1,10 +1,11 @@
-"""Errors for the user: shown as one message, without a traceback; and output that any system takes."""
+"""Errors for the user, shown as one message without a traceback; output for any terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import io
+import itertools
 import os
 import shlex
 import sys
@@ -81,11 +82,12 @@ def _ended(main: Callable[[], None]) -> int:
             raise
         strange = error.object[error.start : error.end]
         why = "the names of files here cannot have it; set the environment variable PYTHONUTF8=1"
-        return _complain(f"error: {ascii(strange)}: {why}", 1)
+        return _complain(f"error: {strange!a}: {why}", 1)
     except SystemExit as end:  # from the parser of the command line
-        dashed = [word for word in sys.argv[1:] if word.startswith("-") and "=" not in word]
-        if end.code == 2 and len(dashed) > 1:
-            _complain(f"A value that begins with a dash follows a =, as in {dashed[0]}=-x", 2)
+        for option, value in itertools.pairwise(sys.argv if end.code else []):
+            if option.startswith("--") and "=" not in option and value.startswith("-"):
+                meant = shlex.join([f"{option}={value}"])
+                _complain(f"If {value} is meant to be the value of {option}, write {meant}", 2)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import errno
 import io
 import os
-from collections.abc import Iterable, Sequence
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,19 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def plain_name(folder: Path) -> Iterator[Path]:
+    """Yield a name of a folder in which no character is special in patterns: its own, or a link."""
+    if not set("*?[]\\") & set(str(folder)):
+        yield folder
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="jaxdecoder-") as place:
+        link = Path(place) / "folder"
+        link.symlink_to(folder.absolute(), target_is_directory=True)
+        yield link
 
 
 def as_text(content: bytes, name: str) -> str:
@@ -58,13 +74,22 @@ def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
 def as_png(figure: Figure, dpi: int = 110) -> bytes:
     """Return the content of a figure's PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi)
+    with warnings.catch_warnings():
+        # Letters that the font lacks are drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, dpi=dpi)
     return buffer.getvalue()
+
+
+def as_label(name: str) -> str:
+    """Return a name for a picture: as it is, with no formula in it, and never left out."""
+    text = name.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text  # legends leave out what begins with _
 
 
 def as_markdown(rows: Iterable[Sequence[str]]) -> str:
     """Return a table, its heading first, as Markdown."""
-    heading, *body = rows
+    heading, *body = ([cell.replace("|", r"\|") for cell in row] for row in rows)
     lines = [heading, ["---"] * len(heading), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -26,7 +26,7 @@ from jaxdecoder.compression.passes import corpus_of, sizes
 from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
-from jaxdecoder.files import as_markdown, as_page, as_png, write_atomically, write_csv
+from jaxdecoder.files import as_label, as_markdown, as_page, as_png, write_atomically, write_csv
 from jaxdecoder.sampling.generate import encode_prompt, generate
 from jaxdecoder.training.evaluation import bits_per_byte, decoded_losses, make_evaluator, predicted
 from jaxdecoder.training.runs import Model, load_model
@@ -90,14 +90,14 @@ def chart(options: Chart, command: str) -> list[Point]:
     subjects = [s for run in options.runs for s in _subjects(run, options.exit_thresholds)]
     speeds = _tokens_per_second(subjects, options.tokens)
     points = list(map(_measure, track(subjects, description="validation losses"), speeds))
-    shared = len({(Path(run) / "tokenizer.json").read_text() for run in options.runs}) == 1
+    shared = len({(Path(run) / "tokenizer.json").read_bytes() for run in options.runs}) == 1
     loss = "loss" if shared else "bits_per_byte"
     write(Path(options.out), points, loss, command)
     heading, *body = rows(points, loss)
     table = Table(*heading)
     for cells in body:
         table.add_row(*cells)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
     print(f"{options.out} shows it")
     return points
 
@@ -263,7 +263,7 @@ def draw(points: Sequence[Point], loss: str) -> bytes:
         axes.margins(0.1)
         axes.grid(alpha=0.3)
     names = [
-        Line2D([], [], ls="", marker=f"${number}$", color="black", label=point.name)
+        Line2D([], [], ls="", marker=f"${number}$", color="black", label=as_label(point.name))
         for number, point in numbered
     ]
     lines = [Line2D([], [], color="tab:orange", label="Pareto front"), *names]

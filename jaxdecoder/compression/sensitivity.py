@@ -22,7 +22,7 @@ from jaxdecoder.config.fields import check_seed
 from jaxdecoder.data.batches import Batch, Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
-from jaxdecoder.files import as_markdown, as_png, write_atomically, write_csv
+from jaxdecoder.files import as_label, as_markdown, as_png, write_atomically, write_csv
 from jaxdecoder.layers import tree
 from jaxdecoder.layers.serial import n_turns, turn
 from jaxdecoder.layers.tree import Matrices, body_matrices, replaced
@@ -206,7 +206,8 @@ def draw(rows: Sequence[Effect], options: Sensitivity) -> bytes:
         axis.set_yticks(range(len(layers)), layers, fontsize=7)
         axis.set_title(title, fontsize=8)
     axes[0][0].set_ylabel("layer", fontsize=8)
-    figure.suptitle(f"{Path(options.run).name}: nats a token more, pruned alone", fontsize=9)
+    title = f"{as_label(Path(options.run).name)}: nats a token more, pruned alone"
+    figure.suptitle(title, fontsize=9)
     return as_png(figure, dpi=130)
 
 

@@ -153,7 +153,7 @@ def _text_files(path: str) -> list[Path]:
 
 
 def _read(path: Path, block: int = 1 << 20) -> Iterator[str]:
-    """Read a UTF-8 file block by block, byte for byte: line ends are kept, a byte order mark not."""
+    """Read a UTF-8 file block by block, as it is (line ends too), less a byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     try:
@@ -240,6 +240,11 @@ def _huggingface_split(data: DataConfig, part: Part) -> Any:
 def _huggingface_folder(data: DataConfig) -> Path | None:
     path = Path(data.path)
     if path.is_dir():
+        if glob.has_magic(str(path.resolve())):  # of others, too, their files would be read
+            raise UserError(
+                f"data.path = {json.dumps(data.path)}: *, ? and [ in the name of a folder of data "
+                "files would be a pattern; rename it"
+            )
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.path):
         raise UserError(

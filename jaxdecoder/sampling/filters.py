@@ -24,7 +24,7 @@ Counts = Int[Array, "batch vocab"]
 Filter = Callable[[Logits, Counts], Logits]
 
 SMALLEST, LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
-"""The positive numbers that float32 holds to its full precision; devices take smaller ones for 0."""
+"""What float32 holds to its full precision; devices may take smaller numbers for 0."""
 
 
 @functools.cache

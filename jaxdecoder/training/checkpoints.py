@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxdecoder.errors import UserError, first_line
-from jaxdecoder.files import disk_is_full
+from jaxdecoder.files import disk_is_full, plain_name
 from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.step import State
 from jaxdecoder.typing import Params
@@ -31,7 +31,10 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports what we re
 METRIC = "validation_loss"
 
 
-def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> ocp.CheckpointManager:
+@contextlib.contextmanager
+def open_checkpoints(
+    run: Path, *, keep: int = 2, read_only: bool = False
+) -> Iterator[ocp.CheckpointManager]:
     """Open the checkpoints of a run folder; for writing, set aside those with broken notes."""
     folder = (run / "checkpoints").absolute()
     for step in [] if read_only else steps_in(folder):
@@ -50,7 +53,9 @@ def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> oc
         cleanup_tmp_directories=not read_only,
         enable_background_delete=False,
     )
-    return ocp.CheckpointManager(folder, options=options)
+    # Orbax takes some characters of a name for a pattern, and would not find its own files.
+    with plain_name(folder) as known_as, ocp.CheckpointManager(known_as, options=options) as opened:
+        yield opened
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -89,7 +94,7 @@ def restore_latest(manager: ocp.CheckpointManager, like: State) -> tuple[int, St
     Newer ones that cannot be read are moved to the run's `damaged/` folder. If none can be read,
     the fault may lie elsewhere (memory, permissions): nothing is moved and a `UserError` raised.
     """
-    folder = Path(str(manager.directory))
+    folder = Path(str(manager.directory)).resolve()
     arguments = {name: ocp.args.StandardRestore(item) for name, item in _items(like).items()}
     failures: dict[int, str] = {}
     for step in steps_in(folder):

@@ -120,6 +120,10 @@ def train_together(
                     checkpoints.save(manager, step, state, losses[0] if own else 0.0)
 
             state = take_steps(step, state, longest, placement, clock, save, watch)
+            if own and not longest.train.steps and manager.latest_step() is None:
+                # A run of no steps is a model too.
+                losses = placement.losses(state, "validation", longest.train.evaluation_batches)
+                checkpoints.save(manager, 0, state, losses[0])
         train = placement.losses(state, "train", longest.train.evaluation_batches)
         validation = placement.losses(state, "validation", None)
         splits = corpus.train.tokens, corpus.validation.tokens
