@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import itertools
@@ -10,6 +11,13 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+
+
+REFUSALS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.ENOSPC, errno.EDQUOT, errno.ELOOP),
+)
+"""Why a system refuses a file: no program can help it."""
 
 
 class UserError(Exception):
@@ -77,6 +85,10 @@ def _ended(main: Callable[[], None]) -> int:
         return _complain(f"error: {error}", 1)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
+    except OSError as error:
+        if error.errno not in REFUSALS or error.filename is None:
+            raise
+        return _complain(f"error: {error.filename}: {error.strerror}", 1)
     except UnicodeEncodeError as error:
         if sys.getfilesystemencoding() == "utf-8":
             raise

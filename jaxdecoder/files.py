@@ -64,6 +64,20 @@ def as_text(content: bytes, name: str) -> str:
         ) from None
 
 
+def make_room(file: Path) -> None:
+    """Make the folder of a file that is to be written, and try it, before any work is done.
+
+    Raises:
+        UserError: if nothing can be written there.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from None
+
+
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
     """Write a table, its heading first, completely or not at all."""
     buffer = io.StringIO()

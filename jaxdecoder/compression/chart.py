@@ -26,7 +26,7 @@ from jaxdecoder.compression.passes import corpus_of, sizes
 from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
-from jaxdecoder.files import as_label, as_markdown, as_page, as_png, write_atomically, write_csv
+from jaxdecoder.files import as_label, as_markdown, as_page, as_png, make_room, write_atomically, write_csv
 from jaxdecoder.sampling.generate import encode_prompt, generate
 from jaxdecoder.training.evaluation import bits_per_byte, decoded_losses, make_evaluator, predicted
 from jaxdecoder.training.runs import Model, load_model
@@ -87,6 +87,7 @@ def chart(options: Chart, command: str) -> list[Point]:
         raise UserError(f"--tokens {options.tokens}: must be at least 1")
     if Path(options.out).suffix != ".html":
         raise UserError(f"--out {options.out}: must be the name of an .html file")
+    make_room(Path(options.out))
     subjects = [s for run in options.runs for s in _subjects(run, options.exit_thresholds)]
     speeds = _tokens_per_second(subjects, options.tokens)
     points = list(map(_measure, track(subjects, description="validation losses"), speeds))
@@ -191,7 +192,6 @@ def _tokens_per_second(subjects: Sequence[_Subject], tokens: int) -> list[float]
 def write(out: Path, points: Sequence[Point], loss: str, command: str) -> None:
     """Write the chart, and its table beside it."""
     picture, note = draw(points, loss), f"\n{NOTE}\n"
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out.with_suffix(".png"), picture)
     write_atomically(out.with_suffix(".md"), as_markdown(rows(points, loss)) + note)
     write_csv(out.with_suffix(".csv"), [Point._fields, *points])

@@ -22,7 +22,7 @@ from jaxdecoder.config.fields import check_seed
 from jaxdecoder.data.batches import Batch, Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
-from jaxdecoder.files import as_label, as_markdown, as_png, write_atomically, write_csv
+from jaxdecoder.files import as_label, as_markdown, as_png, make_room, write_atomically, write_csv
 from jaxdecoder.layers import tree
 from jaxdecoder.layers.serial import n_turns, turn
 from jaxdecoder.layers.tree import Matrices, body_matrices, replaced
@@ -68,11 +68,11 @@ def sensitivity(options: Sensitivity, command: str) -> list[Effect]:
     if options.batches < 1:
         raise UserError(f"--batches {options.batches}: must be 1 or more")
     check_seed("--seed", options.seed)
+    make_room(out)
     set_up(read_config(Path(options.run)))
     model = load_model(options.run)
     config, corpus = corpus_of(model, Path(options.run))
     rows = scan(options, model._replace(config=config), corpus)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, draw(rows, options))
     write_csv(out.with_suffix(".csv"), [Effect._fields, *rows])
     write_atomically(out.with_suffix(".md"), markdown(rows, command))

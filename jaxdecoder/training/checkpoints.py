@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxdecoder.errors import UserError, first_line
-from jaxdecoder.files import disk_is_full, plain_name
+from jaxdecoder.files import disk_is_full, make_room, plain_name
 from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.step import State
 from jaxdecoder.typing import Params
@@ -37,6 +37,8 @@ def open_checkpoints(
 ) -> Iterator[ocp.CheckpointManager]:
     """Open the checkpoints of a run folder; for writing, set aside those with broken notes."""
     folder = (run / "checkpoints").absolute()
+    if not read_only:
+        make_room(folder / METRIC)
     for step in [] if read_only else steps_in(folder):
         # The policy below reads every note, so one that cannot be read would stop every save.
         if recorded_loss(folder, step) is None:

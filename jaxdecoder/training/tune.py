@@ -118,10 +118,13 @@ def tuned(config: Config, *, objective: ToObjective = next_token, say: Say = pri
         return with_form(config, form)
     say(f"tune: trials on {processor()}, {len(cores())} cores (--train.tune false leaves them out)")
     form, milliseconds = quickest(complete, candidates, partial(_Process, objective), say)
-    say(f"tune: {form}; kept in {path}")
     told = {"processor": processor(), "jax": jax.__version__, "milliseconds": milliseconds}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"form": form._asdict(), **told}, indent=2) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({"form": form._asdict(), **told}, indent=2) + "\n")
+        say(f"tune: {form}; kept in {path}")
+    except OSError as error:
+        say(f"tune: {form}; not kept: {path}: {error.strerror}")
     return with_form(config, form)
 
 
