@@ -38,7 +38,7 @@ def open_checkpoints(
     """Open the checkpoints of a run folder; for writing, set aside those with broken notes."""
     folder = (run / "checkpoints").absolute()
     if not read_only:
-        make_room(folder / METRIC)
+        make_room(folder / "0")
     for step in [] if read_only else steps_in(folder):
         # The policy below reads every note, so one that cannot be read would stop every save.
         if recorded_loss(folder, step) is None:
