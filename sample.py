@@ -58,6 +58,11 @@ class Options:
 def main() -> None:
     """Parse the options, load the model, generate and print."""
     options = tyro.cli(Options)
+    for name, most in MOST.items():
+        if not 1 <= (value := getattr(options, name)) <= most:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be from 1 to {most}")
+    check_seed("--seed", options.seed)
+    texts = _prompts(options)
     import jax
     import jax.numpy as jnp
 
@@ -68,11 +73,6 @@ def main() -> None:
     from jaxdecoder.training.devices import keep_programs
     from jaxdecoder.training.runs import load_model, read_config
 
-    for name, most in MOST.items():
-        if not 1 <= (value := getattr(options, name)) <= most:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be from 1 to {most}")
-    check_seed("--seed", options.seed)
-    texts = _prompts(options)
     keep_programs(read_config(Path(options.run)).data.cache)
     model = load_model(options.run, options.checkpoint)
     decoder, params = model.decoder, model.params

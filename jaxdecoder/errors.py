@@ -12,7 +12,6 @@ import shlex
 import sys
 from collections.abc import Callable
 
-
 REFUSALS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
     *(errno.ENOSPC, errno.EDQUOT, errno.ELOOP),

@@ -26,7 +26,15 @@ from jaxdecoder.compression.passes import corpus_of, sizes
 from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
-from jaxdecoder.files import as_label, as_markdown, as_page, as_png, make_room, write_atomically, write_csv
+from jaxdecoder.files import (
+    as_label,
+    as_markdown,
+    as_page,
+    as_png,
+    make_room,
+    write_atomically,
+    write_csv,
+)
 from jaxdecoder.sampling.generate import encode_prompt, generate
 from jaxdecoder.training.evaluation import bits_per_byte, decoded_losses, make_evaluator, predicted
 from jaxdecoder.training.runs import Model, load_model
