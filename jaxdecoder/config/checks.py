@@ -36,8 +36,8 @@ def embedding_and_head(c: model.ModelConfig) -> Iterator[Wrong]:
     if c.tie_embeddings and c.initializer == "uniform_fan_in":
         yield (
             "initializer",
-            "embeddings of N(0, 1) make a head far too sure at first, where model.tie_embeddings = "
-            'true makes one of them; "scaled" or "normal" would do, or model.tie_embeddings = false',
+            "embeddings of N(0, 1) would be a head that is far too sure at first, with "
+            'model.tie_embeddings = true; "scaled" or "normal" would do, or false there',
         )
     if c.copying and not c.tie_embeddings:
         yield (

@@ -67,8 +67,8 @@ def stay_on(core: int) -> None:
 def keep_programs(cache: str | Path) -> None:
     """Keep compiled programs for later processes, in `cache` or where JAX_COMPILATION_CACHE_DIR is.
 
-    What took a second to compile is kept, where it can be. JAX keeps apart what another version, flag or processor
-    would compile otherwise.
+    What took a second to compile is kept, if it can be written there. JAX keeps apart what another
+    version, flag or processor would compile otherwise.
     """
     folder = Path(cache).absolute() / "programs"
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
