@@ -96,9 +96,8 @@ def as_png(figure: Figure, dpi: int = 110) -> bytes:
 
 
 def as_label(name: str) -> str:
-    """Return a name for a picture: as it is, with no formula in it, and never left out."""
-    text = name.replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text  # legends leave out what begins with _
+    """Return a name for a picture, in which no $ begins a formula."""
+    return name.replace("$", r"\$")
 
 
 def as_markdown(rows: Iterable[Sequence[str]]) -> str:

@@ -199,7 +199,7 @@ class TestNames:
         assert load_model(run).step == 0
         assert train(load(config, overrides))["steps"] == 0
 
-    def test_do_not_draw_formulas_and_stay_in_the_legend(self, tmp_path):
+    def test_do_not_draw_formulas(self, tmp_path):
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
 
