@@ -10,6 +10,7 @@ from typing import Literal
 
 import tyro
 
+from jaxdecoder.config.fields import PathOption
 from jaxdecoder.errors import UserError, friendly
 
 
@@ -17,11 +18,11 @@ from jaxdecoder.errors import UserError, friendly
 class Options:
     """Train all members of an ablation, judge its claims and write a report."""
 
-    config: tyro.conf.Positional[str]
+    config: tyro.conf.Positional[PathOption]
     """TOML file of the ablation."""
     size: Literal["small", "full"] = "small"
     """small: takes minutes on two CPU cores; full: apply the changes of the file's [full] table."""
-    out: str = ""
+    out: PathOption = ""
     """Folder for members and report. Left out: runs/ablations/ and the file's name."""
     devices: int = 0
     """On the CPU: cores to use, one process each; 0: all."""

@@ -19,7 +19,7 @@ from jaxdecoder.compression.options import (
     Quantize,
     Sensitivity,
 )
-from jaxdecoder.errors import friendly
+from jaxdecoder.errors import UserError, friendly, not_utf8
 
 COMMANDS: dict[str, Any] = {
     "prune": Prune,
@@ -45,6 +45,8 @@ def read(arguments: list[str]) -> Any:
 @friendly
 def main() -> None:
     """Read the command and run it."""
+    for word in filter(not_utf8, sys.argv):
+        raise UserError(f"{word!a}: not UTF-8 text, which the new run's config must be")
     options = read(sys.argv[1:])
     command = f"python compress.py {shlex.join(sys.argv[1:])}"
 

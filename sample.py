@@ -10,18 +10,24 @@ from typing import Literal
 import tyro
 
 from jaxdecoder.config import ModelConfig
-from jaxdecoder.errors import UserError, friendly
+from jaxdecoder.config.fields import PathOption, check_seed
+from jaxdecoder.errors import UserError, friendly, not_utf8
+from jaxdecoder.files import as_text
+
+MOST = {"max_new_tokens": 10**7, "num_samples": 10**5}
+"""What fits into memory by far."""
 
 
 @dataclass(frozen=True)
 class Options:
     """Sample text from a run."""
 
-    run: tyro.conf.Positional[str]
+    run: tyro.conf.Positional[PathOption]
     """Run folder."""
-    prompt: tuple[str, ...] = ("",)
-    """Beginning of the text. Several prompts make a batch."""
-    prompt_file: str = ""
+    prompt: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """Beginning of the text. Several prompts make a batch. One that begins with a dash: --prompt=-5
+    """
+    prompt_file: PathOption = ""
     """Read the prompt from this file; - is standard input."""
     max_new_tokens: int = 500
     """Greatest number of tokens to generate."""
@@ -52,6 +58,11 @@ class Options:
 def main() -> None:
     """Parse the options, load the model, generate and print."""
     options = tyro.cli(Options)
+    for name, most in MOST.items():
+        if not 1 <= (value := getattr(options, name)) <= most:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be from 1 to {most}")
+    check_seed("--seed", options.seed)
+    texts = _prompts(options)
     import jax
     import jax.numpy as jnp
 
@@ -62,9 +73,6 @@ def main() -> None:
     from jaxdecoder.training.devices import keep_programs
     from jaxdecoder.training.runs import load_model, read_config
 
-    for name in ("max_new_tokens", "num_samples"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: must be at least 1")
     keep_programs(read_config(Path(options.run)).data.cache)
     model = load_model(options.run, options.checkpoint)
     decoder, params = model.decoder, model.params
@@ -78,8 +86,6 @@ def main() -> None:
     for name, make in filters.FILTERS.items():
         if (value := getattr(options, name)) is not None:
             steps.append(make(value))
-    texts = [_read(options.prompt_file)] if options.prompt_file else list(options.prompt) or [""]
-    texts = [text for text in texts for _ in range(options.num_samples)]
     chunks = generate(
         decoder,
         params,
@@ -115,11 +121,24 @@ def _with_threshold(config: ModelConfig, options: Options) -> ModelConfig:
     return replace(config, exit_threshold=threshold)
 
 
+def _prompts(options: Options) -> list[str]:
+    """Return the prompts, each as often as it is to be continued."""
+    texts = [text for some in options.prompt for text in some] or [""]
+    if options.prompt_file:
+        texts = [_read(options.prompt_file)]
+    for text in filter(not_utf8, texts):
+        raise UserError(f"--prompt {text!a}: not UTF-8 text; --prompt-file reads a file")
+    return [text for text in texts for _ in range(options.num_samples)]
+
+
 def _read(path: str) -> str:
+    name, stdin = "standard input" if path == "-" else path, sys.stdin
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
+        if path == "-" and stdin is None:
+            raise UserError("--prompt-file -: standard input is closed")
+        return as_text(stdin.buffer.read() if path == "-" else Path(path).read_bytes(), name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import errno
 import io
 import os
-from collections.abc import Iterable, Sequence
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jaxdecoder.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +35,49 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+@contextlib.contextmanager
+def plain_name(folder: Path) -> Iterator[Path]:
+    """Yield a name of a folder in which no character is special in patterns: its own, or a link."""
+    if not set("*?[]\\") & set(str(folder)):
+        yield folder
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="jaxdecoder-") as place:
+        link = Path(place) / "folder"
+        link.symlink_to(folder.absolute(), target_is_directory=True)
+        yield link
+
+
+def as_text(content: bytes, name: str) -> str:
+    """Return a person's text: UTF-8, its line ends as they are, without a byte order mark.
+
+    Raises:
+        UserError: with the name, for bytes that are not UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = len(content) - len(error.object) + error.start  # a mark is not counted
+        raise UserError(
+            f"{name}: not UTF-8 text: byte {at:,} (0x{content[at]:02x}) does not belong there; "
+            "convert it to UTF-8"
+        ) from None
+
+
+def make_room(file: Path) -> None:
+    """Make the folder of a file that is to be written, and try it, before any work is done.
+
+    Raises:
+        UserError: if nothing can be written there.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from None
+
+
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
     """Write a table, its heading first, completely or not at all."""
     buffer = io.StringIO()
@@ -40,13 +88,21 @@ def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
 def as_png(figure: Figure, dpi: int = 110) -> bytes:
     """Return the content of a figure's PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi)
+    with warnings.catch_warnings():
+        # Letters that the font lacks are drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, dpi=dpi)
     return buffer.getvalue()
+
+
+def as_label(name: str) -> str:
+    """Return a name for a picture, in which no $ begins a formula."""
+    return name.replace("$", r"\$")
 
 
 def as_markdown(rows: Iterable[Sequence[str]]) -> str:
     """Return a table, its heading first, as Markdown."""
-    heading, *body = rows
+    heading, *body = ([cell.replace("|", r"\|") for cell in row] for row in rows)
     lines = [heading, ["---"] * len(heading), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

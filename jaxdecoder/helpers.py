@@ -11,12 +11,15 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from jaxdecoder.errors import show_any_text
+
 SPAWN = multiprocessing.get_context("spawn")
 
 
 def start_helper() -> None:
-    """Ignore interrupts, and end when the parent ends, even if the parent was killed."""
+    """Ignore interrupts, print any text, and end when the parent ends, even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    show_any_text()
     parent = multiprocessing.parent_process()
     if parent is not None:
 

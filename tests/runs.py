@@ -96,7 +96,7 @@ def here(*arguments: object, stdin: str = "") -> Said:
     ):
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", command)
-        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         try:
             importlib.import_module(name.removesuffix(".py")).main()
         except SystemExit as end:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -133,6 +134,50 @@ class TestChains:
         assert (first_hot, first_cut) == (2 * 4, 2 * 2)
 
 
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+extreme = st.sampled_from([3.4e38, -3.4e38, 1e-40, 0.0, 1.0, -1.0, -np.inf]) | finite
+extreme_logits = arrays(np.float32, (ROWS, VOCAB), elements=extreme).filter(
+    lambda logits: np.isfinite(logits).any(axis=1).all()
+)
+tiny = st.sampled_from([5e-324, 1e-45, 1e-40, 1.2e-38, 1e-30])
+EXTREME = {
+    "repetition_penalty": st.sampled_from([1.2e-38, 1e-30, 1e30, 3.4e38]),
+    "temperature": tiny | st.sampled_from([0.0, 1e30, 3.4e38]),
+    "top_k": st.sampled_from([1, VOCAB, 2**31, 2**70]),
+    "top_p": tiny | st.just(1.0),
+    "min_p": tiny | st.just(1.0),
+}
+
+
+@pytest.mark.parametrize("name", EXTREME)
+@given(data=st.data(), logits=extreme_logits)
+def test_extreme_numbers_leave_a_token_and_no_nan(name, data, logits):
+    value = data.draw(EXTREME[name])
+    counts = data.draw(some_counts)
+    chosen = filters.FILTERS[name](value)
+    compiled = jax.jit(chosen)(jnp.asarray(logits), jnp.asarray(counts))
+    for kept in (applied(chosen, logits, counts), np.asarray(compiled)):
+        assert not np.isnan(kept).any()
+        assert np.isfinite(kept).any(axis=1).all()
+        assert not np.isfinite(kept[np.isneginf(logits)]).any()
+
+
+def test_every_filter_is_tried_with_extreme_numbers():
+    assert EXTREME.keys() == filters.FILTERS.keys()
+
+
+@pytest.mark.parametrize("value", [1e-40, 5e-324])
+def test_a_temperature_that_devices_take_for_0_is_greedy(value):
+    assert filters.temperature(value) is filters.top_k(1)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan, 1e39])
+@pytest.mark.parametrize("make", [filters.temperature, filters.repetition_penalty])
+def test_a_number_that_no_float32_holds_is_refused_by_name(make, value):
+    with pytest.raises(UserError, match=f"{make.__name__} = .*: must be from"):
+        make(value)
+
+
 def test_the_same_arguments_give_the_same_filter_so_that_decoding_compiles_once():
     def made():
         return filters.chain(filters.temperature(0.8), filters.top_k(5), filters.min_p(0.1))
@@ -151,6 +196,9 @@ def test_the_same_arguments_give_the_same_filter_so_that_decoding_compiles_once(
         (filters.min_p, 0.0),
         (filters.min_p, 1.1),
         (filters.repetition_penalty, 0.0),
+        (filters.repetition_penalty, 1e-40),
+        (filters.top_p, np.nan),
+        (filters.min_p, np.nan),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(make, value):

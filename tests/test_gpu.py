@@ -157,14 +157,13 @@ def test_a_checkpoint_gives_back_every_bit(tmp_path):
     from jaxdecoder.training import checkpoints
 
     state, losses = trained(3)
-    manager = checkpoints.open_checkpoints(tmp_path)
-    checkpoints.save(manager, 3, state, losses[-1])
-    manager.wait_until_finished()
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
-    found = checkpoints.restore_latest(manager, like)
-    manager.close()
+    with checkpoints.open_checkpoints(tmp_path) as manager:
+        checkpoints.save(manager, 3, state, losses[-1])
+        manager.wait_until_finished()
+        found = checkpoints.restore_latest(manager, like)
     assert found is not None
     _, back = found
     jax.tree.map(np.testing.assert_array_equal, back, state)

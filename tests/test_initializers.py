@@ -1,13 +1,17 @@
 """First weights have the distributions that their initialiser names."""
 
 import dataclasses
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
 from jaxdecoder import Decoder
-from jaxdecoder.config import ModelConfig
+from jaxdecoder.config import ConfigError, ModelConfig, choices
 
 
 class TestInitializers:
@@ -90,3 +94,50 @@ class TestInitializers:
         draws = np.stack([np.ravel(kernel) for kernel in [*kernels, other]])
         correlation = np.corrcoef(draws) - np.eye(len(draws))
         assert np.abs(correlation).max() < 0.1
+
+
+COMBINATIONS = [
+    (initializer, tie, layout, norm)
+    for initializer, tie, layout, norm in itertools.product(
+        choices(ModelConfig, "initializer"),
+        (False, True),
+        choices(ModelConfig, "layout"),
+        choices(ModelConfig, "norm"),
+    )
+    if not (tie and (initializer == "uniform_fan_in" or layout == "parallel_stacks"))  # refused
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("initializer", "tie", "layout", "norm"), COMBINATIONS)
+def test_a_new_model_knows_nothing_rather_than_something_wrong(initializer, tie, layout, norm):
+    assert first_loss(initializer, tie, layout, norm) == pytest.approx(math.log(257), abs=1.5)
+
+
+def test_a_new_model_with_pytorchs_weights_knows_nothing():
+    loss = first_loss("uniform_fan_in", False, "serial", "layernorm")
+    assert loss == pytest.approx(math.log(257), abs=1.5)
+
+
+def first_loss(initializer, tie, layout, norm):
+    config = ModelConfig(
+        vocab_size=257,
+        context_length=32,
+        d_model=128,
+        n_layers=2,
+        n_heads=4,
+        initializer=initializer,
+        tie_embeddings=tie,
+        layout=layout,
+        norm=norm,
+    )
+    tokens = jax.random.randint(jax.random.key(1), (2, 33), 0, 257)
+    decoder, inputs = Decoder(config), tokens[:, :-1]
+    params = jax.jit(decoder.init)(jax.random.key(0, impl="unsafe_rbg"), inputs)
+    logits = jax.jit(decoder.apply)(params, inputs)
+    return float(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean())
+
+
+def test_embeddings_too_large_for_a_head_are_refused():
+    with pytest.raises(ConfigError, match=r"model\.initializer.*model\.tie_embeddings = true"):
+        ModelConfig(initializer="uniform_fan_in", tie_embeddings=True)

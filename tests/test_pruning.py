@@ -241,7 +241,7 @@ def test_a_step_that_there_is_no_going_back_to_is_refused(tiny_run, given, tmp_p
         ({"m": 1, "method": "n-m"}, "--m 1: must be 2 or more"),
         ({"sparsity": 0.5, "recover_steps": -1}, "--recover-steps -1: must be 0 or more"),
         ({"sparsity": 0.5, "learning_rate": 0.0}, "--learning-rate 0.0: must be more than 0"),
-        ({"sparsity": 0.5, "seed": -1, "method": "random"}, "--seed -1: must be 0 or more"),
+        ({"sparsity": 0.5, "seed": -1, "method": "random"}, "--seed -1: must be from 0 to"),
         ({"sparsity": 0.5, "rewind_run": "x"}, "give --rewind as well"),
         ({"sparsity": 0.5, "gradual": True, "method": "magnitude"}, "give --recover-steps"),
     ],

@@ -30,7 +30,8 @@ def final_state(run: Path):
     like = jax.eval_shape(lambda: init_state(read_config(run)))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
-    found = restore_latest(open_checkpoints(run, read_only=True), like)
+    with open_checkpoints(run, read_only=True) as manager:
+        found = restore_latest(manager, like)
     assert found is not None
     return found[1]
 

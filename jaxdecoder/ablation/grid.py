@@ -20,6 +20,7 @@ overrides.train.steps = 5000
 from __future__ import annotations
 
 import itertools
+import os
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -30,7 +31,7 @@ from pydantic import Field
 
 from jaxdecoder import analysis
 from jaxdecoder.ablation.forms import Claim, show
-from jaxdecoder.config import Config, explain, from_dict, load, read_toml, to_dict
+from jaxdecoder.config import Config, explain, from_dict, load, read_toml, to_dict, with_values
 from jaxdecoder.errors import UserError
 from jaxdecoder.typing import Table, Value
 
@@ -140,8 +141,8 @@ def read(path: str | Path, *, out: str | Path = "", size: str = "small") -> Abla
             for e in error.errors()
         ]
         raise UserError("\n".join(found)) from None
-    base = load(path.parent / spec.base)
-    base = _with_values(base, _flat(spec.overrides), f"{path}: overrides")
+    base_path = path.parent / os.path.expanduser(spec.base)
+    base = load(base_path, _flat(spec.overrides), f"{path}: overrides")
     arms = _arms(spec, base, path)
     rates = tuple(sorted(spec.learning_rates)) or (base.optimizer.learning_rate,)
     if len(set(rates)) < len(rates):
@@ -219,13 +220,7 @@ def _flops(config: Config, where: str) -> float:
 
 def _with_values(config: Config, values: Table, where: str) -> Config:
     """Return the config with these dotted fields changed and checked."""
-    tables = to_dict(config)
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        if not name:
-            raise UserError(f"{where}.{key}: name the field in full, as in model.norm_placement")
-        tables.setdefault(section, {})[name] = value
-    return from_dict(tables, where)
+    return from_dict(with_values(to_dict(config), values, where), where)
 
 
 def _flat(tables: Table) -> Table:

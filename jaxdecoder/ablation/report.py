@@ -21,7 +21,7 @@ from jaxdecoder.ablation.grid import METRICS, Ablation, Arm
 from jaxdecoder.ablation.population import MAPPINGS
 from jaxdecoder.ablation.statistics import POWER, estimate
 from jaxdecoder.ablation.training import Result
-from jaxdecoder.files import as_markdown, as_page, as_png, write_csv
+from jaxdecoder.files import as_label, as_markdown, as_page, as_png, write_csv
 from jaxdecoder.training.devices import processor
 from jaxdecoder.training.logging import read_metrics
 from jaxdecoder.typing import Table
@@ -75,7 +75,7 @@ def write(
         "rows": [cells(ablation, row) for row in table(ablation, results, outcomes)],
         "pictures": pictures,
         "command": command,
-        "source": ablation.path.read_text(encoding="utf-8"),
+        "source": ablation.path.read_text(encoding="utf-8-sig"),
     }
     (folder / "report.md").write_text(markdown(told), encoding="utf-8")
     page = as_page(Path(__file__).with_name("report.html.jinja"), **told)
@@ -236,7 +236,7 @@ def draw_losses(
         if not steps:
             continue  # all of them diverged before the first evaluation
         values = np.array([[curve[step] for step in steps] for curve in curves])
-        _band(axes, steps, values, label=arm.name, lw=1.5)
+        _band(axes, steps, values, label=as_label(arm.name), lw=1.5)
     axes.set(xlabel="step", ylabel="validation loss (nats a token)")
     return _png(axes)
 
@@ -247,7 +247,7 @@ def draw_sensitivity(ablation: Ablation, outcomes: Sequence[Outcome]) -> bytes:
     evidence = Evidence(ablation, outcomes)
     for arm in ablation.arms:
         curves = np.array([evidence.curve(arm, seed) for seed in evidence.seeds])
-        _band(axes, ablation.learning_rates, curves, label=arm.name, marker="o", ms=3)
+        _band(axes, ablation.learning_rates, curves, label=as_label(arm.name), marker="o", ms=3)
     axes.set(
         xscale="log", xlabel="learning rate", ylabel=f"{evidence.metric.replace('_', ' ')} (nats)"
     )

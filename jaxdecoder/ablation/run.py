@@ -28,8 +28,8 @@ def run(ablation: Ablation, out: Path, *, command: str) -> list[Verdict]:
         UserError: before any training, if a claim cannot be answered by the arms.
     """
     check(ablation)
-    console = Console()
-    say = partial(console.print, markup=False, highlight=False)
+    console = Console(markup=False, emoji=False)
+    say = partial(console.print, highlight=False, soft_wrap=True)
     say(f"{out}: {report.about(ablation)}")
     train: Callable[..., list[Result]] = train_members
     if jax.default_backend() == "cpu":

@@ -27,7 +27,15 @@ from jaxdecoder.data import tokenizers
 from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
-from jaxdecoder.files import as_markdown, as_page, as_png, write_atomically, write_csv
+from jaxdecoder.files import (
+    as_label,
+    as_markdown,
+    as_page,
+    as_png,
+    make_room,
+    write_atomically,
+    write_csv,
+)
 from jaxdecoder.sampling.generate import encode_prompt, generate
 from jaxdecoder.training.evaluation import bits_per_byte, decoded_losses, make_evaluator, predicted
 from jaxdecoder.training.runs import Model, load_model
@@ -88,6 +96,7 @@ def chart(options: Chart, command: str) -> list[Point]:
         raise UserError(f"--tokens {options.tokens}: must be at least 1")
     if Path(options.out).suffix != ".html":
         raise UserError(f"--out {options.out}: must be the name of an .html file")
+    make_room(Path(options.out))
     subjects = [s for run in options.runs for s in _subjects(run, options.exit_thresholds)]
     speeds = _tokens_per_second(subjects, options.tokens)
     points = list(map(_measure, track(subjects, description="validation losses"), speeds))
@@ -98,7 +107,7 @@ def chart(options: Chart, command: str) -> list[Point]:
     table = Table(*heading)
     for cells in body:
         table.add_row(*cells)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
     print(f"{options.out} shows it")
     return points
 
@@ -192,7 +201,6 @@ def _tokens_per_second(subjects: Sequence[_Subject], tokens: int) -> list[float]
 def write(out: Path, points: Sequence[Point], loss: str, command: str) -> None:
     """Write the chart, and its table beside it."""
     picture, note = draw(points, loss), f"\n{NOTE}\n"
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out.with_suffix(".png"), picture)
     write_atomically(out.with_suffix(".md"), as_markdown(rows(points, loss)) + note)
     write_csv(out.with_suffix(".csv"), [Point._fields, *points])
@@ -264,7 +272,7 @@ def draw(points: Sequence[Point], loss: str) -> bytes:
         axes.margins(0.1)
         axes.grid(alpha=0.3)
     names = [
-        Line2D([], [], ls="", marker=f"${number}$", color="black", label=point.name)
+        Line2D([], [], ls="", marker=f"${number}$", color="black", label=as_label(point.name))
         for number, point in numbered
     ]
     lines = [Line2D([], [], color="tab:orange", label="Pareto front"), *names]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from jaxdecoder.compression.criteria import CRITERIA, Criterion, Need, Scope
+from jaxdecoder.config.fields import PathOption
 from jaxdecoder.config.sections import Teaching
 
 if TYPE_CHECKING:
@@ -31,9 +32,9 @@ else:
 class Chart:
     """Plot the losses of runs against their costs."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: tyro.conf.Positional[tuple[PathOption, ...]]
     """Run folders."""
-    out: str = "chart.html"
+    out: PathOption = "chart.html"
     """File of the chart. The table goes beside it as .md and .csv, the picture as .png."""
     exit_thresholds: tuple[float, ...] = ()
     """For models with early exits: draw a point for each of these. Left out: 1 (never early) and
@@ -46,9 +47,9 @@ class Chart:
 class Prune:
     """Make a new run without the weights, or the parts, that matter least."""
 
-    run: tyro.conf.Positional[str]
+    run: tyro.conf.Positional[PathOption]
     """Run folder."""
-    out: tyro.conf.Positional[str]
+    out: tyro.conf.Positional[PathOption]
     """Folder of the new run."""
     method: PruningMethod = "wanda"
     recover_steps: int | None = None
@@ -84,7 +85,7 @@ class SingleWeights(Prune):
     rewind: int | None = None
     """Set the remaining weights back to their values at this step, as for lottery tickets; 0: their
     initial values."""
-    rewind_run: str = ""
+    rewind_run: PathOption = ""
     """For --rewind: the run that has this step. Left out: RUN."""
 
 
@@ -207,9 +208,9 @@ PRUNING: dict[str, Callable[..., Prune]] = {
 class Sensitivity:
     """Plot how much the loss grows when one layer at a time is pruned."""
 
-    run: tyro.conf.Positional[str]
+    run: tyro.conf.Positional[PathOption]
     """Run folder."""
-    out: str = "sensitivity.png"
+    out: PathOption = "sensitivity.png"
     """File of the picture. The table goes beside it as .csv and .md."""
     criterion: CriterionName = "wanda"
     """Criterion for single weights."""
@@ -231,9 +232,9 @@ class Sensitivity:
 class Quantize:
     """Make a new run that stores the weights of the linear layers in few bits."""
 
-    run: tyro.conf.Positional[str]
+    run: tyro.conf.Positional[PathOption]
     """Run folder."""
-    new_run: tyro.conf.Positional[str]
+    new_run: tyro.conf.Positional[PathOption]
     """Folder of the new run."""
     bits: Literal[8, 4] = 8
     """Bits per weight."""
@@ -264,9 +265,9 @@ class Quantize:
 class Dequantize:
     """Make a new run that has the weights of a quantized run as floats, so that it can train."""
 
-    run: tyro.conf.Positional[str]
+    run: tyro.conf.Positional[PathOption]
     """Run folder."""
-    new_run: tyro.conf.Positional[str]
+    new_run: tyro.conf.Positional[PathOption]
     """Folder of the new run."""
 
 
@@ -274,12 +275,12 @@ class Dequantize:
 class Distill:
     """Train a student on a teacher's predictions of every next token."""
 
-    teacher: tyro.conf.Positional[str]
+    teacher: tyro.conf.Positional[PathOption]
     """Run folder of the teacher."""
-    student: tyro.conf.Positional[str]
+    student: tyro.conf.Positional[PathOption]
     """A config file; its data section may be left out, then it is the teacher's. Or a run folder:
     the student starts from its weights, and a pruned run stays as sparse as it is."""
-    new_run: tyro.conf.Positional[str]
+    new_run: tyro.conf.Positional[PathOption]
     """Folder of the new run. The same command again continues it."""
     how: tyro.conf.OmitArgPrefixes[Teaching] = field(default_factory=Teaching)
     """How the student learns."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from jaxdecoder.config import Config, DistillationConfig
 from jaxdecoder.data.batches import Feed
 from jaxdecoder.data.tokens import Corpus, prepare
-from jaxdecoder.errors import UserError
+from jaxdecoder.errors import UserError, shell_word
 from jaxdecoder.files import write_atomically
 from jaxdecoder.kernels import packing
 from jaxdecoder.training import checkpoints, runs
@@ -118,7 +118,7 @@ def _begin(
         raise UserError(
             f"{source}: its weights are quantized already, to {model.config.model.weight_format}. "
             "Give the run it was made from, or make floats of it first: "
-            f"python compress.py dequantize {source} {source}_float"
+            f"python compress.py dequantize {shell_word(source)} {shell_word(f'{source}_float')}"
         )
     config, corpus = corpus_of(model, source)
     config = replace(config, distillation=DistillationConfig())

@@ -27,6 +27,7 @@ from jaxdecoder.compression.parts import PARTS, going, kept
 from jaxdecoder.compression.passes import Made, run_pass
 from jaxdecoder.compression.sparsity import apply, mask, n_of_m, scores_by, zeros
 from jaxdecoder.config import CompressionConfig, Config, ModelConfig, OptimizerConfig, differences
+from jaxdecoder.config.fields import SEEDS
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
 from jaxdecoder.layers.tree import Matrices, body_matrices, replaced
@@ -76,7 +77,7 @@ BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "recover_steps": (lambda steps: steps >= 0, "0 or more"),
     "learning_rate": (lambda rate: rate > 0, "more than 0"),
     "m": (lambda m: m >= 2, "2 or more"),
-    "seed": (lambda seed: seed >= 0, "0 or more"),
+    "seed": (lambda seed: 0 <= seed < SEEDS, f"from 0 to {SEEDS - 1}"),
     "gradual_share": (lambda share: 0 < share <= 1, "more than 0 and at most 1"),
     "gradual_every": (lambda steps: steps >= 1, "1 or more"),
     "rewind": (lambda step: step >= 0, "0 or more"),

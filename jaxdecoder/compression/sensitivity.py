@@ -18,10 +18,11 @@ from jaxdecoder.compression.parts import PARTS
 from jaxdecoder.compression.passes import corpus_of
 from jaxdecoder.compression.sparsity import apply, mask, scores_by
 from jaxdecoder.config import ModelConfig
+from jaxdecoder.config.fields import check_seed
 from jaxdecoder.data.batches import Batch, Feed
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
-from jaxdecoder.files import as_markdown, as_png, write_atomically, write_csv
+from jaxdecoder.files import as_label, as_markdown, as_png, make_room, write_atomically, write_csv
 from jaxdecoder.layers import tree
 from jaxdecoder.layers.serial import n_turns, turn
 from jaxdecoder.layers.tree import Matrices, body_matrices, replaced
@@ -64,14 +65,14 @@ def sensitivity(options: Sensitivity, command: str) -> list[Effect]:
     if not options.sparsities or not all(0 < share < 1 for share in options.sparsities):
         shown = " ".join(map(str, options.sparsities))
         raise UserError(f"--sparsities {shown}: each must be between 0 and 1, such as 0.5")
-    for name, least in (("batches", 1), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} {getattr(options, name)}: must be {least} or more")
+    if options.batches < 1:
+        raise UserError(f"--batches {options.batches}: must be 1 or more")
+    check_seed("--seed", options.seed)
+    make_room(out)
     set_up(read_config(Path(options.run)))
     model = load_model(options.run)
     config, corpus = corpus_of(model, Path(options.run))
     rows = scan(options, model._replace(config=config), corpus)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, draw(rows, options))
     write_csv(out.with_suffix(".csv"), [Effect._fields, *rows])
     write_atomically(out.with_suffix(".md"), markdown(rows, command))
@@ -205,7 +206,8 @@ def draw(rows: Sequence[Effect], options: Sensitivity) -> bytes:
         axis.set_yticks(range(len(layers)), layers, fontsize=7)
         axis.set_title(title, fontsize=8)
     axes[0][0].set_ylabel("layer", fontsize=8)
-    figure.suptitle(f"{Path(options.run).name}: nats a token more, pruned alone", fontsize=9)
+    title = f"{as_label(Path(options.run).name)}: nats a token more, pruned alone"
+    figure.suptitle(title, fontsize=9)
     return as_png(figure, dpi=130)
 
 

@@ -114,7 +114,7 @@ def _of_run(path: Path, options: Distill, teacher: Model) -> Student:
 
 def _of_toml(path: Path, options: Distill, teacher: Model) -> Student:
     """Make a student from a config: its weights are new, or come from the teacher's layers."""
-    config = load(path)
+    config = load(path, {} if options.steps is None else {"train.steps": options.steps})
     if config.train.init_from:
         raise UserError(
             f"{path}: train.init_from: to start from a run's weights, give the run as the student"

@@ -11,8 +11,9 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -31,7 +32,8 @@ from jaxdecoder.config.sections import (
     OptimizerConfig,
     TrainConfig,
 )
-from jaxdecoder.errors import UserError
+from jaxdecoder.errors import UserError, not_utf8
+from jaxdecoder.files import as_text
 
 Tables = dict[str, Any]
 """What a TOML file holds, by key."""
@@ -72,54 +74,64 @@ class Config:
         return self.model.resolve()
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file, then apply command-line overrides such as `--model.n-layers 2`.
+def load(
+    path: str | Path,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    where: str = "command line",
+) -> Config:
+    """Read a TOML file, then apply overrides: arguments such as `--model.n-layers 2`, or values by
+    dotted key.
 
-    Raises `UserError`, naming the file and the key, for anything that is not right.
+    What fields must have in common is judged after the overrides: they may give what the file
+    leaves out. Raises `UserError` for anything that is not right, naming the key and the file, or
+    `where` the overrides come from.
     """
-    path = Path(path)
-    config = from_dict(read_toml(path), str(path))
-    if not config.train.out:
-        train = dataclasses.replace(config.train, out=str(Path("runs") / path.stem))
-        config = dataclasses.replace(config, train=train)
-    return override(config, overrides) if overrides else config
+    path = Path(os.path.expanduser(path))
+    draft = _checked(_DRAFT, read_toml(path), str(path))
+    if not draft.train.out:
+        train = dataclasses.replace(draft.train, out=str(Path("runs") / path.stem))
+        draft = dataclasses.replace(draft, train=train)
+    if not overrides:
+        return from_dict(to_dict(draft), str(path))
+    if isinstance(overrides, Mapping):
+        changed = with_values(to_dict(draft), overrides, where)
+    else:
+        changed = _overridden(draft, overrides)
+    try:
+        return from_dict(changed, where)
+    except UserError as error:
+        _refuse_what_the_file_has(draft, str(path), str(error).removeprefix(where))
+        raise
 
 
 def read_toml(path: Path) -> Tables:
     """Return the tables of a TOML file, or a `UserError` that names it."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(as_text(path.read_bytes(), str(path)))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{_neighbours(path)}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # not TOML, or no name that a file can have
         raise UserError(f"{path}: {error}") from None
 
 
 def from_dict(tables: Tables, where: str) -> Config:
     """Check the tables of a config file and build the `Config`; `where` names them in errors."""
-    _refuse_unknown_keys(tables, Config, where)
     try:
-        # Strict JSON mode takes TOML's types as they are: no "3" for 3, but arrays for tuples.
-        return _ADAPTER.validate_json(json.dumps(tables, default=str), strict=True)
+        config: Config = _checked(_ADAPTER, tables, where)
     except ConfigError as error:
         raise UserError(f"{where}: {error}") from None
-    except pydantic.ValidationError as error:
-        raise UserError("\n".join(explain(where, e) for e in _first_of_each(error))) from None
+    return config
 
 
-def override(config: Config, arguments: Sequence[str]) -> Config:
-    """Apply command-line arguments to a config; `--help` lists every field."""
-    try:
-        changed = tyro.cli(
-            Config,
-            default=config,
-            args=list(arguments),
-            prog="train.py CONFIG",
-            description="Train a decoder. Every field of the config can be given here.",
-        )
-        return from_dict(to_dict(changed), "command line")
-    except ConfigError as error:
-        raise UserError(f"command line: {error}") from None
+def with_values(tables: Tables, values: Mapping[str, Any], where: str) -> Tables:
+    """Return tables with the values of these dotted fields changed."""
+    changed = {name: dict(table) for name, table in tables.items()}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        if not name:
+            raise UserError(f"{where}.{key}: name the field in full, as in model.norm_placement")
+        changed.setdefault(section, {})[name] = value
+    return changed
 
 
 def to_dict(config: Config) -> Tables:
@@ -170,7 +182,92 @@ def _types(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-_ADAPTER = pydantic.TypeAdapter(Config)
+def _without_checks(section: type, fields: Sequence[Any] = ()) -> Any:
+    """Return a dataclass that does not check what its fields have in common."""
+    namespace = {"__post_init__": lambda self: None, "__module__": section.__module__}
+    name = section.__name__
+    return dataclasses.make_dataclass(
+        name, fields, bases=(section,), namespace=namespace, frozen=True
+    )
+
+
+_Draft = _without_checks(
+    Config,
+    [
+        (name, draft := _without_checks(section), field(default_factory=draft))
+        for name, section in get_type_hints(Config).items()
+    ],
+)
+"""A `Config` whose values are right each by itself, and may still be changed."""
+
+_ADAPTER: Any = pydantic.TypeAdapter(Config)
+_DRAFT: Any = pydantic.TypeAdapter(_Draft)
+
+
+def _checked(adapter: Any, tables: Tables, where: str) -> Any:
+    """Return the tables as what the adapter makes of them, each value checked by itself."""
+    _refuse_unknown_keys(tables, Config, where)
+    _refuse_broken_text(tables, where)
+    try:
+        # Strict JSON mode takes TOML's types as they are: no "3" for 3, but arrays for tuples.
+        return adapter.validate_json(json.dumps(tables, default=str), strict=True)
+    except pydantic.ValidationError as error:
+        raise UserError("\n".join(explain(where, e) for e in _first_of_each(error))) from None
+
+
+def _overridden(draft: Config, arguments: Sequence[str]) -> Tables:
+    """Return the tables of a draft after command-line arguments; `--help` lists every field."""
+    changed: Any = tyro.cli(
+        _Draft,
+        default=draft,
+        args=_with_flags(arguments),
+        prog="train.py CONFIG",
+        description="Train a decoder. Every field of the config can be given here.",
+    )
+    return to_dict(changed)
+
+
+def _with_flags(arguments: Sequence[str]) -> list[str]:
+    """Return arguments in which `--train.tune false` is `--train.no-tune`, as the parser has it."""
+    flags = {
+        f"{section}.{name}"
+        for section, kind in _types(Config).items()
+        for name, of in _types(kind).items()
+        if of is bool
+    }
+    said, left = [], list(arguments)
+    while left:
+        option, equals, value = left.pop(0).partition("=")
+        key = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or key not in flags:
+            said.append(f"{option}{equals}{value}")
+            continue
+        if not equals:
+            # A flag by itself means true.
+            value = left.pop(0) if left and not left[0].startswith("--") else "true"
+        if value.lower() not in ("true", "false"):
+            raise UserError(f"command line: {key} = {show(value)}: should be true or false")
+        section, _, name = option.removeprefix("--").partition(".")
+        no = "" if value.lower() == "true" else "no-"
+        said.append(f"--{section}.{no}{name}")
+    return said
+
+
+def _refuse_what_the_file_has(draft: Config, where: str, complaint: str) -> None:
+    """Blame the file for a complaint about the overridden values if it has the same mistake."""
+    try:
+        from_dict(to_dict(draft), where)
+    except UserError as error:
+        if str(error) == where + complaint:
+            raise error from None
+
+
+def _refuse_broken_text(tables: Tables, where: str) -> None:
+    """Refuse bytes that are not UTF-8, which Python smuggles through the command line."""
+    for section, table in tables.items():
+        for key, value in table.items():
+            if isinstance(value, str) and not_utf8(value):
+                raise UserError(f"{where}: {section}.{key} = {show(value)}: is not UTF-8 text")
 
 
 def _refuse_unknown_keys(tables: Tables, cls: type, where: str, prefix: str = "") -> None:

@@ -15,6 +15,7 @@ from jaxdecoder.config.fields import (
     Positive,
     PositiveFloat,
     Seed,
+    expand_home,
 )
 
 
@@ -64,6 +65,7 @@ class DataConfig:
     """Processes that tokenise; 0: one a core."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "path", "tokenizer_path", "cache")
         if self.source in ("text", "huggingface") and not self.path:
             why = f"the source {self.source!r} needs a path to read from"
             raise ConfigError("data.path", self.path, why)
@@ -174,6 +176,7 @@ class TrainConfig:
     it down."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "out", "init_from")
         if self.batch_size % self.gradient_accumulation:
             why = f"must divide train.batch_size = {self.batch_size}"
             raise ConfigError("train.gradient_accumulation", self.gradient_accumulation, why)
@@ -288,3 +291,7 @@ class DistillationConfig(Teaching):
     """Run folder of the teacher; empty: there is none."""
     teacher_digest: str = ""
     """What the teacher's weights are known by; empty: any will do."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expand_home(self, "teacher")

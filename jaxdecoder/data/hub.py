@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from pathlib import Path
@@ -107,6 +108,11 @@ def _place(data: DataConfig) -> Path | None:
     """Return the local folder or file of `data.path`; None if it is a hub id."""
     path = local("data.path", data.path)
     try:
+        if path.is_dir() and glob.has_magic(str(path.resolve())):  # files of others would be read
+            raise UserError(
+                f"data.path = {json.dumps(data.path)}: *, ? and [ in the name of a folder of data "
+                "files would be a pattern; rename it"
+            )
         if path.is_dir() or path.is_file():
             return path
         meant_a_file = path.exists() or kind_of(path)[0] in (".txt", *RECORDS)

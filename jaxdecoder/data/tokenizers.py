@@ -146,7 +146,7 @@ def load(path: str | Path) -> Tokenizer:
         UserError: if the file cannot be read, is damaged or is not a tokenizer of this project.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_bytes())
         return from_json(unsealed(values) if "digest" in values else values)
     except OSError as error:
         raise UserError(f"{path}: the tokenizer cannot be read: {error.strerror}") from None

@@ -162,7 +162,7 @@ def _tiktoken(data: DataConfig) -> Tokenizer:
                 f"merges.txt describe gpt2, not {data.tokenizer}; leave it out, or set "
                 'data.tokenizer = "gpt2"'
             )
-        return from_gpt2_files(Path(data.tokenizer_path).expanduser())
+        return from_gpt2_files(Path(data.tokenizer_path))
     try:
         encoding = tiktoken.get_encoding(data.tokenizer)
     except OSError as error:
@@ -196,8 +196,8 @@ def from_gpt2_files(folder: Path) -> Tokenizer:
         UserError: if the files are missing, or are not a pair in GPT-2's format and order.
     """
     try:
-        ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        ids = json.loads((folder / "vocab.json").read_bytes())
+        lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").splitlines()
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         merged = [ids[left + right] for left, right in merges]
         byte_of = _byte_of_character()

@@ -9,10 +9,12 @@ compiles once.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder.errors import UserError
@@ -20,6 +22,9 @@ from jaxdecoder.errors import UserError
 Logits = Float[Array, "batch vocab"]
 Counts = Int[Array, "batch vocab"]
 Filter = Callable[[Logits, Counts], Logits]
+
+SMALLEST, LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+"""What float32 holds to its full precision; devices may take smaller numbers for 0."""
 
 
 @functools.cache
@@ -37,10 +42,18 @@ def chain(*filters: Filter) -> Filter:
 @functools.cache
 def temperature(value: float) -> Filter:
     """Divide the logits by `value`; 0 keeps only the largest logit (greedy decoding)."""
-    _check("temperature", value, value >= 0, "0 or more")
-    if value == 0:
+    _check("temperature", value, 0 <= value <= LARGEST, f"from 0 to {LARGEST:.1e}")
+    if value < SMALLEST:
         return top_k(1)
-    return lambda logits, counts: logits / value
+
+    def apply(logits: Logits, counts: Counts) -> Logits:
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        # Where quotients overflow, only their distances from the largest one count.
+        safe = jnp.where(jnp.isfinite(largest / value), logits, logits - largest)
+        # Some devices multiply by 1 / value, which may be 0.
+        return jnp.where(jnp.isneginf(logits), -jnp.inf, safe / value)
+
+    return apply
 
 
 @functools.cache
@@ -72,7 +85,7 @@ def top_p(p: float) -> Filter:
         tokens = jnp.argsort(-logits, axis=-1)
         ordered = jax.nn.softmax(jnp.take_along_axis(logits, tokens, axis=-1), axis=-1)
         # A token stays if the tokens before it sum to less than p. So the first always stays.
-        stays = jnp.cumsum(ordered, axis=-1) - ordered < p
+        stays = jnp.cumsum(ordered, axis=-1) - ordered < max(p, SMALLEST)
         rows = jnp.arange(logits.shape[0])[:, None]
         kept = jnp.zeros(logits.shape, bool).at[rows, tokens].set(stays)
         return jnp.where(kept, logits, -jnp.inf)
@@ -85,7 +98,7 @@ def min_p(p: float) -> Filter:
     """Keep tokens that are at least p times as probable as the likeliest (arXiv 2407.01082)."""
     _check("min_p", p, 0 < p <= 1, "in (0, 1]")
     return lambda logits, counts: jnp.where(
-        logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(p), logits, -jnp.inf
+        logits >= jnp.max(logits, axis=-1, keepdims=True) + math.log(p), logits, -jnp.inf
     )
 
 
@@ -95,11 +108,14 @@ def repetition_penalty(factor: float) -> Filter:
 
     CTRL (arXiv 1909.05858), with the usual treatment of negative logits.
     """
-    _check("repetition_penalty", factor, factor > 0, "more than 0")
+    fine = SMALLEST <= factor <= LARGEST
+    _check("repetition_penalty", factor, fine, f"from {SMALLEST:.1e} to {LARGEST:.1e}")
 
     def apply(logits: Logits, counts: Counts) -> Logits:
         penalised = jnp.where(logits > 0, logits / factor, logits * factor)
-        return jnp.where(counts > 0, penalised, logits)
+        # Too small or large for a float is still neither forbidden nor certain.
+        penalised = jnp.clip(penalised, -LARGEST, LARGEST)
+        return jnp.where((counts > 0) & ~jnp.isneginf(logits), penalised, logits)
 
     return apply
 

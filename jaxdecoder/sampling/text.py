@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from jaxdecoder.config.fields import check_seed
 from jaxdecoder.data.tokenizers import stream_decoder
 from jaxdecoder.sampling import filters
 from jaxdecoder.sampling.generate import encode_prompt
@@ -23,6 +24,7 @@ def generate(
 
     For tokens, batches and filters, use `jaxdecoder.sampling.generate`.
     """
+    check_seed("seed =", seed)
     chunks = generate_tokens(
         model.decoder,
         model.params,

@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxdecoder.errors import UserError, first_line
-from jaxdecoder.files import disk_is_full
+from jaxdecoder.files import disk_is_full, make_room, plain_name
 from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.step import State
 from jaxdecoder.typing import Params
@@ -36,9 +36,14 @@ UNKNOWN = math.inf
 """The loss noted with a checkpoint that was saved without an evaluation."""
 
 
-def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> ocp.CheckpointManager:
+@contextlib.contextmanager
+def open_checkpoints(
+    run: Path, *, keep: int = 2, read_only: bool = False
+) -> Iterator[ocp.CheckpointManager]:
     """Open the checkpoints of a run folder; for writing, set aside those with broken notes."""
     folder = (run / "checkpoints").absolute()
+    if not read_only:
+        make_room(folder / "0")
     for step in [] if read_only else steps_in(folder):
         # The policy below reads every note, so one that cannot be read would stop every save.
         if recorded_loss(folder, step) is None:
@@ -58,7 +63,9 @@ def open_checkpoints(run: Path, *, keep: int = 2, read_only: bool = False) -> oc
         enable_background_delete=False,
         async_options=ocp.AsyncOptions(post_finalization_callback=sealing),
     )
-    return ocp.CheckpointManager(folder, options=options)
+    # Orbax takes some characters of a name for a pattern, and would not find its own files.
+    with plain_name(folder) as known_as, ocp.CheckpointManager(known_as, options=options) as opened:
+        yield opened
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -107,7 +114,7 @@ def restore_latest(manager: ocp.CheckpointManager, like: State) -> tuple[int, St
     Newer ones that cannot be read are moved to the run's `damaged/` folder. If none can be read,
     the fault may lie elsewhere (memory, permissions): nothing is moved and a `UserError` raised.
     """
-    folder = Path(str(manager.directory))
+    folder = Path(str(manager.directory)).resolve()
     arguments = {name: ocp.args.StandardRestore(item) for name, item in _items(like).items()}
     failures: dict[int, str] = {}
     for step in steps_in(folder):

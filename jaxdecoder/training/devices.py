@@ -67,10 +67,15 @@ def stay_on(core: int) -> None:
 def keep_programs(cache: str | Path) -> None:
     """Keep compiled programs for later processes, in `cache` or where JAX_COMPILATION_CACHE_DIR is.
 
-    What took a second to compile is kept. JAX keeps apart what another version, flag or processor
-    would compile otherwise.
+    What took a second to compile is kept, if it can be written there. JAX keeps apart what another
+    version, flag or processor would compile otherwise.
     """
-    folder = Path(cache).expanduser().absolute() / "programs"
+    folder = Path(cache).absolute() / "programs"
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            return  # JAX would complain of every program
     chosen = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     jax.config.update("jax_compilation_cache_dir", chosen)
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxdecoder.files import write_atomically
+from jaxdecoder.files import as_label, as_png, write_atomically
 from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.typing import Table
 
@@ -120,11 +120,11 @@ def draw_losses(run: Path) -> None:
         points = [(m["step"], m[name]) for m in metrics if name in m]
         if points:
             axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run.name)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=as_label(run.name))
     if axes.lines:
         axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(run / "loss.png", dpi=120)
+    write_atomically(run / "loss.png", as_png(figure, dpi=120))
 
 
 def _summary(metrics: dict[str, float]) -> str:

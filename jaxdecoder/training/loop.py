@@ -123,6 +123,10 @@ def train_together(
         with checkpoints.open_checkpoints(folder, keep=longest.train.keep if own else 1) as manager:
             course = _Course(members, placement, folder, manager, stop, watch)
             state, clock = course.run()
+            if own and not longest.train.steps and manager.latest_step() is None:
+                # A run of no steps is a model too.
+                losses_now = placement.losses(state, "validation", longest.train.evaluation_batches)
+                checkpoints.save(manager, 0, state, losses_now[0])
         parameters, records = course.parameters, clock.records
 
         def losses(split: SplitName, count: int | None) -> Sequence[float]:

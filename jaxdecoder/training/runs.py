@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shlex
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from jaxdecoder.config import (
 from jaxdecoder.data import tokenizers
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.decoder import Decoder
-from jaxdecoder.errors import UserError
+from jaxdecoder.errors import UserError, shell_word
 from jaxdecoder.files import write_atomically
 from jaxdecoder.training.checkpoints import restore_params, steps_in
 from jaxdecoder.training.devices import is_first_host
@@ -78,7 +78,7 @@ def load_model(run: str | Path, which: str | int = "best") -> Model:
 
     A model that training makes sparse is not best before it is as sparse as it is to be.
     """
-    run = Path(run)
+    run = Path(os.path.expanduser(run))
     config = read_config(run)
     tokenizer = tokenizers.load(run / "tokenizer.json")
     like = jax.eval_shape(partial(init_state, config)).params
@@ -126,7 +126,7 @@ def check_same_config(
         raise UserError(
             f"{run}: this run was started with another config:\n  {listed}\n"
             f"Give {ANOTHER_FOLDER}, or the values it was started with. "
-            f"To start another run from its weights: --train.init-from {shlex.quote(str(run))}"
+            f"To start another run from its weights: --train.init-from {shell_word(run)}"
         )
     return different
 

@@ -15,6 +15,7 @@ from jaxdecoder.config import Config
 from jaxdecoder.data import tokenizers
 from jaxdecoder.data.batches import Feed, SplitName, Told, untold
 from jaxdecoder.data.tokens import Corpus, prepare
+from jaxdecoder.errors import shell_word
 from jaxdecoder.training import checkpoints, runs
 from jaxdecoder.training.continuing import go_on
 from jaxdecoder.training.devices import compiled_soon, is_first_host
@@ -107,7 +108,8 @@ def train(
                 f"done: train {summary['train_loss']:.4f}, validation "
                 f"{summary['validation_loss']:.4f} nats a token, "
                 f"{summary['bits_per_byte']:.4f} bits a byte (a bigram model: "
-                f"{summary['bigram_loss']:.4f} nats); talk to it with: python sample.py {run}"
+                f"{summary['bigram_loss']:.4f} nats); talk to it with: "
+                f"python sample.py {shell_word(run)}"
             )
     return summary
 

@@ -111,7 +111,7 @@ def tuned(config: Config, *, objective: ToObjective = next_token, say: Say = pri
     candidates = others(complete, len(cores()))
     if not _repays(complete, len(candidates)):
         return config
-    path = Path(config.data.cache).expanduser() / "forms" / f"{_key(complete)}.json"
+    path = Path(config.data.cache) / "forms" / f"{_key(complete)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         form = Form(**json.loads(path.read_text())["form"])
         # Whatever the file holds, it must be a form that could have been chosen.
@@ -121,10 +121,13 @@ def tuned(config: Config, *, objective: ToObjective = next_token, say: Say = pri
         return with_form(config, form)
     say(f"tune: trials on {processor()}, {len(cores())} cores (--train.tune false leaves them out)")
     form, milliseconds = quickest(complete, candidates, partial(_Process, objective), say)
-    say(f"tune: {form}; kept in {path}")
     told = {"processor": processor(), "jax": jax.__version__, "milliseconds": milliseconds}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"form": form._asdict(), **told}, indent=2) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({"form": form._asdict(), **told}, indent=2) + "\n")
+        say(f"tune: {form}; kept in {path}")
+    except OSError as error:
+        say(f"tune: {form}; not kept: {path}: {error.strerror}")
     return with_form(config, form)
 
 
