@@ -28,6 +28,7 @@ from jaxdecoder.config.sections import (
     CompressionConfig,
     DataConfig,
     DistillationConfig,
+    MeshConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -39,12 +40,13 @@ Tables = dict[str, Any]
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run: model, data, optimiser, training, compression, distillation."""
+    """A whole run: model, data, optimiser, training, devices, compression, distillation."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
@@ -97,6 +99,7 @@ def read_toml(path: Path) -> Tables:
 
 def from_dict(tables: Tables, where: str) -> Config:
     """Check the tables of a config file and build the `Config`; `where` names them in errors."""
+    tables = _renamed(tables, where)
     _refuse_unknown_keys(tables, Config, where)
     try:
         # Strict JSON mode takes TOML's types as they are: no "3" for 3, but arrays for tuples.
@@ -160,6 +163,20 @@ def _types(cls: type) -> dict[str, Any]:
 
 
 _ADAPTER = pydantic.TypeAdapter(Config)
+
+
+def _renamed(tables: Tables, where: str) -> Tables:
+    """Return the tables with what earlier versions called otherwise under its name of today."""
+    train = tables.get("train")
+    if not isinstance(train, dict) or not isinstance(train.get("fsdp"), bool):
+        return tables
+    rest = {key: value for key, value in train.items() if key != "fsdp"}
+    if not train["fsdp"]:
+        return {**tables, "train": rest}
+    if "mesh" in tables:
+        why = "is mesh.fsdp = -1 with mesh.data = 1 today; leave it out beside a table [mesh]"
+        raise UserError(f"{where}: train.fsdp = true: {why}")
+    return {**tables, "train": rest, "mesh": {"data": 1, "fsdp": -1}}
 
 
 def _refuse_unknown_keys(tables: Tables, cls: type, where: str, prefix: str = "") -> None:

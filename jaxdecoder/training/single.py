@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from jaxdecoder.config import Config
@@ -22,7 +23,15 @@ from jaxdecoder.training.evaluation import make_evaluator
 from jaxdecoder.training.logging import Screen, draw_losses
 from jaxdecoder.training.loop import Watch, steps_a_call, train_together
 from jaxdecoder.training.record import Summary
-from jaxdecoder.training.sharding import batch_sharding, everywhere, make_mesh, state_sharding
+from jaxdecoder.training.sharding import (
+    batch_sharding,
+    everywhere,
+    left_whole,
+    make_mesh,
+    place_rows,
+    rows_needed,
+    state_sharding,
+)
 from jaxdecoder.training.step import (
     Metrics,
     Objective,
@@ -104,14 +113,20 @@ def train(
 
 
 class Alone:
-    """The `Placement` of a single member: each device has a part of every batch."""
+    """The `Placement` of a single member: its mesh is of these devices, or of all."""
 
-    def __init__(self, config: Config, corpus: Corpus, objective: Objective):
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        objective: Objective,
+        devices: Sequence[jax.Device] | None = None,
+    ):
         self.config, self.corpus, self.objective = config, corpus, objective
         self.steps_per_call = steps_a_call(config, config.train.steps_per_call)
-        self.mesh = make_mesh(config)
+        self.mesh = make_mesh(config, devices)
         shapes = jax.eval_shape(partial(init_state, config))
-        self.shardings = state_sharding(shapes, self.mesh, fsdp=config.train.fsdp)
+        self.shardings = state_sharding(shapes, self.mesh, config.architecture)
         self.like = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
             shapes,
@@ -139,28 +154,33 @@ class Alone:
 
     def advance(self, state: State, step: int, count: int) -> tuple[State, Metrics]:
         """Take `count` steps from `step` on, each host giving its rows of the batches."""
-        rows = self._rows()
+        rows = self._rows
         stacked = Feed.of(self.config, self.corpus, "train").at(step, count, rows)
-        batches = _place(self.objective.feed(stacked, step, rows), batch_sharding(self.mesh, 1))
-        return self._call(state, batches, self.constants)
+        batches = self._placed(self.objective.feed(stacked, step, rows), leading=1)
+        with self._traced():
+            return self._call(state, batches, self.constants)
 
     def losses(self, state: State, split: SplitName, count: int | None) -> Sequence[float]:
         """Return the mean loss over `count` fixed batches of a split, or over all of it."""
-        each = Feed.of(self.config, self.corpus, split).fixed(count, self._rows())
-        placed = (_place(batch, batch_sharding(self.mesh)) for batch in each)
-        return [self._evaluate(evaluated_params(state), placed)]
+        each = Feed.of(self.config, self.corpus, split).fixed(count, self._rows)
+        placed = (self._placed(batch) for batch in each)
+        with self._traced():
+            return [self._evaluate(evaluated_params(state), placed)]
 
     def members(self, state: State) -> Sequence[State]:
         """Return the state."""
         return [state]
 
+    @functools.cached_property
     def _rows(self) -> slice:
-        """Return which rows of a batch this host gives."""
-        share = self.config.train.batch_size // jax.process_count()
-        return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        """Which rows of a batch this host gives."""
+        return rows_needed(batch_sharding(self.mesh), self.config.train.batch_size)
 
+    def _placed(self, batch: PyTree, leading: int = 0) -> PyTree:
+        """Return this host's rows of batches as arrays on the devices."""
+        where, total = batch_sharding(self.mesh, leading), self.config.train.batch_size
+        return place_rows(batch, where, self._rows, total, leading)
 
-def _place(batch: PyTree, sharding: NamedSharding) -> PyTree:
-    return jax.tree.map(
-        lambda array: jax.make_array_from_process_local_data(sharding, array), batch
-    )
+    def _traced(self) -> contextlib.AbstractContextManager[Any]:
+        """Return what tells layers of the mesh; a single device has no use for it."""
+        return jax.set_mesh(self.mesh) if self.mesh.size > 1 else contextlib.nullcontext()

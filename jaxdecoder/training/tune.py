@@ -26,6 +26,7 @@ import jax
 from jaxdecoder.analysis import flops_per_token
 from jaxdecoder.config import Config, to_dict
 from jaxdecoder.config.model import Implementation
+from jaxdecoder.config.sections import MeshConfig
 from jaxdecoder.data.tokens import prepare
 from jaxdecoder.errors import UserError, first_line
 from jaxdecoder.files import write_atomically
@@ -96,11 +97,11 @@ def tuned(config: Config, *, objective: ToObjective = next_token, say: Say = pri
     """Return the config in the form to train it in here: its run's, one kept, or the quickest.
 
     Call it before JAX has devices. Only what the config leaves at its default is chosen, only on a
-    CPU, and only for a run that is long enough to repay the trials. With `train.tune` off, the
-    config is returned as it is.
+    CPU, and only for a run that is long enough to repay the trials. With `train.tune` off, or
+    a mesh of its own, the config is returned as it is.
     """
     run = Path(config.train.out)
-    if not config.train.tune:
+    if not config.train.tune or config.mesh != MeshConfig():
         return config
     if (run / "config.toml").is_file():
         return with_form(config, _filled(form_of(config), form_of(runs.read_config(run))))
