@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -104,9 +103,10 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     flag = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+    import tempfile
+
     from jaxdecoder.decoder import LAYOUTS
     from jaxdecoder.layers.attention import ATTENTIONS
-    import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         for row in rows(

@@ -270,8 +270,8 @@ class _Blocks:
 
     def index(self, i: Index, j: Index) -> tuple[AnyArray, ...]:
         """Return batch, head, query and key of the scores of a block, each along its axes."""
-        head = np.arange(self.heads, dtype=np.int32).reshape(self.kv_heads, self.group, 1, 1)
-        batch, head = self.entries, jnp.asarray(head)
+        heads = np.arange(self.heads, dtype=np.int32).reshape(self.kv_heads, self.group, 1, 1)
+        batch, head = self.entries, jnp.asarray(heads)
         if self.operands.batch_index is not None and self.operands.head_index is not None:
             batch, head = self.operands.batch_index, self.operands.head_index[head]
         q = i * self.block_q + np.arange(self.block_q, dtype=np.int32)[:, None]

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.custom_partitioning import (
     ArrayMapping,
     CompoundFactor,

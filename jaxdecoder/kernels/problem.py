@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ class Problem:
         """Return which weights are not dropped."""
         return keep(seed, threshold, batch, head, self.position(q_index), k_index)
 
-    def position(self, q_index: Indices) -> Indices:
+    def position(self, q_index: Indices) -> Any:
         """Return the positions of queries, of their places in the operands."""
         return q_index + self.q_start if self.q_start else q_index
 
@@ -157,8 +157,8 @@ class Operands(NamedTuple):
 
 
 def numbered(problem: Problem, operands: Operands) -> Operands:
-    """Number the batch entries and heads, if the problem depends on their numbers."""
-    if problem.score is None and not problem.dropout:
+    """Number batch entries and heads that have no numbers, if the problem depends on them."""
+    if operands.batch_index is not None or (problem.score is None and not problem.dropout):
         return operands
     batch, _, heads, _ = operands.q.shape
     return operands._replace(

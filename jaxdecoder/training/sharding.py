@@ -5,7 +5,9 @@ A parameter's axes have names (`layers/tree.py`), and names map to mesh axes (`k
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,6 +45,11 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     mesh = jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
     left_whole(config, mesh)
     return mesh
+
+
+def known_to_layers(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which what is traced knows of the mesh; one device has no use for it."""
+    return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
 def left_whole(config: Config, mesh: Anywhere) -> list[str]:
@@ -123,7 +130,8 @@ def place_rows(
         return jax.device_put(batch, sharding)
 
     def place(array: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[axis].indices(total)
             own = slice(start - rows.start, stop - rows.start)
             return array[(*index[:axis], own, *index[axis + 1 :])]

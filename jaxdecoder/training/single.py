@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 from jaxtyping import PyTree
@@ -26,6 +25,7 @@ from jaxdecoder.training.record import Summary
 from jaxdecoder.training.sharding import (
     batch_sharding,
     everywhere,
+    known_to_layers,
     left_whole,
     make_mesh,
     place_rows,
@@ -74,13 +74,17 @@ def train(
 
         def began(step: int, parameters: int) -> None:
             devices, platform = alone.mesh.size, jax.devices()[0].platform
+            sizes = ", ".join(f"{axis} {n}" for axis, n in alone.mesh.shape.items() if n > 1)
+            split = f" ({sizes})" if sizes else ""
             begun = f"going on at step {step}" if step else "from the start"
             screen.begin(step)
             screen.say(
                 f"{run}: {parameters:,} parameters, {len(corpus.train.tokens):,} training tokens "
                 f"of {corpus.tokenizer.vocab_size:,} kinds, on {devices} {platform} "
-                f"device{'s' if devices > 1 else ''}, {begun}"
+                f"device{'s' if devices > 1 else ''}{split}, {begun}"
             )
+            for line in left_whole(config, alone.mesh):
+                screen.say(f"{run}: {line}, and stays whole")
 
         def sample(state: State) -> str:
             assert sampler is not None
@@ -157,14 +161,14 @@ class Alone:
         rows = self._rows
         stacked = Feed.of(self.config, self.corpus, "train").at(step, count, rows)
         batches = self._placed(self.objective.feed(stacked, step, rows), leading=1)
-        with self._traced():
+        with known_to_layers(self.mesh):
             return self._call(state, batches, self.constants)
 
     def losses(self, state: State, split: SplitName, count: int | None) -> Sequence[float]:
         """Return the mean loss over `count` fixed batches of a split, or over all of it."""
         each = Feed.of(self.config, self.corpus, split).fixed(count, self._rows)
         placed = (self._placed(batch) for batch in each)
-        with self._traced():
+        with known_to_layers(self.mesh):
             return [self._evaluate(evaluated_params(state), placed)]
 
     def members(self, state: State) -> Sequence[State]:
@@ -180,7 +184,3 @@ class Alone:
         """Return this host's rows of batches as arrays on the devices."""
         where, total = batch_sharding(self.mesh, leading), self.config.train.batch_size
         return place_rows(batch, where, self._rows, total, leading)
-
-    def _traced(self) -> contextlib.AbstractContextManager[Any]:
-        """Return what tells layers of the mesh; a single device has no use for it."""
-        return jax.set_mesh(self.mesh) if self.mesh.size > 1 else contextlib.nullcontext()

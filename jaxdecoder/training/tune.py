@@ -33,7 +33,7 @@ from jaxdecoder.files import write_atomically
 from jaxdecoder.helpers import SPAWN, no_main_module, start_helper
 from jaxdecoder.kernels.flash import SHORT
 from jaxdecoder.training import runs
-from jaxdecoder.training.devices import cores, processor, set_up
+from jaxdecoder.training.devices import cores, hosts, processor, set_up
 from jaxdecoder.training.single import Alone, ToObjective
 from jaxdecoder.training.step import next_token
 
@@ -105,7 +105,7 @@ def tuned(config: Config, *, objective: ToObjective = next_token, say: Say = pri
         return config
     if (run / "config.toml").is_file():
         return with_form(config, _filled(form_of(config), form_of(runs.read_config(run))))
-    if not _only_a_cpu() or "JAX_COORDINATOR_ADDRESS" in os.environ:
+    if not _only_a_cpu() or hosts(os.environ) is not None:
         return config
     config_here = runs.with_source_tokenizer(config)
     complete = runs.complete(config_here, prepare(config_here.data))
