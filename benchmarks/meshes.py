@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
-import time
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from jaxdecoder.config import Config, ModelConfig
 from jaxdecoder.config.sections import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
@@ -76,43 +77,75 @@ def losses(config: Config, devices: Sequence[Any]) -> tuple[list[float], int]:
     return [*map(float, metrics.train_loss), *alone.losses(state, "validation", 1)], held
 
 
-def rows(attentions: Sequence[str], layouts: Sequence[str], folder: Path) -> Iterator[list[str]]:
-    """Yield a row for each mesh, mechanism and layout."""
+class Row(TypedDict):
+    """What one mesh does to one model."""
+
+    layout: str
+    attention: str
+    mesh: str
+    apart: float
+    """The largest difference of a loss, in nats a token."""
+    bytes: int
+    """Of the training state, on a device."""
+    share: float
+    """Of what one device would hold."""
+
+
+def rows(
+    attentions: Sequence[str],
+    layouts: Sequence[str],
+    folder: Path,
+    chosen: Mapping[str, MeshConfig],
+) -> Iterator[Row]:
+    """Yield a row for each layout, mechanism and mesh."""
     import jax
 
     devices = jax.devices()
     for layout in layouts:
         for attention in attentions:
             own = config(attention, layout, folder)
-            one, whole = losses(dataclasses.replace(own, mesh=MeshConfig()), devices[:1])
-            for name, mesh in MESHES.items():
-                began = time.perf_counter()
+            one, whole = losses(own, devices[:1])
+            for name, mesh in chosen.items():
                 found, held = losses(dataclasses.replace(own, mesh=mesh), devices)
                 apart = max(abs(a - b) for a, b in zip(one, found, strict=True))
-                print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
-                yield [layout, attention, name, f"{apart:.1e}", f"{held:,}", f"{held / whole:.3f}"]
+                yield Row(
+                    layout=layout,
+                    attention=attention,
+                    mesh=name,
+                    apart=apart,
+                    bytes=held,
+                    share=held / whole,
+                )
 
 
 def main() -> None:
     """Print the table, and write it down."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--attention", nargs="*", default=[])
-    parser.add_argument("--layout", nargs="*", default=[])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--attention", nargs="*", default=[], help="mechanisms; left out: all")
+    parser.add_argument("--layout", nargs="*", default=[], help="layouts; left out: all")
+    parser.add_argument("--out", type=Path, help="a JSON file for the rows")
     given = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    flag = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=1"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
-    import tempfile
-
+    # What is compiled takes a second to run, and minutes to compile well.
+    flags = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     from jaxdecoder.decoder import LAYOUTS
     from jaxdecoder.layers.attention import ATTENTIONS
 
+    attentions, layouts = given.attention or list(ATTENTIONS), given.layout or list(LAYOUTS)
+    print("| layout | attention | mesh | largest difference of a loss | bytes a device | share |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        for row in rows(
-            given.attention or list(ATTENTIONS), given.layout or list(LAYOUTS), Path(folder)
-        ):
-            print("| " + " | ".join(row) + " |", flush=True)
+        for row in rows(attentions, layouts, Path(folder), MESHES):
+            found.append(row)
+            print(
+                f"| {row['layout']} | {row['attention']} | {row['mesh']} | {row['apart']:.1e} "
+                f"| {row['bytes']:,} | {row['share']:.2f} |",
+                flush=True,
+            )
+            if given.out:
+                given.out.write_text(json.dumps({"steps": STEPS, "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import contextlib
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,9 @@ HEARTBEAT_SECONDS = 30
 """A host that has been silent for so long is given up, and the others end."""
 
 DEATH = (
-    "error: this process has died, or was ended because another one of the run has; the lines above, "
-    "or the other one's, may say why. The last checkpoint stands: give the same command again on "
-    "every host, and the run goes on from there"
+    "error: this process has died, or was ended because another one of the run has; the lines "
+    "above, or the other one's, may say why. The last checkpoint stands: give the same command "
+    "again on every host, and the run goes on from there"
 )
 
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
@@ -54,14 +55,19 @@ def set_up(config: Config) -> None:
 
 
 def explain_death() -> None:
-    """Leave a small process behind that speaks if this one ends without leaving Python.
+    """Start a small process that has the last word if this one ends by a signal or a traceback.
 
-    Where a host is lost, JAX ends the processes of the others by a signal, in the middle of what
-    they do and after many lines of its own.
+    Where a host is lost, JAX ends the processes of the others in the middle of what they do, after
+    many lines of its own.
     """
     command = ["sh", "-c", 'read -r _ || echo "$0" >&2', DEATH]
     watcher = subprocess.Popen(command, stdin=subprocess.PIPE)
-    atexit.register(watcher.communicate, b"ended\n")
+
+    def ended() -> None:
+        if not hasattr(sys, "last_value"):  # that of an exception which nothing has caught
+            watcher.communicate(b"ended\n")
+
+    atexit.register(ended)
 
 
 def hosts(environment: Mapping[str, str]) -> dict[str, Any] | None:
