@@ -202,7 +202,7 @@ def check_attention():
         for implementation in ("reference", "rows", "chunked"):
             with jax.set_mesh(over):
                 found = jax.jit(functools.partial(both, implementation))()
-            close(found, wanted, 1e-5)
+            close(found, wanted, 1e-4)
 
 
 def in_devices(count, call):
@@ -230,12 +230,16 @@ def test_attention_over_a_mesh_is_that_of_one_device():
 def test_kernels_for_gpus_lower_for_every_part_of_the_sequence(implementation, score, mark):
     large = {"batch": 4, "q_time": 512, "k_time": 512, "width": 64, "dtype": "bfloat16"}
     case = Case(score=score, rate=0.1, **large)
-    made = jax.eval_shape(lambda: make(case)[:5])
+    q, k, v, dout, operands = jax.eval_shape(lambda: make(case)[:5])
     sizes = tuple(SPLIT.get(axis, 1) for axis in AXES)
     over = H200.update(axis_sizes=sizes, axis_names=AXES, axis_types=(AxisType.Auto,) * 4)
     with jax.sharding.use_abstract_mesh(over):
-        attended = functools.partial(attend, case, implementation)
-        traced = jax.jit(lambda q, k, v, o: attended(q, k, v, o)).trace(*made[:3], made.operands)
+
+        def gradients(q, k, v, dout, operands):
+            attended = functools.partial(attend, case, implementation)
+            return jax.vjp(attended, q, k, v, operands)[1](dout)
+
+        traced = jax.jit(gradients).trace(q, k, v, dout, operands)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count(mark) >= SPLIT["context"]
 
@@ -266,7 +270,12 @@ def test_losses_are_those_of_one_device(layout, attention, tmp_path, monkeypatch
 VARIANTS = {
     "mixture of depths": {"depth": "mixture_of_depths", "position": "t5"},
     "exits": {"depth": "early_exit", "position": "alibi", "exit_minimum": 1},
-    "copying": {"copying": True, "convolution_width": 3, "position": "learned"},
+    "copying": {
+        "copying": True,
+        "tie_embeddings": True,
+        "convolution_width": 3,
+        "position": "learned",
+    },
     "a head of its own": {"tie_embeddings": False, "head_bias": True, "logit_softcap": 30.0},
 }
 

@@ -270,19 +270,23 @@ class _Blocks:
 
     def index(self, i: Index, j: Index) -> tuple[AnyArray, ...]:
         """Return batch, head, query and key of the scores of a block, each along its axes."""
-        heads = np.arange(self.heads, dtype=np.int32).reshape(self.kv_heads, self.group, 1, 1)
-        batch, head = self.entries, jnp.asarray(heads)
+        batch, head = self.entries, self.places_of_heads()
         if self.operands.batch_index is not None and self.operands.head_index is not None:
             batch, head = self.operands.batch_index, self.operands.head_index[head]
         q = i * self.block_q + np.arange(self.block_q, dtype=np.int32)[:, None]
         k = j * self.block_k + np.arange(self.block_k, dtype=np.int32)
         return batch.reshape(-1, 1, 1, 1, 1), head, q, k
 
+    def places_of_heads(self) -> jax.Array:
+        heads = np.arange(self.heads, dtype=np.int32)
+        return jnp.asarray(heads.reshape(self.kv_heads, self.group, 1, 1))
+
     def products(self, q: jax.Array, k: jax.Array) -> jax.Array:
         return einsum("bhgqw,bhkw->bhgqk", q, k) * self.problem.scale
 
     def new_score(self, i: Index, j: Index, s: jax.Array, *score: scores.Operand) -> jax.Array:
-        return self.problem.new_score(score, s, *self.index(i, j))
+        place = self.places_of_heads()
+        return self.problem.new_score(score, place, s, *self.index(i, j))
 
     def allowed(self, i: Index, j: Index) -> AnyArray:
         _, _, q, k = self.index(i, j)

@@ -83,17 +83,21 @@ class Problem:
     def new_score(
         self,
         operands: tuple[scores.Operand, ...],
+        place: Indices,
         score: jax.Array,
         batch: Indices,
         head: Indices,
         q_index: Indices,
         k_index: Indices,
     ) -> jax.Array:
-        """Apply the score function to scaled scores."""
+        """Apply the score function to scaled scores; `place`: of the heads in its operands.
+
+        Entries and heads have their numbers among all, see `numbers`.
+        """
         if self.score is None:
             return score
         index = batch, head, self.position(q_index), k_index
-        return scores.Score(self.score).apply(operands, score, *index)
+        return self.score(score, *index, *scores.Score.parameters(operands, place))
 
     def kept(
         self,

@@ -69,7 +69,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[jax.Array, LogSumExp]
     allowed = problem.allowed(q_index, k_index, q_segments, k_segments)
 
     def score(s: jax.Array) -> jax.Array:
-        return problem.new_score(operands.score, s * problem.scale, *index)
+        return problem.new_score(operands.score, head, s * problem.scale, *index)
 
     if operands.dropout is None:
         return _attention(q, k, v, allowed, score, None)

@@ -71,10 +71,10 @@ def _row(
         allowed = problem.allowed(q_index, k_index, q_segments, k_segments)
         if problem.score is not None:
             # So that no infinite slope of the score function reaches the gradient.
-            s = problem.new_score(operands.score, jnp.where(allowed, s, 0.0), *index)
+            s = problem.new_score(operands.score, heads, jnp.where(allowed, s, 0.0), *index)
         s = jnp.where(allowed, s, -jnp.inf)
     else:
-        s = problem.new_score(operands.score, s, *index)
+        s = problem.new_score(operands.score, heads, s, *index)
     weights, logsumexp = softmax(s)
     if operands.dropout is not None:
         kept = problem.kept(*operands.dropout, *map(jnp.asarray, index))

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jax.tree_util import KeyPath
 
 from jaxdecoder.kernels import mesh
-from jaxdecoder.kernels.problem import Operands, Problem, field, numbered
+from jaxdecoder.kernels.problem import Operands, Problem, alike, field, numbered
 from jaxdecoder.kernels.typing import AnyArray
 
 NAMES: dict[str, tuple[str | None, ...]] = {
@@ -59,7 +59,8 @@ def over_mesh(solve: Solve, problem: Problem, operands: Operands) -> jax.Array:
     parts = shape["context"] if split else 1
 
     def local(*arrays: AnyArray) -> jax.Array:
-        own = jax.tree.unflatten(structure, arrays)
+        # Outside of the branches, since their gradients are summed over devices in other branches.
+        own = alike(jax.tree.unflatten(structure, arrays))
         starts = range(0, q_time, q_time // parts)
         solves = [partial(solve, dataclasses.replace(problem, q_start=start)) for start in starts]
         if parts == 1:
