@@ -19,12 +19,18 @@ from tests.test_devices import assert_losses_of_one
 
 def together(count, tiny_run, out, *arguments):
     """Starts so many processes that are one run."""
+    config = tiny_run.parent / "tiny.toml"
+    return processes_of(count, "train.py", config, "--train.out", out, *arguments)
+
+
+def processes_of(count, *arguments):
+    """Starts so many processes that know of one another."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [
         script(
-            *("train.py", tiny_run.parent / "tiny.toml", "--train.out", out, *arguments),
+            *arguments,
             wait=False,
             JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
             JAX_NUM_PROCESSES=str(count),
@@ -63,6 +69,26 @@ def test_several_processes_give_the_losses_of_one(tiny_run, tmp_path, count, siz
     assert f"on {count} cpu devices (" in " ".join(said[0].split())
     assert not any("training tokens" in other for other in said[1:])  # the first speaks for all
     assert_losses_of_one(tmp_path, tiny_run)
+
+
+ROWS = """
+from jaxdecoder.config import Config
+from jaxdecoder.config.sections import MeshConfig
+from jaxdecoder.training.devices import set_up
+from jaxdecoder.training.sharding import batch_sharding, make_mesh, rows_needed
+set_up(Config())
+for mesh in MeshConfig(), MeshConfig(data=2, context=2), MeshConfig(tensor=2, fsdp=2, data=1):
+    rows = rows_needed(batch_sharding(make_mesh(Config(mesh=mesh))), 32)
+    print(rows.start, rows.stop)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_reads_only_the_rows_that_its_devices_need():
+    said = finished(processes_of(4, "-c", ROWS))
+    found = [[line for line in each.splitlines() if line[0].isdigit()] for each in said]
+    quarters, halves = ("0 8", "8 16", "16 24", "24 32"), ("0 16", "0 16", "16 32", "16 32")
+    assert found == [list(each) for each in zip(quarters, halves, halves, strict=True)]
 
 
 @pytest.mark.slow

@@ -198,7 +198,6 @@ class MeshConfig:
             return given
         # The largest is the likeliest mistake.
         name = max(known, key=known.__getitem__)
-        product = " x ".join(f"mesh.{name} = {size}" for name, size in known.items())
         others = taken // known[name]
         if devices % others:
             what = f"no size would do, for the others alone need a multiple of {others}"
@@ -207,7 +206,8 @@ class MeshConfig:
             what = f"{' or '.join(map(str, fits))} would do"
         else:
             what = f"{devices // others} would do, or -1 for the devices that remain"
-        why = f"{product} {'does not divide' if rest else 'is not'} {devices} devices; {what}"
+        fails = "does not divide" if rest else "is not"
+        why = f"the sizes given multiply to {taken}, which {fails} {devices} devices; {what}"
         raise ConfigError(f"mesh.{name}", known[name], why)
 
 
