@@ -1,7 +1,8 @@
 """The memory and the traffic of one training step, by XLA's own plan, with no array made.
 
     python -m benchmarks.step_memory configs/parallel_stacks.toml [--model.remat none ...]
-    python -m benchmarks.step_memory configs/gpt2_xl.toml --targets h200 --devices 8 --train.fsdp
+    python -m benchmarks.step_memory configs/gpt2_xl.toml --targets h200 --devices 8 \\
+        --mesh.data 1 --mesh.fsdp 8
 
 The config's true train step (`jaxdecoder/training/memory.py`) is compiled for this machine's CPU
 and, where jax's CUDA packages are installed (a GPU is not needed), for an H200, there in bfloat16.

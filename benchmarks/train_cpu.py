@@ -61,7 +61,12 @@ def ours(
 
     from jaxdecoder.config import Config, ModelConfig, OptimizerConfig, TrainConfig
     from jaxdecoder.data.batches import Batch
-    from jaxdecoder.training.sharding import batch_sharding, make_mesh, state_sharding
+    from jaxdecoder.training.sharding import (
+        batch_sharding,
+        known_to_layers,
+        make_mesh,
+        state_sharding,
+    )
     from jaxdecoder.training.step import fuse, init_state, make_step
 
     shape = dict(shape)
@@ -73,7 +78,10 @@ def ours(
     )
     mesh = make_mesh(config)
     state = init_state(config)
-    shardings = state_sharding(state, mesh, fsdp=False), batch_sharding(mesh, leading=1)
+    shardings = (
+        state_sharding(state, mesh, config.architecture),
+        batch_sharding(mesh, leading=1),
+    )
     run = jax.jit(
         fuse(make_step(config)),
         in_shardings=shardings,
@@ -89,7 +97,8 @@ def ours(
     def turn(count: int) -> float:
         assert count == steps
         start = time.perf_counter()
-        held[0], metrics = run(held[0], batch)
+        with known_to_layers(mesh):
+            held[0], metrics = run(held[0], batch)
         jax.block_until_ready((held[0], metrics))
         return time.perf_counter() - start
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxdecoder.config import Architecture, ConfigError, ModelConfig
 from jaxdecoder.kernels.cross_entropy import cross_entropy, head_logits
 from jaxdecoder.kernels.dropout import Rate
+from jaxdecoder.kernels.mesh import split
 from jaxdecoder.kernels.packing import Packed, straight_through
 from jaxdecoder.layers.body import Layout, Passed
 from jaxdecoder.layers.cache import Cache, Cursor
@@ -173,7 +174,7 @@ class Decoder(nn.Module):
         """Return the tokens' rows of the embedding."""
         table = self._table()
         x = table.columns(tokens) if isinstance(table, Packed) else jnp.take(table, tokens, axis=0)
-        return x.astype(self.dtype)
+        return split(x.astype(self.dtype), "batch", "tokens", None)
 
     def _placed(
         self, x: Float[Array, "batch time d_model"], positions: Int[Array, "#batch time"]
@@ -185,4 +186,5 @@ class Decoder(nn.Module):
 def _logits(
     features: Float[Array, "batch time width"], *, head: HeadWeights, softcap: float | None
 ) -> Float[Array, "batch time vocab"]:
-    return head_logits(features, *head, logit_softcap=softcap)
+    logits = head_logits(features, *head, logit_softcap=softcap)
+    return split(logits, "batch", "tokens", "vocabulary")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 
 import jax
 import pytest
@@ -24,10 +23,10 @@ def assert_losses_of_one(run, tiny_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [False, True], ids=["replicated", "fsdp"])
-def test_eight_devices_give_the_losses_of_one(tiny_run, tmp_path, fsdp):
+@pytest.mark.parametrize("sizes", [(), ("--mesh.data", "2", "--mesh.fsdp", "-1")], ids=str)
+def test_eight_devices_give_the_losses_of_one(tiny_run, tmp_path, sizes):
     command = ("train.py", tiny_run.parent / "tiny.toml", "--train.out", tmp_path)
-    process = script(*command, *(["--train.fsdp"] if fsdp else []), XLA_FLAGS=devices(8))
+    process = script(*command, *sizes, XLA_FLAGS=devices(8))
     assert process.returncode == 0, process.output
     assert "on 8 cpu devices" in " ".join(process.output.split())
     assert_losses_of_one(tmp_path, tiny_run)
@@ -37,32 +36,10 @@ def test_eight_devices_give_the_losses_of_one(tiny_run, tmp_path, fsdp):
     assert said.output.startswith("one ")
 
 
-@pytest.mark.slow
-def test_two_hosts_give_the_losses_of_one(tiny_run, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    processes = [
-        script(
-            *("train.py", tiny_run.parent / "tiny.toml", "--train.out", tmp_path),
-            wait=False,
-            **together,
-            JAX_PROCESS_ID=str(index),
-        )
-        for index in range(2)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert "on 2 cpu devices" in said[0]
-    assert "training tokens" not in said[1]  # the first host speaks for all
-    assert_losses_of_one(tmp_path, tiny_run)
-
-
 def test_fsdp_splits_every_matrix_and_its_moments():
     config = Config(model=ModelConfig(vocab_size=64, d_model=16, n_heads=2, context_length=16))
     shapes = jax.eval_shape(lambda: init_state(config))
-    where = state_sharding(shapes, AbstractMesh((8,), ("data",)), fsdp=True)
+    where = state_sharding(shapes, AbstractMesh((8,), ("fsdp",)), config.architecture)
     split = 0
     for (path, leaf), sharding in zip(
         jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(where), strict=True

@@ -96,7 +96,9 @@ def test_the_closed_form_counts_what_is_kept_by_hand():
     tokens, d = 16 * 1024, 1600
     kept = 2 * tokens * 48 * d * (1 + 3 + 1 + 4 + 1)
     assert found.activations == pytest.approx(kept, rel=0.05)
-    split = load(XL, ["--train.fsdp", "--optimizer.state-dtype", "bfloat16"])
+    split = load(
+        XL, ["--mesh.data", "1", "--mesh.fsdp", "-1", "--optimizer.state-dtype", "bfloat16"]
+    )
     assert by_closed_form(split, H200, 1, 8)[:2] == (parameters // 2, parameters // 2)
 
 
@@ -105,7 +107,7 @@ def told_by_hand(config, devices):
     t = config.train
     kept = {"none": 8, "dots": 6, "block": 4, "everything": 2}[config.model.remat]
     moments = 20 if config.optimizer.state_dtype == "float32" else 10
-    split = devices if t.fsdp else 1
+    split = config.mesh.sizes(devices)["fsdp"]
     gradients = 20 if t.gradient_accumulation > 1 else 10
     rows = t.batch_size // t.gradient_accumulation // devices
     return Memory(10 // split, moments // split, 0, 0, gradients // split, kept * rows)
@@ -134,7 +136,7 @@ def test_the_first_version_that_fits_ends_the_search():
     # Two devices take as many rows each in half as many passes.
     assert tried(room=30)[-2:] == [
         (f"{passes} 16 {halved}", 1, 42),
-        (f"{passes} 8 {halved} --train.fsdp", 2, 22),
+        (f"{passes} 8 {halved} --mesh.data 1 --mesh.fsdp -1", 2, 22),
     ]
     assert tried(room=30, more=())[-1][1:] == (1, 42)
     kept = dataclasses.replace(FEW, model=small(remat="everything"))
@@ -165,7 +167,7 @@ def test_the_command_says_what_fits(capsys, monkeypatch):
     told = said(capsys, monkeypatch, XL, "--device", "rtx4090")
     lines = [line.split(":")[0].strip() for line in told.split("Tried:\n")[1].splitlines()]
     assert lines[:2] == ["--model.remat block", "--model.remat everything"]
-    assert lines[-1].endswith("--train.fsdp, on 2 devices"), lines
+    assert lines[-1].endswith("--mesh.fsdp -1, on 2 devices"), lines
     assert told.rstrip().endswith(", fits")
 
 

@@ -90,8 +90,9 @@ def test_layers_start_from_weights_of_their_own_and_drop_their_own_values():
 
 
 def test_fsdp_splits_every_matrix_of_the_stacks():
-    state = jax.eval_shape(lambda: init_state(Config(model=STACKS)))
-    where = state_sharding(state, AbstractMesh((2,), ("data",)), fsdp=True)
+    config = Config(model=STACKS)
+    state = jax.eval_shape(lambda: init_state(config))
+    where = state_sharding(state, AbstractMesh((2,), ("fsdp",)), config.architecture)
     placed = zip(
         jax.tree_util.tree_leaves_with_path(state.params),
         jax.tree.leaves(where.params),
@@ -106,7 +107,8 @@ def test_fsdp_splits_every_matrix_of_the_stacks():
 def test_a_run_that_stopped_goes_on_and_can_be_sampled(tmp_path):
     path, run, halted = write_config(tmp_path), tmp_path / "run", tmp_path / "halted"
     stacks = ["--model.layout", "parallel_stacks", "--train.steps", "8"]
-    stacks += ["--optimizer.state-dtype", "bfloat16", "--train.fsdp"]
+    stacks += ["--optimizer.state-dtype", "bfloat16"]
+    stacks += ["--mesh.data", "1", "--mesh.fsdp", "-1"]
     train(load(path, stacks))
     shutil.copytree(run, halted)
     shutil.rmtree(halted / "checkpoints" / "8")

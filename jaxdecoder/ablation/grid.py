@@ -192,6 +192,10 @@ def _member(
         config = _with_values(config, {LEARNING_RATE: rate}, f"{path}: learning_rates")
     # If the learning rate is a factor, it is that of the arm.
     member = Member(arm, config.optimizer.learning_rate, seed, config)
+    for name in ("fsdp", "tensor", "context"):
+        if (parts := getattr(config.mesh, name)) != 1:
+            why = "a member of an ablation lies on one device, with others beside it; 1 would do"
+            raise UserError(f"{path}: mesh.{name} = {parts}: {why}")
     changes = {
         "train.seed": seed,
         "train.steps": _steps(base, config, spec.budget),

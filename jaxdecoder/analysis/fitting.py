@@ -21,7 +21,7 @@ class Attempt(NamedTuple):
     config: Config
     devices: int
     overrides: dict[str, Any]
-    """By key, such as `train.fsdp`: what was changed of the config."""
+    """By key, such as `mesh.fsdp`: what was changed of the config."""
 
     def with_(self, section: str, key: str, value: Any) -> Attempt:
         """Return it with another field changed."""
@@ -32,11 +32,9 @@ class Attempt(NamedTuple):
     @property
     def command(self) -> str:
         """The arguments that make it of the config."""
-        flags = []
-        for key, value in self.overrides.items():
-            flag = "--" + key.replace("_", "-")
-            flags.append(flag if value is True else f"{flag} {value}")
-        return " ".join(flags)
+        return " ".join(
+            f"--{key.replace('_', '-')} {value}" for key, value in self.overrides.items()
+        )
 
 
 def attempts(
@@ -102,7 +100,10 @@ def _split(now: Attempt, count: int) -> Attempt | None:
         return None
     if passes != t.gradient_accumulation:
         now = now.with_("train", "gradient_accumulation", passes)
-    return now.with_("train", "fsdp", True)._replace(devices=count)
+    mesh = {"data": 1, "fsdp": -1}
+    for axis, size in mesh.items():
+        now = now.with_("mesh", axis, size)
+    return now._replace(devices=count)
 
 
 def largest_batch(

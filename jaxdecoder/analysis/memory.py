@@ -43,12 +43,16 @@ class Memory(NamedTuple):
 
 
 def by_closed_form(config: Config, device: Device, steps: int, count: int = 1) -> Memory:
-    """Return the memory of a step over `count` devices, in calls of so many steps."""
+    """Return the memory of a step over `count` devices, in calls of so many steps.
+
+    What `mesh.tensor` splits of the activations is counted whole.
+    """
     t, o, c = config.train, config.optimizer, config.model.resolve()
     parts, number = counts.parameters(c), 4 if t.compute_dtype == "float32" else 2
-    split = count if t.fsdp else 1
+    sizes = config.mesh.sizes(count)
+    split = sizes["fsdp"] * sizes["tensor"]
     weights = 4 * parts["total"] // split
-    tokens = t.batch_size * c.context_length // count
+    tokens = t.batch_size * c.context_length * sizes["tensor"] // count
     a_pass = tokens // t.gradient_accumulation
     gradients = weights * (2 if t.gradient_accumulation > 1 else 1)
     kept, working = (number * a_pass * n for n in numbers_a_token(c))

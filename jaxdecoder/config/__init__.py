@@ -29,6 +29,7 @@ from jaxdecoder.config.sections import (
     CompressionConfig,
     DataConfig,
     DistillationConfig,
+    MeshConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -41,12 +42,13 @@ Tables = dict[str, Any]
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run: model, data, optimiser, training, compression, distillation."""
+    """A whole run: model, data, optimiser, training, devices, compression, distillation."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
@@ -206,6 +208,7 @@ _DRAFT: Any = pydantic.TypeAdapter(_Draft)
 
 def _checked(adapter: Any, tables: Tables, where: str) -> Any:
     """Return the tables as what the adapter makes of them, each value checked by itself."""
+    tables = _renamed(tables, where)
     _refuse_unknown_keys(tables, Config, where)
     _refuse_broken_text(tables, where)
     try:
@@ -268,6 +271,20 @@ def _refuse_broken_text(tables: Tables, where: str) -> None:
         for key, value in table.items():
             if isinstance(value, str) and not_utf8(value):
                 raise UserError(f"{where}: {section}.{key} = {show(value)}: is not UTF-8 text")
+
+
+def _renamed(tables: Tables, where: str) -> Tables:
+    """Return the tables with what earlier versions called otherwise under its name of today."""
+    train = tables.get("train")
+    if not isinstance(train, dict) or not isinstance(train.get("fsdp"), bool):
+        return tables
+    rest = {key: value for key, value in train.items() if key != "fsdp"}
+    if not train["fsdp"]:
+        return {**tables, "train": rest}
+    if "mesh" in tables:
+        why = "is mesh.fsdp = -1 with mesh.data = 1 today; leave it out beside a table [mesh]"
+        raise UserError(f"{where}: train.fsdp = true: {why}")
+    return {**tables, "train": rest, "mesh": {"data": 1, "fsdp": -1}}
 
 
 def _refuse_unknown_keys(tables: Tables, cls: type, where: str, prefix: str = "") -> None:

@@ -1,8 +1,9 @@
-"""The other sections of a config: data, optimiser, training, compression."""
+"""The other sections of a config: data, optimiser, training, devices, compression."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -129,8 +130,6 @@ class TrainConfig:
     """Run folder whose weights to start from."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on accelerators, float32 on the CPU. Parameters and loss stay float32."""
-    fsdp: bool = False
-    """Split parameters and optimiser state over the devices instead of replicating them."""
     cpu_devices: Count = 0
     """On the CPU: devices the cores are divided into; 0: one."""
     tune: bool = True
@@ -180,6 +179,58 @@ class TrainConfig:
         if self.batch_size % self.gradient_accumulation:
             why = f"must divide train.batch_size = {self.batch_size}"
             raise ConfigError("train.gradient_accumulation", self.gradient_accumulation, why)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How a run lies on its devices; the sizes multiply to their number."""
+
+    data: int = -1
+    """Parts of the batch, each on devices that hold all of the model; -1: the devices that remain
+    (at most one size may be -1)."""
+    fsdp: int = 1
+    """Parts of the batch, of the parameters and of the optimiser's state (arXiv 1910.02054)."""
+    tensor: int = 1
+    """Parts of the heads, the hidden units and the vocabulary (arXiv 1909.08053)."""
+    context: int = 1
+    """Parts of the sequence; keys and values are gathered from all of them."""
+
+    def __post_init__(self) -> None:
+        filled = [name for name, size in asdict(self).items() if size == -1]
+        for name, size in asdict(self).items():
+            if size < 1 and size != -1:
+                raise ConfigError(f"mesh.{name}", size, "must be at least 1, or -1 for the rest")
+        if len(filled) > 1:
+            others = " and ".join(f"mesh.{name}" for name in filled[:-1])
+            why = f"only one size can take the devices that remain; give {others} a number, as 1"
+            raise ConfigError(f"mesh.{filled[-1]}", -1, why)
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Return the size of each axis on so many devices.
+
+        Raises:
+            ConfigError: if they do not multiply to that number.
+        """
+        given = asdict(self)
+        known = {name: size for name, size in given.items() if size != -1}
+        taken, rest = math.prod(known.values()), [name for name in given if name not in known]
+        if rest and devices % taken == 0:
+            return given | {rest[0]: devices // taken}
+        if taken == devices and not rest:
+            return given
+        # The largest is the likeliest mistake.
+        name = max(known, key=known.__getitem__)
+        others = taken // known[name]
+        if devices % others:
+            what = f"no size would do, for the others alone need a multiple of {others}"
+        elif rest:
+            fits = [n for n in range(1, devices + 1) if devices // others % n == 0]
+            what = f"{' or '.join(map(str, fits))} would do"
+        else:
+            what = f"{devices // others} would do, or -1 for the devices that remain"
+        fails = "does not divide" if rest else "is not"
+        why = f"the sizes given multiply to {taken}, which {fails} {devices} devices; {what}"
+        raise ConfigError(f"mesh.{name}", known[name], why)
 
 
 @dataclass(frozen=True)

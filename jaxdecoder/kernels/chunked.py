@@ -17,8 +17,8 @@ import numpy as np
 from jax.tree_util import KeyPath
 
 from jaxdecoder.kernels import online, scores
-from jaxdecoder.kernels.dropout import keep
 from jaxdecoder.kernels.masks import BlockLists
+from jaxdecoder.kernels.mesh import devices_of_an_array
 from jaxdecoder.kernels.padding import padded, round_up
 from jaxdecoder.kernels.problem import (
     Gradients,
@@ -88,7 +88,7 @@ class _Parts:
 
     def __init__(self, operands: Operands):
         self.batch, q_time, heads, _ = operands.q.shape
-        self.devices = math.gcd(self.batch, jax.device_count())
+        self.devices = math.gcd(self.batch, devices_of_an_array())
         entry = heads * _block(q_time) * _block(operands.k.shape[1])
         share = self.batch // self.devices
         fitting = [n for n in range(1, share + 1) if share % n == 0 and n * entry <= TILE]
@@ -103,7 +103,9 @@ class _Parts:
 
         def of_parts(path: KeyPath, x: AnyArray) -> jax.Array:
             name = field(path)
-            if name in ("score", "dropout") or (name.endswith("_segments") and x.shape[0] == 1):
+            if name in ("score", "dropout", "head_index") or (
+                name.endswith("_segments") and x.shape[0] == 1
+            ):
                 return jnp.broadcast_to(x, (self.n_parts, *x.shape))  # one for all
             return self.cut(x)
 
@@ -268,17 +270,23 @@ class _Blocks:
 
     def index(self, i: Index, j: Index) -> tuple[AnyArray, ...]:
         """Return batch, head, query and key of the scores of a block, each along its axes."""
-        head = np.arange(self.heads, dtype=np.int32).reshape(self.kv_heads, self.group, 1, 1)
-        batch = self.entries.reshape(-1, 1, 1, 1, 1)
+        batch, head = self.entries, self.places_of_heads()
+        if self.operands.batch_index is not None and self.operands.head_index is not None:
+            batch, head = self.operands.batch_index, self.operands.head_index[head]
         q = i * self.block_q + np.arange(self.block_q, dtype=np.int32)[:, None]
         k = j * self.block_k + np.arange(self.block_k, dtype=np.int32)
-        return batch, jnp.asarray(head), q, k
+        return batch.reshape(-1, 1, 1, 1, 1), head, q, k
+
+    def places_of_heads(self) -> jax.Array:
+        heads = np.arange(self.heads, dtype=np.int32)
+        return jnp.asarray(heads.reshape(self.kv_heads, self.group, 1, 1))
 
     def products(self, q: jax.Array, k: jax.Array) -> jax.Array:
         return einsum("bhgqw,bhkw->bhgqk", q, k) * self.problem.scale
 
     def new_score(self, i: Index, j: Index, s: jax.Array, *score: scores.Operand) -> jax.Array:
-        return self.problem.new_score(score, s, *self.index(i, j))
+        place = self.places_of_heads()
+        return self.problem.new_score(score, place, s, *self.index(i, j))
 
     def allowed(self, i: Index, j: Index) -> AnyArray:
         _, _, q, k = self.index(i, j)
@@ -293,7 +301,8 @@ class _Blocks:
         """Drop weights, or their gradients: always the same ones."""
         if self.operands.dropout is None:
             return weights
-        return jnp.where(keep(*self.operands.dropout, *self.index(i, j)), weights, 0.0)
+        kept = self.problem.kept(*self.operands.dropout, *self.index(i, j))
+        return jnp.where(kept, weights, 0.0)
 
 
 def _split(x: jax.Array, axis: int, block: int, filling: float = 0) -> jax.Array:

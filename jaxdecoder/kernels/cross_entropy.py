@@ -21,10 +21,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxdecoder import devices
-from jaxdecoder.kernels import online
+from jaxdecoder.kernels import mesh, online
 from jaxdecoder.kernels.device import current_device
 from jaxdecoder.kernels.packing import Packed
 from jaxdecoder.kernels.padding import padded, round_up
@@ -118,8 +119,30 @@ def cross_entropy(
     `TILE` on a GPU, and any number elsewhere. Gradients of the kernel and the bias have their own
     types, float32 at best.
     """
-    tokens, vocab = targets.size, kernel.shape[1]
     tile = tile or device_tile()
+    run = partial(_cross_entropy, logit_softcap=logit_softcap, chunk=chunk, tile=tile)
+    found = mesh.current()
+    if found is None:
+        return run(features, kernel, bias, targets)
+    # Each device has the losses of its own tokens, and for them all of the kernel.
+    own = mesh.spec(("batch", "tokens of the loss"), targets.shape, found.shape)
+    whole = PartitionSpec()
+    # The gradient's own rule says nothing of what varies, and jax 0.11 refuses that.
+    run = jax.shard_map(run, in_specs=(own, whole, whole, own), out_specs=own, check_vma=False)
+    return run(features, kernel, bias, targets)
+
+
+def _cross_entropy(
+    features: Float[Array, "batch time width"],
+    kernel: Float[Array, "width vocab"],
+    bias: Float[Array, " vocab"] | None,
+    targets: Int[Array, "batch time"],
+    *,
+    logit_softcap: float | None,
+    chunk: int | None,
+    tile: int,
+) -> Float[Array, "batch time"]:
+    tokens, vocab = targets.size, kernel.shape[1]
     if chunk is None:
         limits = device_limits()
         whole = tokens * vocab <= limits.whole

@@ -18,7 +18,9 @@ from jaxdecoder.kernels import masks, scores
 from jaxdecoder.kernels.device import Device, current_device
 from jaxdecoder.kernels.dropout import Rate, drops, scaled, threshold
 from jaxdecoder.kernels.masks import MaskFunction
+from jaxdecoder.kernels.mesh import devices_of_an_array
 from jaxdecoder.kernels.problem import Implementation, LogSumExp, Operands, Problem, alike
+from jaxdecoder.kernels.sharded import over_mesh
 from jaxdecoder.kernels.typing import AnyArray, Unchecked
 
 
@@ -96,15 +98,18 @@ def flash_attention(
             a pure function, or an `implementation` that cannot do what is asked.
     """
     problem, operands = state(q, k, v, mask, score, scale, segment_ids, dropout_rate, dropout_seed)
-    choice = choose(problem, operands, implementation)
-    line = f"attention: {choice.name}, because {choice.reason}"
-    log.debug(line)
-    if explain:
-        print(line)
-    if IMPLEMENTATIONS[choice.name].backward is None:
-        out, _ = IMPLEMENTATIONS[choice.name].forward(problem, _freeze(problem, operands))
-    else:
-        out = _attention(choice.name, problem, alike(operands))
+
+    def solve(problem: Problem, operands: Operands) -> jax.Array:
+        choice = choose(problem, operands, implementation)
+        line = f"attention: {choice.name}, because {choice.reason}"
+        log.debug(line)
+        if explain:
+            print(line)
+        if IMPLEMENTATIONS[choice.name].backward is None:
+            return IMPLEMENTATIONS[choice.name].forward(problem, _freeze(problem, operands))[0]
+        return _attention(choice.name, problem, alike(operands))
+
+    out = over_mesh(solve, problem, operands)
     return scaled(out, dropout_rate) if problem.dropout else out
 
 
@@ -181,7 +186,7 @@ def _candidates(operands: Operands, device: Device) -> list[tuple[str, str]]:
     q_time, k_time = operands.q.shape[1], operands.k.shape[1]
     if max(q_time, k_time) < SHORT or q_time == 1:
         return [("reference", f"{q_time} queries of {k_time} keys are quickest in one piece")]
-    n_scores = operands.q.shape[0] * operands.q.shape[2] * q_time * k_time // jax.device_count()
+    n_scores = operands.q.shape[0] * operands.q.shape[2] * q_time * k_time // devices_of_an_array()
     if device.platform == "cpu" and n_scores <= FEW_SCORES and q_time <= MOST_ROWS:
         return [("rows", f"the weights of {n_scores:,} scores are few enough to keep")]
     everywhere = "it skips empty blocks, in memory linear in the length, on any device"

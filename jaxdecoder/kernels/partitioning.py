@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.custom_partitioning import (
     ArrayMapping,
     CompoundFactor,
@@ -26,7 +25,14 @@ from jax.tree_util import KeyPath, PyTreeDef
 from jaxtyping import PyTree
 
 from jaxdecoder.kernels import scores
-from jaxdecoder.kernels.problem import Gradients, LogSumExp, Operands, Problem, field
+from jaxdecoder.kernels.problem import (
+    Gradients,
+    LogSumExp,
+    Operands,
+    Problem,
+    field,
+    numbered,
+)
 from jaxdecoder.kernels.typing import AnyArray
 
 # A layout has a letter for every axis of an array: batch entries, query heads, key heads, or an
@@ -54,13 +60,13 @@ def over_devices(forward: Forward, backward: Backward) -> tuple[Forward, Backwar
     """
 
     def partitioned_forward(problem: Problem, operands: Operands) -> tuple[jax.Array, LogSumExp]:
-        operands = _numbered(problem, operands)
+        operands = numbered(problem, operands)
         return _call(forward, problem, (operands,), (_layouts(operands),), (OF_QUERIES, OF_ROWS))
 
     def partitioned_backward(
         problem: Problem, operands: Operands, out: jax.Array, logsumexp: jax.Array, dout: jax.Array
     ) -> Gradients:
-        operands = _numbered(problem, operands)
+        operands = numbered(problem, operands)
         learned = scores.chosen(operands.score, problem.learned)
         return _call(
             backward,
@@ -71,17 +77,6 @@ def over_devices(forward: Forward, backward: Backward) -> tuple[Forward, Backwar
         )
 
     return partitioned_forward, partitioned_backward
-
-
-def _numbered(problem: Problem, operands: Operands) -> Operands:
-    """Number the batch entries and heads, if the problem depends on their numbers."""
-    if problem.score is None and not problem.dropout:
-        return operands
-    batch, _, heads, _ = operands.q.shape
-    return operands._replace(
-        batch_index=jnp.arange(batch, dtype=jnp.int32),
-        head_index=jnp.arange(heads, dtype=jnp.int32),
-    )
 
 
 def _layouts(bundle: Operands | Gradients) -> PyTree[str]:

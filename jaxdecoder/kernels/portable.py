@@ -299,12 +299,20 @@ class _Place:
         q, k = (second, first) if self.keys_first else (first, second)
         return i * block_q + q, j * block_k + k
 
+    def numbers_of_scores(self, i: Index, j: Index) -> tuple[jax.Array, ...]:
+        """Return batch entry, head and positions of a block's scores."""
+        q, k = self.index(i, j)
+        return *self.numbers_of_head(), self.tiling.problem.position(q), k
+
     def new_score(self, i: Index, j: Index, s: jax.Array) -> jax.Array:
         function = self.tiling.problem.score
         if function is None:
             return s
-        index = *self.numbers_of_head(), *self.index(i, j)
-        return function(s, *index, *scores.Score.parameters(self.operands.score, self.head))
+        return function(
+            s,
+            *self.numbers_of_scores(i, j),
+            *scores.Score.parameters(self.operands.score, self.head),
+        )
 
     def allowed(self, i: Index, j: Index) -> AnyArray:
         tiling, operands = self.tiling, self.operands
@@ -322,7 +330,7 @@ class _Place:
         dropout = self.operands.dropout
         if dropout is None:
             return weights
-        kept = keep(dropout[0], dropout[1], *self.numbers_of_head(), *self.index(i, j))
+        kept = keep(dropout[0], dropout[1], *self.numbers_of_scores(i, j))
         return jnp.where(kept, weights, 0.0)
 
     def gradient(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Int32, UInt32
 
 from jaxdecoder.kernels import masks, scores
 from jaxdecoder.kernels.device import Device
+from jaxdecoder.kernels.dropout import keep
 from jaxdecoder.kernels.typing import AnyArray, Indices
 
 Tree = TypeVar("Tree")
@@ -30,7 +31,8 @@ class Problem:
     """The static part of a problem: a key for caches, and a constant for the compiler.
 
     A pair of positions is allowed if `mask` allows it. A kernel finds its blocks with `states`,
-    and inside a PARTIAL block asks `allowed`. Positions count from 0, for queries and for keys.
+    and inside a PARTIAL block asks `allowed`. A kernel counts queries and keys from 0; positions
+    of queries count from `q_start`.
     """
 
     mask: masks.Mask
@@ -46,6 +48,8 @@ class Problem:
     """Whether weights are dropped. A kernel does not scale those it keeps: its caller does."""
     segments_vary: bool
     """Whether segments are data, so that only the run can tell which blocks they empty."""
+    q_start: int = 0
+    """The position of the first query, where the queries are a part of a sequence."""
 
     def states(
         self, q_time: int, k_time: int, block_q: int, block_k: int
@@ -55,7 +59,8 @@ class Problem:
         FULL means that a kernel need not check anything in the block: neither mask nor segments
         nor the end of the keys. Padded queries are harmless, because their output is cut off.
         """
-        return _states(self.mask, self.segments_vary, q_time, k_time, block_q, block_k)
+        sizes = q_time, k_time, block_q, block_k
+        return _states(self.mask, self.segments_vary, *sizes, self.q_start)
 
     def allowed(
         self,
@@ -70,25 +75,58 @@ class Problem:
         Segments are those of the operands, and `k_time` is the number of keys where the indices
         may run past it. None for either leaves the check out.
         """
-        allowed = self.positional_mask(q_index, k_index)
+        allowed = self.positional_mask(self.position(q_index), k_index)
         if q_segment is not None:
             allowed = allowed & (q_segment == k_segment)
         return allowed if k_time is None else allowed & (k_index < k_time)
 
     def new_score(
-        self, operands: tuple[scores.Operand, ...], score: jax.Array, *index: Indices
+        self,
+        operands: tuple[scores.Operand, ...],
+        place: Indices,
+        score: jax.Array,
+        batch: Indices,
+        head: Indices,
+        q_index: Indices,
+        k_index: Indices,
     ) -> jax.Array:
-        """Apply the score function to scaled scores at (batch, head, q_index, k_index)."""
+        """Apply the score function to scaled scores; `place`: of the heads in its operands.
+
+        Entries and heads have their numbers among all, see `numbers`.
+        """
         if self.score is None:
             return score
-        return scores.Score(self.score).apply(operands, score, *index)
+        index = batch, head, self.position(q_index), k_index
+        return self.score(score, *index, *scores.Score.parameters(operands, place))
+
+    def kept(
+        self,
+        seed: UInt32[Array, ""],
+        threshold: UInt32[Array, ""],
+        batch: AnyArray,
+        head: AnyArray,
+        q_index: AnyArray,
+        k_index: AnyArray,
+    ) -> Bool[Array, "..."]:
+        """Return which weights are not dropped."""
+        return keep(seed, threshold, batch, head, self.position(q_index), k_index)
+
+    def position(self, q_index: Indices) -> Any:
+        """Return the positions of queries, of their places in the operands."""
+        return q_index + self.q_start if self.q_start else q_index
 
 
 @functools.lru_cache(maxsize=64)
 def _states(
-    mask: masks.Mask, segments_vary: bool, q_time: int, k_time: int, block_q: int, block_k: int
+    mask: masks.Mask,
+    segments_vary: bool,
+    q_time: int,
+    k_time: int,
+    block_q: int,
+    block_k: int,
+    q_start: int,
 ) -> np.ndarray:
-    states = np.array(masks.block_map(mask, q_time, k_time, block_q, block_k, exact=True))
+    states = np.array(masks.block_map(mask, q_time, k_time, block_q, block_k, q_start, exact=True))
     unsure = np.zeros_like(states, bool)
     unsure[:, -1] = k_time % block_k != 0
     states[(states == masks.FULL) & (unsure | segments_vary)] = masks.PARTIAL
@@ -120,6 +158,24 @@ class Operands(NamedTuple):
     this is left out."""
     head_index: Int32[Array, " heads"] | None = None
     """The number of each query head among all of them, likewise."""
+
+
+def numbered(problem: Problem, operands: Operands) -> Operands:
+    """Number batch entries and heads that have no numbers, if the problem depends on them."""
+    if operands.batch_index is not None or (problem.score is None and not problem.dropout):
+        return operands
+    batch, _, heads, _ = operands.q.shape
+    return operands._replace(
+        batch_index=jnp.arange(batch, dtype=jnp.int32),
+        head_index=jnp.arange(heads, dtype=jnp.int32),
+    )
+
+
+def numbers(operands: Operands, batch: AnyArray, head: AnyArray) -> tuple[AnyArray, AnyArray]:
+    """Return the numbers, among all, of these batch entries and query heads of the operands."""
+    if operands.batch_index is None or operands.head_index is None:
+        return batch, head
+    return operands.batch_index[batch], operands.head_index[head]
 
 
 class Gradients(NamedTuple):

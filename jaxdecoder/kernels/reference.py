@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxdecoder.kernels.dropout import Rate, drops, keep, scaled, threshold
-from jaxdecoder.kernels.problem import Implementation, LogSumExp, Operands, Problem
+from jaxdecoder.kernels.problem import Implementation, LogSumExp, Operands, Problem, numbers
 from jaxdecoder.kernels.scores import Score
 
 Parts = Sequence[Float[Array, "batch kv_heads part width"]]
@@ -51,8 +51,9 @@ def attention(
 
     if dropout_seed is None or not drops(dropout_rate):
         return _attention(q, k, v, allowed, new_score, None, present)[0]
-    dropout = (dropout_seed, threshold(dropout_rate))
-    out, _ = _attention(q, k, v, allowed, new_score, dropout, present)
+    index = map(jnp.asarray, (batch_index, head, q_count, k_count))
+    kept = partial(keep, dropout_seed, threshold(dropout_rate), *index)
+    out, _ = _attention(q, k, v, allowed, new_score, kept, present)
     return scaled(out, dropout_rate)
 
 
@@ -61,16 +62,19 @@ def forward(problem: Problem, operands: Operands) -> tuple[jax.Array, LogSumExp]
     q, k, v = operands.q, operands.k, operands.v
     batch, q_time, heads, _ = q.shape
     batch_index, head, q_index, k_index = _indices(batch, heads, q_time, k.shape[1])
+    index = *numbers(operands, batch_index, head), q_index, k_index
     q_segments, k_segments = operands.q_segments, operands.k_segments
     if q_segments is not None and k_segments is not None:
         q_segments, k_segments = q_segments[:, None, :, None], k_segments[:, None, None, :]
     allowed = problem.allowed(q_index, k_index, q_segments, k_segments)
 
     def score(s: jax.Array) -> jax.Array:
-        index = (batch_index, head, q_index, k_index)
-        return problem.new_score(operands.score, s * problem.scale, *index)
+        return problem.new_score(operands.score, head, s * problem.scale, *index)
 
-    return _attention(q, k, v, allowed, score, operands.dropout)
+    if operands.dropout is None:
+        return _attention(q, k, v, allowed, score, None)
+    kept = partial(problem.kept, *operands.dropout, *map(jnp.asarray, index))
+    return _attention(q, k, v, allowed, score, kept)
 
 
 def _indices(batch: int, heads: int, q_time: int, k_time: int) -> list[np.ndarray]:
@@ -84,7 +88,7 @@ def _attention(
     v: jax.Array | Parts,
     allowed: jax.Array | np.ndarray,
     score: Callable[[jax.Array], jax.Array],
-    dropout: UInt32[Array, "2"] | tuple[UInt32[Array, ""], UInt32[Array, ""]] | None,
+    kept: Callable[[], jax.Array] | None,
     present: Sequence[Bool[Array, ""]] | None = None,
 ) -> tuple[jax.Array, LogSumExp]:
     batch, q_time, heads, width = q.shape
@@ -102,9 +106,8 @@ def _attention(
     # Masked before the score function too, so that no infinite slope of it reaches the gradient.
     scores = jnp.where(allowed, score(jnp.where(allowed, scores, 0.0)), -jnp.inf)
     weights, logsumexp = softmax(scores)
-    if dropout is not None:
-        index = _indices(batch, heads, q_time, k_time)
-        weights = jnp.where(keep(*dropout, *map(jnp.asarray, index)), weights, 0.0)
+    if kept is not None:
+        weights = jnp.where(kept(), weights, 0.0)
     weights = weights.astype(vs[0].dtype).reshape(batch, kv_heads, -1, q_time, k_time)
     of_parts = jnp.split(weights, list(itertools.accumulate(sizes[:-1])), axis=-1)
     mix = partial(jnp.einsum, f"bhgqk,{there}->bqhgw")

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdecoder.kernels import masks
-from jaxdecoder.kernels.dropout import keep
-from jaxdecoder.kernels.problem import Implementation, LogSumExp, Operands, Problem
+from jaxdecoder.kernels.problem import Implementation, LogSumExp, Operands, Problem, numbers
 from jaxdecoder.kernels.reference import softmax
 
 BLOCK = 64
@@ -59,9 +58,10 @@ def _row(
     # The queries of all heads that share keys are the rows of one product.
     q = q.reshape(batch, kv_heads, group * count, width)
     sizes = (np.arange(n, dtype=np.int32) for n in (batch, kv_heads, group * count))
-    entries, shared, numbers, k_index = np.ix_(*sizes, keys)
-    q_index = rows[numbers % count]
-    index = entries, shared * group + numbers // count, q_index, k_index
+    entries, shared, places, k_index = np.ix_(*sizes, keys)
+    q_index = rows[places % count]
+    heads = shared * group + places // count
+    index = *numbers(operands, entries, heads), q_index, k_index
     s = jnp.einsum("bhqw,bhkw->bhqk", q, k, preferred_element_type=jnp.float32) * problem.scale
     if check:
         q_segments, k_segments = operands.q_segments, operands.k_segments
@@ -71,13 +71,14 @@ def _row(
         allowed = problem.allowed(q_index, k_index, q_segments, k_segments)
         if problem.score is not None:
             # So that no infinite slope of the score function reaches the gradient.
-            s = problem.new_score(operands.score, jnp.where(allowed, s, 0.0), *index)
+            s = problem.new_score(operands.score, heads, jnp.where(allowed, s, 0.0), *index)
         s = jnp.where(allowed, s, -jnp.inf)
     else:
-        s = problem.new_score(operands.score, s, *index)
+        s = problem.new_score(operands.score, heads, s, *index)
     weights, logsumexp = softmax(s)
     if operands.dropout is not None:
-        weights = jnp.where(keep(*operands.dropout, *map(jnp.asarray, index)), weights, 0.0)
+        kept = problem.kept(*operands.dropout, *map(jnp.asarray, index))
+        weights = jnp.where(kept, weights, 0.0)
     out = jnp.einsum("bhqk,bhkw->bhqw", weights.astype(v.dtype), v)
     apart = batch, kv_heads, group, count
     return out.reshape(*apart, width), logsumexp.reshape(apart)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxdecoder.config import Architecture
 from jaxdecoder.kernels.dropout import Rate
+from jaxdecoder.kernels.mesh import split
 from jaxdecoder.layers.cache import Cursor
 from jaxdecoder.layers.costs import Kernels, weights
 from jaxdecoder.layers.dropout import Dropout
@@ -58,8 +59,11 @@ class Attention(nn.Module):
             dense = project(c.d_model, count * c.d_head, bias=c.qkv_bias, name=name)
             return dense(x).reshape(batch, time, count, c.d_head)
 
-        q = heads("query", c.n_heads)
-        k, v = heads("key", c.n_kv_heads), heads("value", c.n_kv_heads)
+        q = split(heads("query", c.n_heads), "batch", "tokens", "heads", None)
+        k, v = (
+            split(heads(name, c.n_kv_heads), "batch", "tokens", "kv_heads", None)
+            for name in ("key", "value")
+        )
         if c.qk_norm:
             q = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=self.dtype, name="query_norm")(q)
             k = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=self.dtype, name="key_norm")(k)
@@ -76,6 +80,7 @@ class Attention(nn.Module):
         if c.attention_projection:
             output = partial(project, c.query_width, c.d_model, bias=c.bias)
             out = output(residual_output=True, name="out")(out)
+        out = split(out, "batch", "tokens", None)
         return Dropout()(out, dropout), cache
 
 

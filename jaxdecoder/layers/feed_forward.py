@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxdecoder.config import Architecture
+from jaxdecoder.kernels.mesh import split
 from jaxdecoder.layers.costs import Kernels
 from jaxdecoder.layers.linear import linear
 
@@ -80,10 +81,11 @@ class FeedForward(nn.Module):
         activation, d_ff = ACTIVATIONS[c.activation], self.d_ff or c.d_ff
         inner = partial(linear, c, width, d_ff, bias=c.bias, dtype=self.dtype)
         hidden = activation(*(inner(name=name)(x) for name in activation.inputs))
+        hidden = split(hidden, "batch", "tokens", "neurons")
         if not c.feed_forward_projection:
             return hidden
         outer = partial(linear, c, d_ff, width, bias=c.bias, dtype=self.dtype)
-        return outer(residual_output=True, name="down")(hidden)
+        return split(outer(residual_output=True, name="down")(hidden), "batch", "tokens", None)
 
 
 def kernels(c: Architecture, count: int = 1, factor: int = 1) -> list[Kernels]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxdecoder.config import Architecture
 from jaxdecoder.kernels.dropout import Rate
+from jaxdecoder.kernels.mesh import split
 from jaxdecoder.layers.cache import Cursor
 from jaxdecoder.layers.costs import FLOAT32
 from jaxdecoder.layers.mechanism import AttentionCosts, Heads, Mechanism, of_pairs
@@ -58,6 +59,13 @@ class LinearMixing(nn.Module):
     ) -> tuple[Float[Array, "batch time heads width"], State | None]:
         """See `Mechanism`."""
         before = empty_state(self.config, heads.q.shape[0]) if cache is None else cache
+        # Over a mesh: a chunk needs the state before it, so none is left to another device.
+        kv_heads = ("batch", None, "kv_heads", None)
+        heads = heads._replace(
+            q=split(heads.q, "batch", None, "heads", None),
+            k=split(heads.k, *kv_heads),
+            v=split(heads.v, *kv_heads),
+        )
         q, k = feature_map(heads.q), feature_map(heads.k)
         there = heads.positions >= 0
         if heads.seen is not None:

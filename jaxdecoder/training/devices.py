@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import platform
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxdecoder.errors import UserError
+from jaxdecoder.errors import UserError, first_line
+
+HEARTBEAT_SECONDS = 30
+"""A host that has been silent for so long is given up, and the others end."""
+
+DEATH = (
+    "error: this process has died, or was ended because another one of the run has; the lines "
+    "above, or the other one's, may say why. The last checkpoint stands: give the same command "
+    "again on every host, and the run goes on from there"
+)
+
+LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+"""Variables by which srun and mpirun tell how many processes they have started."""
 
 if TYPE_CHECKING:  # whoever asks for the processor's name needs no packages that read a config
     from jaxdecoder.config import Config
@@ -19,21 +35,70 @@ if TYPE_CHECKING:  # whoever asks for the processor's name needs no packages tha
 def set_up(config: Config) -> None:
     """Keep compiled programs, divide the CPU's cores if asked, and join other hosts if any.
 
-    A run on several hosts is the same command on each, on a shared run folder, with
-    JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID set.
+    A run on several hosts is the same command on each, on a shared run folder; see `hosts`.
     """
     keep_programs(config.data.cache)
     if config.train.cpu_devices:
         divide_cpu(config.train.cpu_devices)
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+    joined = hosts(os.environ)
+    if joined is not None:
+        explain_death()
         try:
-            count, index = (int(os.environ[f"JAX_{x}"]) for x in ("NUM_PROCESSES", "PROCESS_ID"))
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be "
-                f"numbers too: {error}"
-            ) from None
-        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, index)
+            jax.distributed.initialize(
+                **joined,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except (RuntimeError, ValueError) as error:
+            why = f"the processes of this run did not find one another: {first_line(error)}"
+            raise UserError(why) from None
+
+
+def explain_death() -> None:
+    """Start a small process that has the last word if this one ends by a signal or a traceback.
+
+    Where a host is lost, JAX ends the processes of the others in the middle of what they do, after
+    many lines of its own.
+    """
+    command = ["sh", "-c", 'read -r _ || echo "$0" >&2', DEATH]
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE)
+
+    def ended() -> None:
+        if not hasattr(sys, "last_value"):  # that of an exception which nothing has caught
+            watcher.communicate(b"ended\n")
+
+    atexit.register(ended)
+
+
+def hosts(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return what `jax.distributed.initialize` is to be told, or None if this process is alone.
+
+    JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it
+    all; an indexed job of Kubernetes has the last as JOB_COMPLETION_INDEX. What they do not say,
+    JAX asks srun or mpirun for.
+
+    Raises:
+        UserError: if there is an address, and neither numbers nor a launcher that knows them.
+    """
+    launched = any(int(environment.get(name, "1")) > 1 for name in LAUNCHERS)
+    address = environment.get("JAX_COORDINATOR_ADDRESS")
+    if address is None:
+        return {} if launched else None
+    index = environment.get("JAX_PROCESS_ID", environment.get("JOB_COMPLETION_INDEX"))
+    given = {"num_processes": environment.get("JAX_NUM_PROCESSES"), "process_id": index}
+    try:
+        known = {name: int(value) for name, value in given.items() if value is not None}
+    except ValueError as error:
+        known, launched = {}, False
+        why = str(error)
+    else:
+        why = f"only {', '.join(known) or 'the address'} is known"
+    if len(known) < len(given) and not launched:
+        raise UserError(
+            "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be "
+            f"numbers too, unless srun or mpirun starts the processes: {why}"
+        )
+    return {"coordinator_address": address, **known}
 
 
 def divide_cpu(devices: int) -> None:

@@ -17,21 +17,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from jaxdecoder.analysis.memory import Memory, by_closed_form
-from jaxdecoder.config import Config, ConfigError
+from jaxdecoder.config import Config
 from jaxdecoder.data.batches import Batch
 from jaxdecoder.devices import Device
 from jaxdecoder.training import ahead
 from jaxdecoder.training.loop import steps_a_call
-from jaxdecoder.training.sharding import batch_sharding, everywhere, state_sharding
+from jaxdecoder.training.sharding import (
+    batch_sharding,
+    everywhere,
+    known_to_layers,
+    make_mesh,
+    state_sharding,
+)
 from jaxdecoder.training.step import State, fuse, init_state, make_step
-
-AXIS = "data"
 
 
 class Lowered(NamedTuple):
@@ -59,7 +62,6 @@ def told(config: Config, device: Device, count: int = 1) -> Memory:
 
 def estimated(config: Config, device: Device, count: int = 1) -> Memory:
     """Return the same by the closed form, for a device that XLA cannot compile for here."""
-    _check_division(config, count)
     return by_closed_form(config, device, _steps(config), count)
 
 
@@ -70,8 +72,7 @@ def compile_step(
 
     `run`: as well as for a program that is run, and not only counted.
     """
-    _check_division(config, count)
-    with _mesh(device, count) as mesh:
+    with _mesh(config, device, count) as mesh:
         lowered = lower(config, mesh, steps or _steps(config))
         # How LLVM optimises a CPU's code changes no plan of memory, only how long this takes.
         fast = None if run or device.card is not None else {"xla_backend_optimization_level": 0}
@@ -81,7 +82,7 @@ def compile_step(
 def lower(config: Config, mesh: Mesh, steps: int) -> Lowered:
     """Trace the training call of a config over the devices of a mesh, as a run places it."""
     shapes = jax.eval_shape(partial(init_state, config))
-    where = state_sharding(shapes, mesh, fsdp=config.train.fsdp)
+    where = state_sharding(shapes, mesh, config.architecture)
     shape = (steps, config.train.batch_size, config.model.context_length)
     rows = batch_sharding(mesh, 1)
 
@@ -122,11 +123,16 @@ def peak(plan: Any) -> int:
 
 
 @contextlib.contextmanager
-def _mesh(device: Device, count: int) -> Iterator[Mesh]:
+def _mesh(config: Config, device: Device, count: int) -> Iterator[Mesh]:
     if device.card is None:
-        yield Mesh(np.array(jax.devices("cpu")[:count]), (AXIS,))
-    else:
-        with ahead.traced_for(device, count, AXIS) as mesh:
+        mesh = make_mesh(config, jax.devices("cpu")[:count])
+        with known_to_layers(mesh):
+            yield mesh
+        return
+    with ahead.traced_for(device, count, "devices") as there:
+        mesh = make_mesh(config, list(there.devices.flat))
+        kind = ahead.abstract_mesh(device, 1, "devices").abstract_device
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh.update(abstract_device=kind)):
             yield mesh
 
 
@@ -140,14 +146,3 @@ def _held(tree: PyTree) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def _check_division(config: Config, count: int) -> None:
-    rows, passes = config.train.batch_size, config.train.gradient_accumulation
-    if rows // passes % count:
-        raise ConfigError(
-            "train.batch_size",
-            rows,
-            f"does not divide over {count} devices and gradient_accumulation = {passes}; "
-            f"{count * passes * -(-rows // (count * passes))} would",
-        )

@@ -24,6 +24,7 @@ from jaxdecoder.config import (
     read_toml,
     to_toml,
 )
+from jaxdecoder.config.sections import MeshConfig
 from jaxdecoder.data import tokenizers
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.decoder import Decoder
@@ -34,7 +35,8 @@ from jaxdecoder.training.devices import is_first_host
 from jaxdecoder.training.step import init_state, make_decoder
 from jaxdecoder.typing import Params, Table
 
-# What may differ when a run goes on: none of it changes a single bit of the result.
+# What may differ when a run goes on: none of it changes a single bit of the result, but for the
+# mesh, which rounds otherwise.
 FREE = (
     "train.out",
     "train.keep",
@@ -49,6 +51,7 @@ FREE = (
     "data.cache",
     "data.processes",
     "data.tokenizer_path",
+    *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
     "distillation.teacher",
     "distillation.cached_most_gigabytes",
 )

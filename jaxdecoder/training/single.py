@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
-from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from jaxdecoder.config import Config
@@ -25,7 +25,16 @@ from jaxdecoder.training.logging import Screen, draw_losses
 from jaxdecoder.training.loop import Watch, steps_a_call, train_together
 from jaxdecoder.training.profiling import Profiler
 from jaxdecoder.training.record import Summary
-from jaxdecoder.training.sharding import batch_sharding, everywhere, make_mesh, state_sharding
+from jaxdecoder.training.sharding import (
+    batch_sharding,
+    everywhere,
+    known_to_layers,
+    left_whole,
+    make_mesh,
+    place_rows,
+    rows_needed,
+    state_sharding,
+)
 from jaxdecoder.training.step import (
     Metrics,
     Objective,
@@ -68,6 +77,8 @@ def train(
 
         def began(step: int, parameters: int) -> None:
             devices, platform = alone.mesh.size, jax.devices()[0].platform
+            sizes = ", ".join(f"{axis} {n}" for axis, n in alone.mesh.shape.items() if n > 1)
+            split = f" ({sizes})" if sizes else ""
             begun = f"going on at step {step}" if step else "from the start"
             screen.begin(step)
             for line in news:
@@ -75,8 +86,10 @@ def train(
             screen.say(
                 f"{run}: {parameters:,} parameters, {len(corpus.train.tokens):,} training tokens "
                 f"of {corpus.tokenizer.vocab_size:,} kinds, on {devices} {platform} "
-                f"device{'s' if devices > 1 else ''}, {begun}"
+                f"device{'s' if devices > 1 else ''}{split}, {begun}"
             )
+            for line in left_whole(config, alone.mesh):
+                screen.say(f"{run}: {line}, and stays whole")
 
         def sample(state: State) -> str:
             assert sampler is not None
@@ -115,14 +128,20 @@ def train(
 
 
 class Alone:
-    """The `Placement` of a single member: each device has a part of every batch."""
+    """The `Placement` of a single member: its mesh is of these devices, or of all."""
 
-    def __init__(self, config: Config, corpus: Corpus, objective: Objective):
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        objective: Objective,
+        devices: Sequence[jax.Device] | None = None,
+    ):
         self.config, self.corpus, self.objective = config, corpus, objective
         self.steps_per_call = steps_a_call(config, config.train.steps_per_call)
-        self.mesh = make_mesh(config)
+        self.mesh = make_mesh(config, devices)
         shapes = jax.eval_shape(partial(init_state, config))
-        self.shardings = state_sharding(shapes, self.mesh, fsdp=config.train.fsdp)
+        self.shardings = state_sharding(shapes, self.mesh, config.architecture)
         self.like = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
             shapes,
@@ -150,38 +169,41 @@ class Alone:
 
     def batches(self, step: int, count: int) -> PyTree:
         """See `Placement`; each host gives its rows of the batches."""
-        rows = self._rows()
+        rows = self._rows
         stacked = Feed.of(self.config, self.corpus, "train").at(step, count, rows)
-        return _place(self.objective.feed(stacked, step, rows), batch_sharding(self.mesh, 1))
+        return self._placed(self.objective.feed(stacked, step, rows), leading=1)
 
     def advance(self, state: State, batches: PyTree) -> tuple[State, Metrics]:
         """Take the steps of these batches."""
-        return self._call(state, batches, self.constants)
+        with known_to_layers(self.mesh):
+            return self._call(state, batches, self.constants)
 
     def program(self) -> str:
         """Return the compiled text of what `advance` calls."""
         batches = self.batches(0, self.steps_per_call)
-        return str(self._call.lower(self.like, batches, self.constants).compile().as_text())
+        with known_to_layers(self.mesh):
+            lowered = self._call.lower(self.like, batches, self.constants)
+        return str(lowered.compile().as_text())
 
     def losses(
         self, state: State, split: SplitName, count: int | None, told: Told = untold
     ) -> Sequence[float]:
         """Return the mean loss over `count` fixed batches of a split, or over all of it."""
-        each = Feed.of(self.config, self.corpus, split).fixed(count, self._rows(), told)
-        placed = (_place(batch, batch_sharding(self.mesh)) for batch in each)
-        return [self._evaluate(evaluated_params(state), placed)]
+        each = Feed.of(self.config, self.corpus, split).fixed(count, self._rows, told)
+        placed = (self._placed(batch) for batch in each)
+        with known_to_layers(self.mesh):
+            return [self._evaluate(evaluated_params(state), placed)]
 
     def members(self, state: State) -> Sequence[State]:
         """Return the state."""
         return [state]
 
+    @functools.cached_property
     def _rows(self) -> slice:
-        """Return which rows of a batch this host gives."""
-        share = self.config.train.batch_size // jax.process_count()
-        return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        """Which rows of a batch this host gives."""
+        return rows_needed(batch_sharding(self.mesh), self.config.train.batch_size)
 
-
-def _place(batch: PyTree, sharding: NamedSharding) -> PyTree:
-    return jax.tree.map(
-        lambda array: jax.make_array_from_process_local_data(sharding, array), batch
-    )
+    def _placed(self, batch: PyTree, leading: int = 0) -> PyTree:
+        """Return this host's rows of batches as arrays on the devices."""
+        where, total = batch_sharding(self.mesh, leading), self.config.train.batch_size
+        return place_rows(batch, where, self._rows, total, leading)

@@ -26,13 +26,14 @@ import jax
 from jaxdecoder.analysis import flops_per_token
 from jaxdecoder.config import Config, to_dict
 from jaxdecoder.config.model import Implementation
+from jaxdecoder.config.sections import MeshConfig
 from jaxdecoder.data.tokens import prepare
 from jaxdecoder.errors import UserError, first_line
 from jaxdecoder.files import write_atomically
 from jaxdecoder.helpers import SPAWN, no_main_module, start_helper
 from jaxdecoder.kernels.flash import SHORT
 from jaxdecoder.training import runs
-from jaxdecoder.training.devices import cores, processor, set_up
+from jaxdecoder.training.devices import cores, hosts, processor, set_up
 from jaxdecoder.training.single import Alone, ToObjective
 from jaxdecoder.training.step import next_token
 
@@ -96,15 +97,15 @@ def tuned(config: Config, *, objective: ToObjective = next_token, say: Say = pri
     """Return the config in the form to train it in here: its run's, one kept, or the quickest.
 
     Call it before JAX has devices. Only what the config leaves at its default is chosen, only on a
-    CPU, and only for a run that is long enough to repay the trials. With `train.tune` off, the
-    config is returned as it is.
+    CPU, and only for a run that is long enough to repay the trials. With `train.tune` off, or
+    a mesh of its own, the config is returned as it is.
     """
     run = Path(config.train.out)
-    if not config.train.tune:
+    if not config.train.tune or config.mesh != MeshConfig():
         return config
     if (run / "config.toml").is_file():
         return with_form(config, _filled(form_of(config), form_of(runs.read_config(run))))
-    if not _only_a_cpu() or "JAX_COORDINATOR_ADDRESS" in os.environ:
+    if not _only_a_cpu() or hosts(os.environ) is not None:
         return config
     config_here = runs.with_source_tokenizer(config)
     complete = runs.complete(config_here, prepare(config_here.data))

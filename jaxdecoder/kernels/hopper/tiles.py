@@ -61,6 +61,11 @@ class Tile(NamedTuple):
         )
         return self.q_start + q, self.k_start + k
 
+    def numbers_of_scores(self) -> tuple[jax.Array, ...]:
+        """Return batch entry, head and positions of the scores."""
+        head, (q, k) = self.head, self.positions()
+        return head.batch, head.head, head.problem.position(q), k
+
     def allowed(self) -> jax.Array:
         """Return which scores are allowed."""
 
@@ -84,7 +89,7 @@ class Tile(NamedTuple):
             return products, problem.scale * LOG2E
         s = products * problem.scale
         if problem.score is not None:
-            index = head.batch, head.head, *self.positions()
+            index = self.numbers_of_scores()
             s = lowering.lowerable(problem.score, s, *index, *head.parameters)
         return s, LOG2E
 
@@ -103,7 +108,7 @@ class Tile(NamedTuple):
         head, problem = self.head, self.head.problem
         if problem.score is None:
             return *self.base_two_scores(products), lambda ds: (ds, [])
-        function, index = problem.score, (head.batch, head.head, *self.positions())
+        function, index = problem.score, self.numbers_of_scores()
 
         def new_score(s: jax.Array, *parameters: Parameter) -> jax.Array:
             return function(s, *index, *parameters)
@@ -118,7 +123,7 @@ class Tile(NamedTuple):
         head = self.head
         if head.dropout is None or not head.problem.dropout:
             return lambda weights: weights
-        kept = keep(*head.dropout, head.batch, head.head, *self.positions())
+        kept = keep(*head.dropout, *self.numbers_of_scores())
         return lambda weights: jnp.where(kept, weights, 0.0)
 
 
