@@ -32,6 +32,7 @@ from jaxdecoder.training.sharding import (
     everywhere,
     known_to_layers,
     make_mesh,
+    sizes_on,
     state_sharding,
 )
 from jaxdecoder.training.step import State, fuse, init_state, make_step
@@ -62,6 +63,7 @@ def told(config: Config, device: Device, count: int = 1) -> Memory:
 
 def estimated(config: Config, device: Device, count: int = 1) -> Memory:
     """Return the same by the closed form, for a device that XLA cannot compile for here."""
+    sizes_on(count, config)
     return by_closed_form(config, device, _steps(config), count)
 
 

@@ -29,7 +29,21 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
         ConfigError: if its sizes do not fit the devices, or the batch or the model does not divide.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = config.mesh.sizes(len(devices))
+    sizes = sizes_on(len(devices), config)
+    shape = tuple(sizes[axis] for axis in AXES)
+    kinds = (AxisType.Auto,) * len(AXES)
+    mesh = jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+    left_whole(config, mesh)
+    return mesh
+
+
+def sizes_on(devices: int, config: Config) -> dict[str, int]:
+    """Return the sizes of the mesh that a config asks for on so many devices.
+
+    Raises:
+        ConfigError: if they do not fit, or the batch does not divide over them.
+    """
+    sizes = config.mesh.sizes(devices)
     train, parts = config.train, sizes["data"] * sizes["fsdp"]
     share = train.batch_size // train.gradient_accumulation
     if share % parts:
@@ -40,11 +54,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
             f"does not divide over {parts} devices (mesh.data x mesh.fsdp) and "
             f"gradient_accumulation = {train.gradient_accumulation}; {fits} would",
         )
-    shape = tuple(sizes[axis] for axis in AXES)
-    kinds = (AxisType.Auto,) * len(AXES)
-    mesh = jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
-    left_whole(config, mesh)
-    return mesh
+    return sizes
 
 
 def known_to_layers(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
