@@ -1,10 +1,14 @@
-"""Fuzz the configs and command lines: each trains two steps or is refused by the name of a key.
+"""Fuzz configs, command lines, and the files that are read back.
 
-    python -m benchmarks.fuzz [--configs 1000] [--seed 0] [--out FILE.json]
+    python -m benchmarks.fuzz [--configs 1000] [--files 200] [--seed 0] [--out FILE.json]
 
 A few fields of a tiny config are given other values, likely and unlikely ones, in the file or on
 the command line. A traceback of ours, a message that names none of the given keys, and a case that
-takes longer than its limit are failures. The table counts what came of the cases.
+takes longer than its limit are failures: each must train two steps, or be refused.
+
+Then one file of a finished run or of its cache is damaged, and train.py is to go on with the run,
+and sample.py to sample it. Each must do so, or refuse with a message that names the file or its
+folder; what it says may not be a traceback, and a model must not change without a word.
 """
 
 from __future__ import annotations
@@ -13,10 +17,12 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import math
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -28,7 +34,6 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 from benchmarks.turns import machine
 from jaxdecoder.config import Config
-from jaxdecoder.errors import UserError
 from jaxdecoder.files import as_markdown, write_atomically
 
 TINY: dict[str, dict[str, Any]] = {
@@ -129,10 +134,8 @@ def _value(rng: random.Random, name: str, kind: Any) -> Any:
 
 
 def run(case: Case, folder: Path) -> Found:
-    """Run a case in this process, as train.py would; `folder` holds the cache of all cases."""
+    """Run a case as train.py would; `folder` holds the cache of all cases."""
     import tomli_w
-
-    import train
 
     path = folder / "case.toml"
     file = {name: dict(table) for name, table in case.file.items()}
@@ -140,31 +143,14 @@ def run(case: Case, folder: Path) -> Found:
     path.write_text(tomli_w.dumps(file), encoding="utf-8")
     out = tempfile.mkdtemp(dir=folder)
     arguments = [f"--{key.replace('_', '-')}={_shown(value)}" for key, value in case.line.items()]
-    said = io.StringIO()
-    argv, sys.argv = sys.argv, ["train.py", str(path), *arguments, "--train.out", out]
-    before = signal.signal(signal.SIGALRM, _too_long)
-    signal.alarm(LIMIT)
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            train.main()
-    except SystemExit as end:
-        words = said.getvalue()
+    code, words = script("train", str(path), *arguments, "--train.out", out)
+    if code in (1, 2):
         names = [part for key in case.keys for part in (key, key.replace("_", "-"))]
-        if end.code in (1, 2) and any(name in words for name in names):
-            return Found("refused", words)
-        return Found("refused without a key" if end.code in (1, 2) else f"ended {end.code}", words)
-    except UserError as error:
-        return Found("an error that was not shown", str(error))
-    except TimeoutError:
-        return Found("too long", traceback.format_exc())
-    except BaseException:
-        return Found("traceback", traceback.format_exc())
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-        sys.argv = argv
-    summary = Path(out) / "summary.json"
-    return Found("trained" if summary.exists() else "no summary", said.getvalue())
+        named = any(name in words for name in names)
+        return Found("refused" if named else "refused without a key", words)
+    if code:
+        return Found("too long" if "TimeoutError" in words else "traceback", words)
+    return Found("trained" if (Path(out) / "summary.json").exists() else "no summary", words)
 
 
 def _shown(value: Any) -> str:
@@ -177,39 +163,161 @@ def _too_long(number: int, frame: object) -> None:
     raise TimeoutError
 
 
+# --- Damaged files --------------------------------------------------------------------------------
+
+
+class Subject(NamedTuple):
+    """A finished run of a tiny config, with its cache; and what it samples."""
+
+    folder: Path
+    text: str
+
+
+def subject(folder: Path) -> Subject:
+    """Train the run whose files are damaged."""
+    folder.mkdir()
+    (folder / "tiny.toml").write_text(_config(folder), encoding="utf-8")
+    trained = script("train", str(folder / "tiny.toml"))
+    assert not trained.code, trained.said
+    return Subject(folder, script("sample", *_sampling(folder)).said)
+
+
+def _config(folder: Path) -> str:
+    import tomli_w
+
+    tables = {name: dict(table) for name, table in TINY.items()}
+    tables["data"]["cache"] = str(folder / "cache")
+    tables["train"] |= {"out": str(folder / "run"), "steps": 4, "checkpoint_every": 2}
+    return tomli_w.dumps(tables)
+
+
+def _sampling(folder: Path) -> list[str]:
+    return [str(folder / "run"), "--prompt", "Once", "--max-new-tokens", "8", "--temperature", "0"]
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Return the files that are read back, each with content."""
+    found = [path for name in ("run", "cache") for path in (folder / name).rglob("*")]
+    return sorted(path for path in found if path.is_file() and path.stat().st_size)
+
+
+def damage(whole: Subject, folder: Path, rng: random.Random) -> tuple[str, str, list[Found]]:
+    """Damage a copy of the subject; return the file, the damage, and what the scripts did."""
+    from tests.mutations import KINDS, damaged
+
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(whole.folder, folder)
+    (folder / "tiny.toml").write_text(_config(folder), encoding="utf-8")
+    # Paths are absolute in a run's config.
+    config = folder / "run" / "config.toml"
+    config.write_text(config.read_text().replace(str(whole.folder), str(folder)))
+    groups: dict[str, list[Path]] = {}
+    for path in files_of(folder):
+        names = path.relative_to(folder).parts
+        groups.setdefault("/".join(names[:3]) if "checkpoints" in names else names[-1], []).append(
+            path
+        )
+    path = rng.choice(groups[rng.choice(sorted(groups))])
+    kind = rng.choice(sorted(KINDS))
+    path.write_bytes(damaged(path.read_bytes(), kind, rng.randrange(2**32)))
+    found = []
+    for name, arguments in (
+        ("sample", _sampling(folder)),
+        ("train", [str(folder / "tiny.toml"), "--train.steps", "6"]),
+    ):
+        done = script(name, *arguments)
+        known = path.name in done.said or path.parent.name in done.said or str(folder) in done.said
+        if done.code in (1, 2):
+            found.append(Found("refused" if known else "refused without a name", done.said))
+        elif done.code:
+            found.append(Found("traceback", done.said))
+        elif name == "sample" and done.said != whole.text and "cannot be read" not in done.said:
+            found.append(Found("another text without a word", done.said))
+        else:
+            found.append(Found("goes on", done.said))
+    return str(path.relative_to(folder)), kind, found
+
+
+class Done(NamedTuple):
+    """The status of a script, and all that it said; the status is -1 for a traceback."""
+
+    code: int
+    said: str
+
+
+def script(name: str, *arguments: str) -> Done:
+    """Run one of the scripts in this process."""
+    said = io.StringIO()
+    argv, sys.argv = sys.argv, [f"{name}.py", *arguments]
+    before = signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(LIMIT)
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            importlib.import_module(name).main()
+    except SystemExit as end:
+        return Done(end.code if isinstance(end.code, int) else 1, said.getvalue())
+    except BaseException:
+        return Done(-1, said.getvalue() + traceback.format_exc())
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        sys.argv = argv
+    return Done(0, said.getvalue())
+
+
 def fails(found: Found) -> bool:
     """Return whether this is an outcome that no case should have."""
-    return found.outcome not in ("trained", "refused")
+    return found.outcome not in ("trained", "refused", "goes on")
 
 
 def main() -> None:
     """Reads the command line, runs the cases, and prints the table."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("--configs", type=int, default=1000)
+    options.add_argument("--files", type=int, default=200)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path)
     chosen = options.parse_args()
     counts: collections.Counter[str] = collections.Counter()
-    failures = []
+    of_files: collections.Counter[tuple[str, str]] = collections.Counter()
+    failures: list[dict[str, Any]] = []
     start = time.perf_counter()
+
+    def note(outcome: str, said: str, **what: Any) -> None:
+        failures.append({**what, "outcome": outcome, "said": said[-1500:]})
+        print(json.dumps(failures[-1], default=str, indent=1), flush=True)
+
     with tempfile.TemporaryDirectory() as temporary:
+        base = Path(temporary)
         for number in range(chosen.configs):
             case = draw(random.Random(f"{chosen.seed}/{number}"))
-            found = run(case, Path(temporary))
+            found = run(case, base)
             counts[found.outcome] += 1
             if fails(found):
-                shown = {"number": number, "keys": case.keys, "line": case.line, "file": case.file}
-                failures.append({**shown, "outcome": found.outcome, "said": found.said[-1500:]})
-                print(json.dumps(failures[-1], default=str, indent=1), flush=True)
+                note(*found, number=number, **case._asdict())
             if (number + 1) % 50 == 0:
-                print(f"{number + 1}: {dict(counts)}", flush=True)
-    rows = [("outcome", "cases"), *((name, str(n)) for name, n in counts.most_common())]
+                print(f"{number + 1} configs: {dict(counts)}", flush=True)
+        whole = subject(base / "whole") if chosen.files else None
+        for number in range(chosen.files):
+            assert whole is not None
+            rng = random.Random(f"{chosen.seed}/file {number}")
+            path, kind, both = damage(whole, base / "damaged", rng)
+            for name, found in zip(("sample.py", "train.py"), both, strict=True):
+                of_files[name, found.outcome] += 1
+                if fails(found):
+                    note(*found, number=number, script=name, file=path, damage=kind)
+    rows = [("what", "outcome", "cases")]
+    rows += [("configs", name, str(n)) for name, n in counts.most_common()]
+    rows += [
+        (f"damaged files, {name}", what, str(n)) for (name, what), n in sorted(of_files.items())
+    ]
     print(as_markdown(rows))
     print(
-        f"{chosen.configs} configs, {len(failures)} failures, {time.perf_counter() - start:.0f} s"
+        f"{chosen.configs} configs and {chosen.files} damaged files, {len(failures)} failures, "
+        f"{time.perf_counter() - start:.0f} s"
     )
     if chosen.out:
-        report = {**machine(), "configs": chosen.configs, "counts": counts, "failures": failures}
+        report = {**machine(), "rows": rows, "failures": failures}
         write_atomically(chosen.out, json.dumps(report, indent=1, default=str) + "\n")
     sys.exit(bool(failures))
 
