@@ -77,7 +77,8 @@ def compile_step(
     with _mesh(config, device, count) as mesh:
         lowered = lower(config, mesh, steps or _steps(config))
         # How LLVM optimises a CPU's code changes no plan of memory, only how long this takes.
-        fast = None if run or device.card is not None else {"xla_backend_optimization_level": 0}
+        quick: dict[str, Any] = {"xla_backend_optimization_level": 0}
+        fast = None if run or device.card is not None else quick
         return lowered, lowered.call.compile(fast)
 
 

@@ -73,7 +73,7 @@ def anywhere(*flags: bool) -> list[bool]:
     from jax.experimental import multihost_utils
 
     gathered = np.asarray(multihost_utils.process_allgather(np.array(flags)))
-    return [bool(flag) for flag in gathered.any(axis=0)]
+    return [bool(each.any()) for each in gathered.T]
 
 
 def _listen(read: socket.socket, stop: Stop) -> None:
