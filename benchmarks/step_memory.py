@@ -126,6 +126,8 @@ def main() -> None:
     parser.add_argument("--version", default="now", help="a name for these rows")
     parser.add_argument("--out", type=Path)
     options, overrides = parser.parse_known_args()
+    if options.turns and options.targets and "cpu" not in options.targets:
+        parser.error("--turns are timed on the CPU, which --targets leaves out")
     jax.config.update("jax_platforms", "cpu")  # it compiles, and runs nothing
     if options.devices > 1:
         jax.config.update("jax_num_cpu_devices", options.devices)

@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from jaxdecoder import Decoder
-from jaxdecoder.config import ConfigError, ModelConfig, choices
+from jaxdecoder.config import Config, ConfigError, ModelConfig, choices
+from jaxdecoder.training.runs import check_beginning
 
 
 class TestInitializers:
@@ -140,4 +141,6 @@ def first_loss(initializer, tie, layout, norm):
 
 def test_embeddings_too_large_for_a_head_are_refused():
     with pytest.raises(ConfigError, match=r"model\.initializer.*model\.tie_embeddings = true"):
-        ModelConfig(initializer="uniform_fan_in", tie_embeddings=True)
+        check_beginning(
+            Config(model=ModelConfig(initializer="uniform_fan_in", tie_embeddings=True))
+        )

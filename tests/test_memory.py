@@ -191,7 +191,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 def test_help_and_the_table_of_devices_need_no_jax():
     program = """
 import runpy, sys
-from jaxdecoder.analysis.devices import DEVICES
+from jaxdecoder.devices import DEVICES
 sys.argv = ["analysis", "--help"]
 try:
     runpy.run_module("jaxdecoder.analysis", run_name="__main__")

@@ -24,6 +24,7 @@ from jaxdecoder.config import Config, ConfigError, ModelConfig, OptimizerConfig,
 from jaxdecoder.config.sections import MeshConfig
 from jaxdecoder.decoder import LAYOUTS
 from jaxdecoder.errors import UserError
+from jaxdecoder.kernels import flash, flash_attention, masks, scores
 from jaxdecoder.kernels.mesh import AXES, spec, split
 from jaxdecoder.layers.attention import ATTENTIONS
 from jaxdecoder.training.optimizers import OPTIMIZERS
@@ -334,3 +335,34 @@ def test_members_of_an_ablation_lie_on_one_device_each(tmp_path):
     path.write_text('base = "base.toml"\nseeds = 2\n[factors]\nmodel.n_heads = [1, 2]\n')
     with pytest.raises(UserError, match=r"ablation\.toml: mesh\.tensor = -1: a member"):
         read(path)
+
+
+@pytest.mark.parametrize("name", ["reference", "rows", "chunked", "portable"])
+def test_a_part_of_the_queries_counts_from_its_start(name):
+    """Values and gradients of the second half, with scores that read positions."""
+    time, half = 128, 64
+    random = np.random.default_rng(0)
+    q, k, v, dout = (jnp.asarray(random.normal(size=(1, time, 2, 16)), "float32") for _ in range(4))
+    score = scores.alibi(jnp.array([0.3, 0.05]))
+
+    def whole(q, k, v):
+        return flash_attention(
+            q, k, v, mask=masks.causal(), score=score, implementation="reference"
+        )[:, half:]
+
+    out, pull = jax.vjp(whole, q, k, v)
+    dq, dk, dv = pull(dout[:, half:])
+    problem, operands = flash.state(q[:, half:], k, v, masks.causal(), score)
+    problem = dataclasses.replace(problem, q_start=half)
+    implementation = flash.IMPLEMENTATIONS[name]
+    if implementation.backward is None:
+        mine, pull = jax.vjp(
+            lambda o: implementation.forward(problem, flash._freeze(problem, o))[0], operands
+        )
+        gradients = pull(dout[:, half:])[0]
+    else:
+        mine, logsumexp = implementation.forward(problem, operands)
+        gradients = implementation.backward(problem, operands, mine, logsumexp, dout[:, half:])
+    close(
+        (mine, gradients.q, gradients.k, gradients.v), (out, dq[:, half:], dk, dv), tolerance=1e-5
+    )

@@ -83,6 +83,8 @@ def test_a_second_signal_ends_the_process_at_once():
     process = listener()
     process.send_signal(signal.SIGINT)
     assert "a second time stops at once" in process.stderr.readline() + process.stderr.readline()
+    process.send_signal(signal.SIGINT)  # a sender may tell a process and its group
+    time.sleep(0.7)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == 130
@@ -92,7 +94,7 @@ def test_where_nothing_is_to_be_saved_one_signal_is_enough():
     process = listener("idle")
     process.send_signal(signal.SIGTERM)
     assert process.wait(5) == 0
-    assert "nothing new to save" in process.stderr.read()
+    assert "nothing new was to be saved" in process.stderr.read()
 
 
 def test_who_is_stopped_says_how_to_go_on():

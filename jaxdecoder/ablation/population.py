@@ -29,6 +29,7 @@ from jaxdecoder.config import Config, to_dict
 from jaxdecoder.data.batches import Batch, Feed, SplitName, Told, untold
 from jaxdecoder.data.tokens import Corpus
 from jaxdecoder.errors import UserError
+from jaxdecoder.training import runs
 from jaxdecoder.training.devices import compiled_soon
 from jaxdecoder.training.losses import summed_cross_entropy
 from jaxdecoder.training.optimizers import Hyperparameters, hyperparameters_of
@@ -73,9 +74,19 @@ def arrays_of(config: Config) -> Hyperparameters:
     )
 
 
+def named_by(config: Config) -> dict[str, Any]:
+    """Return the tables of a config, without what changes nothing that its members train."""
+    tables = to_dict(config)
+    for field in runs.FREE:
+        section, name = field.split(".")
+        if section == "train" and name != "out":
+            tables[section].pop(name, None)
+    return tables
+
+
 def program_key(config: Config) -> str:
     """Return a key that is equal for configs that share a program."""
-    tables = to_dict(config)
+    tables = named_by(config)
     for field in MEMBERS_OWN:
         section, name = field.split(".")
         tables[section].pop(name, None)

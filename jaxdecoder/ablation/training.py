@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 
 from jaxdecoder.ablation import population
-from jaxdecoder.config import Config, to_dict
+from jaxdecoder.config import Config
 from jaxdecoder.data.tokens import cache_key, prepare
 from jaxdecoder.training import runs
 from jaxdecoder.training.loop import Watch, steps_a_call, train_together
@@ -93,6 +93,9 @@ def _train_group(
     yield from known.values()
     if len(known) == len(group):
         return
+    for config in group:
+        if config.train.out not in known and not config.train.init_from:
+            runs.check_beginning(config)
     corpus = prepare(group[0].data)
     group = [runs.complete(config, corpus) for config in group]
     longest = max(group, key=lambda config: config.train.steps)
@@ -139,7 +142,7 @@ def _train_group(
 
 def _known_by(members: list[Config]) -> str:
     """Return a name for these very members: others do not go on from their checkpoint."""
-    configs = json.dumps([to_dict(config) for config in members], sort_keys=True)
+    configs = json.dumps([population.named_by(config) for config in members], sort_keys=True)
     return hashlib.sha256(configs.encode()).hexdigest()[:8]
 
 

@@ -58,17 +58,20 @@ def _share_out(configs: Sequence[Config], out: Path, cores: Sequence[int], repor
     shared = (work, messages, out, available, len(cores))
     workers = [SPAWN.Process(target=_train, args=(core, *shared)) for core in cores]
     total = sum(config.train.steps for config in configs)
-    try:
-        with listening() as stop:
+    with listening() as stop:
+        try:
             with no_main_module():
                 for worker in workers:
                     worker.start()
             _follow(workers, messages, len(parts), total, report, stop)
-    finally:
-        # A worker that trains saves what it has before it ends.
-        for worker in workers:
-            worker.terminate()
-            worker.join()
+        finally:
+            # A worker that trains saves what it has before it ends.
+            for worker in workers:
+                if worker.pid is not None:
+                    worker.terminate()
+            for worker in workers:
+                if worker.pid is not None:
+                    worker.join()
 
 
 def shares(configs: Sequence[Config], count: int) -> list[list[Config]]:
@@ -98,6 +101,7 @@ def _train(core: int, work: Any, messages: Any, out: Path, available: int, besid
             messages.put((number, str(error)))
             return
         except Stopped:
+            messages.cancel_join_thread()  # nobody may read them any more
             return
         messages.put((number, None))
 
@@ -119,6 +123,9 @@ def _follow(
         try:
             part, said = messages.get(timeout=1.0)
         except queue.Empty:
+            if all(worker.exitcode is not None for worker in workers):
+                what = "a process that trained members was stopped; the same command goes on"
+                raise UserError(what) from None
             continue
         if isinstance(said, str):
             raise UserError(said)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from jaxdecoder.analysis.memory import Memory
-from jaxdecoder.config import Config, ModelConfig, choices
+from jaxdecoder.config import Config, ConfigError, ModelConfig, choices
 
 Tell = Callable[[Config, int], Memory]
 """(config, devices) -> the memory of its training step on each device."""
@@ -28,6 +28,12 @@ class Attempt(NamedTuple):
         table = dataclasses.replace(getattr(self.config, section), **{key: value})
         config = dataclasses.replace(self.config, **{section: table})
         return Attempt(config, self.devices, {**self.overrides, f"{section}.{key}": value})
+
+    @property
+    def parts(self) -> int:
+        """The number of parts of a batch, each on devices of its own."""
+        sizes = self.config.mesh.sizes(self.devices)
+        return sizes["data"] * sizes["fsdp"]
 
     @property
     def command(self) -> str:
@@ -56,7 +62,11 @@ def attempts(
     for count in more:
         over = _split(now, count) if count > devices else None
         if over is not None:
-            now, memory = over, tell(over.config, over.devices)
+            try:
+                memory = tell(over.config, over.devices)
+            except ConfigError:  # the model, or the rest of the mesh, does not divide
+                continue
+            now = over
             yield now, memory
             if memory.total <= room:
                 return
@@ -74,7 +84,7 @@ def _in_passes(now: Attempt, memory: Memory, room: int) -> list[Attempt]:
     fewer = [
         t.gradient_accumulation * 2**n
         for n in range(1, t.batch_size.bit_length())
-        if t.batch_size % (t.gradient_accumulation * 2**n * now.devices) == 0
+        if t.batch_size % (t.gradient_accumulation * 2**n * now.parts) == 0
     ]
 
     def seems_to_fit(passes: int) -> bool:
@@ -95,7 +105,9 @@ def _halved(now: Attempt, memory: Memory, room: int) -> list[Attempt]:
 def _split(now: Attempt, count: int) -> Attempt | None:
     """Return it over `count` devices, each of which has as many rows in a pass as before."""
     t = now.config.train
-    passes = max(1, t.gradient_accumulation * now.devices // count)
+    if now.config.mesh.tensor * now.config.mesh.context != 1:
+        return None  # whoever splits so knows better
+    passes = max(1, t.gradient_accumulation * now.parts // count)
     if t.batch_size % (passes * count):
         return None
     if passes != t.gradient_accumulation:
@@ -114,7 +126,7 @@ def largest_batch(
     The sequences of a pass on a device are a power of two. It is guessed by proportion, and told.
     """
     memory, t = tell(config, devices), config.train
-    passes = t.gradient_accumulation * devices
+    passes = t.gradient_accumulation * Attempt(config, devices, {}).parts
     a_row = (memory.activations + memory.batch) * passes / t.batch_size
     rows = 2 ** (int((room - memory.total) / a_row + t.batch_size / passes).bit_length() - 1)
     while rows * passes > t.batch_size:

@@ -30,15 +30,9 @@ def heads(c: model.ModelConfig) -> Iterator[Wrong]:
 
 
 def embedding_and_head(c: model.ModelConfig) -> Iterator[Wrong]:
-    """Check that a tied head has no bias and begins small, and that copying has one, asked last."""
+    """Check that a tied head has no bias, and that copying has a tied head, asked last."""
     if c.tie_embeddings and c.head_bias:
         yield "head_bias", "a head tied to the embedding has no bias of its own"
-    if c.tie_embeddings and c.initializer == "uniform_fan_in":
-        yield (
-            "initializer",
-            "embeddings of N(0, 1) would be a head that is far too sure at first, with "
-            'model.tie_embeddings = true; "scaled" or "normal" would do, or false there',
-        )
     if c.copying and not c.tie_embeddings:
         yield (
             "copying",

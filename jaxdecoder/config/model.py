@@ -189,6 +189,7 @@ class ModelConfig:
     """What enters those linear layers: floats, or int8 with a scale for each token."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "remat", _named(self.remat))  # made in Python, not read
         for check in CHECKS:
             for key, why in check(self):
                 raise ConfigError(f"model.{key}", getattr(self, key), why)

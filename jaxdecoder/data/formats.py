@@ -67,8 +67,8 @@ def local(key: str, path: str) -> Path:
 def text_files(path: str) -> list[Path]:
     """Return the files of `data.path`: itself, those below it, or those that a glob finds.
 
-    Of a folder these are the files whose endings say that they hold text or records; hidden files
-    and folders are left out. A glob may name any file.
+    Of a folder these are the files whose endings say that they hold text, or, where there are none,
+    records; hidden files and folders are left out. A glob may name any file.
 
     Raises:
         UserError: if there is none.
@@ -79,8 +79,10 @@ def text_files(path: str) -> list[Path]:
         if root.is_file():
             return [root]
         if root.is_dir():
-            readable = (".txt", *RECORDS)
-            found = [file for file in visible_files(root) if kind_of(file)[0] in readable]
+            below = visible_files(root)
+            # What lies beside texts is about them.
+            texts = [file for file in below if kind_of(file)[0] == ".txt"]
+            found = texts or [file for file in below if kind_of(file)[0] in RECORDS]
             if not found:
                 endings = ", ".join(f"*{ending}" for ending in RECORDS)
                 raise UserError(

@@ -63,7 +63,7 @@ def documents_of(data: DataConfig, part: Part) -> Documents:
 def _name_broken_line(folder: Path, column: str) -> None:
     """Raise the error of the first line of a folder's files that cannot be parsed, if any."""
     for path in visible_files(folder):
-        if kind_of(path)[0] in (".jsonl", ".json", ".csv"):
+        if kind_of(path)[0] in (".jsonl", ".csv"):
             for _ in records(path, column):
                 pass
 

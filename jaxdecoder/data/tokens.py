@@ -272,7 +272,9 @@ def _bytes_before(place: int, tokenizer: Tokenizer, path: Path, ledger: _Ledger)
 def _open(folder: Path) -> Corpus | None:
     """Open the files that `_write` wrote; None if there are none, or not as they were written."""
     try:
-        meta = unsealed(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        # An earlier version noted no checks.
+        meta = unsealed(meta) if "digest" in meta else {"checks": {}, **meta}
         if any(check_of(folder / name) != check for name, check in meta["checks"].items()):
             return None
     except PermissionError as error:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 AXES = ("data", "fsdp", "context", "tensor")
 """The axes of a mesh. Neighbours along the last speak most with one another."""
@@ -36,7 +36,9 @@ def current() -> AbstractMesh | None:
     """Return the mesh that a computation is traced for, or None if it has nothing to split."""
     mesh = jax.sharding.get_abstract_mesh()
     known = not mesh.empty and not mesh.manual_axes and set(mesh.axis_names) <= set(AXES)
-    return mesh if known and mesh.size > 1 else None
+    # Axes that are Explicit are for whoever made them.
+    ours = known and all(kind == AxisType.Auto for kind in mesh.axis_types)
+    return mesh if ours and mesh.size > 1 else None
 
 
 def spec(

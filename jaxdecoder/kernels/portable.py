@@ -340,7 +340,7 @@ class _Place:
         problem, pull = self.tiling.problem, None
         s = self.products(queries.q, keys.k) * problem.scale
         if problem.score is not None:
-            function, index = problem.score, (*self.numbers_of_head(), *self.index(i, j))
+            function, index = problem.score, self.numbers_of_scores(i, j)
             parameters = scores.Score.parameters(self.operands.score, self.head)
             wanted = [flag and learned for flag in problem.learned]
 

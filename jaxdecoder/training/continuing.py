@@ -44,6 +44,8 @@ def go_on(config: Config) -> tuple[Config, list[str]]:
     """
     run = Path(config.train.out)
     changes = runs.check_same_config(run, config, CHANGEABLE)
+    if not steps_in(run / "checkpoints") and not config.train.init_from:
+        runs.check_beginning(config)
     if not (run / "config.toml").is_file():
         return config, []
     theirs = runs.read_config(run)
@@ -58,7 +60,6 @@ def go_on(config: Config) -> tuple[Config, list[str]]:
         history = (*history, *lines)
         news = [f"changed at step {step:,}: {change}" for change in changes]
         news += _rates(theirs, config, step)
-        (run / "summary.json").unlink(missing_ok=True)  # that of a run which had ended
     return dataclasses.replace(
         config, train=dataclasses.replace(config.train, history=history)
     ), news

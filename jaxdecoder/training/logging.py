@@ -60,6 +60,8 @@ class Screen:
         if self.writer is not None:
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
+        if self.writer is not None and "validation_loss" in metrics:
+            self.writer.flush()
         self.shown |= metrics
         self.progress.update(self.task, completed=step, shown=_summary(self.shown))
         if "validation_loss" in metrics and not self.console.is_terminal:
@@ -90,9 +92,14 @@ class Screen:
 
 
 def keep_metrics(run: Path, start: int) -> list[Table]:
-    """Drop the lines of metrics.jsonl past a checkpoint: their steps will be taken again."""
+    """Drop the lines of metrics.jsonl past a checkpoint: their steps will be taken again.
+
+    Every host returns those that are kept.
+    """
     kept = [line for line in read_metrics(run) if line["step"] <= start]
-    write_atomically(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+    if is_first_host():
+        content = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(run / "metrics.jsonl", content)
     return kept
 
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
+import optax
 from jaxtyping import PyTree
 from orbax.checkpoint import CheckpointManager
 
@@ -131,7 +134,8 @@ def train_together(
 
         def losses(split: SplitName, count: int | None) -> Sequence[float]:
             def told(done: int, of: int) -> None:
-                stop.check()
+                if jax.process_count() == 1:  # or the others would wait for this one
+                    stop.check()
                 each = clock.took[EVALUATION] / longest.train.evaluation_batches
                 watch.evaluating(split, done, of, of * each)
 
@@ -205,8 +209,10 @@ class _Course:
                         passed=lambda step, state: self._passed(clock, step, state),
                     ), clock
                 except _RollBack as error:
-                    del state  # or two of them must fit
-                    step, state = self._roll_back(error.fault, clock)
+                    fault = error.fault
+                # Out of the block, whose traceback holds the last state: two need not fit.
+                del state
+                step, state = self._roll_back(fault, clock)
 
     def _records(self, step: int) -> list[Record]:
         t, left = self.longest.train, self._rollbacks_left()
@@ -255,9 +261,12 @@ class _Course:
     def _save(self, clock: Clock, step: int, state: State, losses: Sequence[float]) -> None:
         self.stop.idle = False
         if saves(step, self.longest, better=self.own and clock.records[0].improved):
+            # Which member is best is not asked in the middle of a population, nor which model is
+            # before it is as sparse as it is to be.
+            settled = step >= self.longest.compression.settles_at
+            loss = (losses[0] if settled else checkpoints.UNKNOWN) if self.own else 0.0
             with clock.on(SAVING):
-                # Which member is best is not asked in the middle of a population.
-                checkpoints.save(self.manager, step, state, losses[0] if self.own else 0.0)
+                checkpoints.save(self.manager, step, state, loss)
 
     def _passed(self, clock: Clock, step: int, state: State) -> None:
         """After each call: save what is due by the clock, and stop if asked to."""
@@ -267,10 +276,17 @@ class _Course:
         asked, late = anywhere(self.stop.requested, clock.since_saved() > 60 * t.checkpoint_minutes)
         if asked or late:
             clock.catch_up()  # a state after a fault is not saved
-            with clock.on(SAVING):
-                checkpoints.save(self.manager, step, state)
+            if not self.own or bool(_finite(state.params)):
+                with clock.on(SAVING):
+                    checkpoints.save(self.manager, step, state)
         if asked:
             raise Stopped(f"{self.folder}: stopped at step {step:,} of {t.steps:,}, which is saved")
+
+
+@jax.jit
+def _finite(params: Params) -> jax.Array:
+    """Return whether all weights are finite numbers."""
+    return jnp.isfinite(optax.tree.norm(params))
 
 
 def take_steps(

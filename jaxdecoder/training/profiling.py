@@ -46,9 +46,9 @@ class Row(NamedTuple):
 
 
 class Profiler:
-    """Traces one call of training; `program` gives the compiled text of what is called."""
+    """Traces one call of training; `program` gives the text of what is called for (step, count)."""
 
-    def __init__(self, run: Path, program: Callable[[], str]):
+    def __init__(self, run: Path, program: Callable[[int, int], str]):
         self.folder, self.program = run / "profile", program
         self.calls, self.step = 0, 0
 
@@ -69,7 +69,8 @@ class Profiler:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
         seconds = measured(self.folder)
-        page = summarise(seconds, places(self.program()), step - self.step)
+        steps = step - self.step
+        page = summarise(seconds, places(self.program(self.step, steps)), steps)
         path = self.folder / "profile.html"
         write_atomically(path, page)
         return f"steps {self.step + 1:,} to {step:,} are traced: {path} says where a step goes"

@@ -73,7 +73,7 @@ class Record:
         self._validated = 0
         self._usual: deque[float] = deque(maxlen=USUAL)
         self._path = self.run / "metrics.jsonl" if is_first_host() else Path(os.devnull)
-        for line in keep_metrics(self.run, start) if is_first_host() else []:
+        for line in keep_metrics(self.run, start):
             self.seconds = max(self.seconds, line.get("seconds", 0.0))
             if "train_loss" in line:
                 self._usual.append(line["train_loss"])
@@ -149,7 +149,7 @@ class Record:
             "train_loss": train_loss,
             "validation_loss": validation_loss,
             "bits_per_byte": bits_per_byte(validation_loss, targets, corpus.validation.n_bytes),
-            "best_validation_loss": self.best,
+            "best_validation_loss": self.best if math.isfinite(self.best) else None,
             "bigram_loss": bigram_loss,
             "seconds": seconds,
         }
@@ -164,7 +164,7 @@ class Record:
 
     def _bound(self) -> float:
         """Return the loss above which one is a spike; infinite while nothing is usual yet."""
-        if len(self._usual) < USUAL:
+        if math.isinf(self.spike) or len(self._usual) < USUAL:
             return math.inf
         return statistics.median(self._usual) + self.spike
 

@@ -114,7 +114,7 @@ def check_same_config(
     `config` may still lack what the tokenizer and the shapes decide; those are taken over. Returns
     the differences in keys that are `changeable`.
     """
-    if not _has_results(run):
+    if not has_results(run):
         return []
     theirs = read_config(run)
     known = config.model.vocab_size or theirs.model.vocab_size
@@ -134,17 +134,33 @@ def check_same_config(
     return different
 
 
+def check_beginning(config: Config) -> None:
+    """Refuse what cannot be drawn at random and work; weights that are there are not asked.
+
+    Raises:
+        ConfigError: if embeddings of N(0, 1) would be the head, whose first loss is tens of nats.
+    """
+    c = config.model
+    if c.tie_embeddings and c.initializer == "uniform_fan_in":
+        raise ConfigError(
+            "model.initializer",
+            c.initializer,
+            "embeddings of N(0, 1) would be a head that is far too sure at first, because "
+            'model.tie_embeddings = true; set that to false, or use "scaled" or "normal"',
+        )
+
+
 def check_same_corpus(run: Path, key: str) -> None:
     """Refuse to go on with other text or another tokenizer; `key` stands for both."""
     noted = run / "corpus_key"
-    if noted.exists() and _has_results(run) and noted.read_text() != key:
+    if noted.exists() and has_results(run) and noted.read_text() != key:
         raise UserError(
             f"{run}: the corpus or the tokenizer is not the one that this run was started with, "
             f"though the config is the same; give {ANOTHER_FOLDER}, or the text it had"
         )
 
 
-def _has_results(run: Path) -> bool:
+def has_results(run: Path) -> bool:
     """Return whether there is something to lose: a checkpoint, or a summary without one."""
     checkpoints, summary = run / "checkpoints", run / "summary.json"
     return (run / "config.toml").exists() and (bool(steps_in(checkpoints)) or summary.exists())

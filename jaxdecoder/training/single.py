@@ -98,7 +98,9 @@ def train(
         def sampled(step: int) -> bool:
             return t.sample_every > 0 and step % t.sample_every == 0
 
-        profiler = Profiler(run, alone.program) if t.profile and is_first_host() else None
+        # To compile it by itself, one of several hosts would have to wait for the others.
+        profiled = t.profile and jax.process_count() == 1
+        profiler = Profiler(run, alone.program) if profiled else None
 
         def passed(step: int, state: State) -> None:
             if profiler and (said := profiler.passed(step, state)):
@@ -111,6 +113,8 @@ def train(
 
         with Screen(run, steps=t.steps, tensorboard=t.tensorboard) as screen:
             watch = Watch(began, screen.show, passed, screen.evaluating, screen.say, stop)
+            if news and is_first_host():
+                (run / "summary.json").unlink(missing_ok=True)  # that of a run which had ended
             with contextlib.closing(profiler) if profiler else contextlib.nullcontext():
                 state, (summary,) = train_together([config], corpus, alone, run, watch=watch)
             if is_first_host():
@@ -178,9 +182,9 @@ class Alone:
         with known_to_layers(self.mesh):
             return self._call(state, batches, self.constants)
 
-    def program(self) -> str:
-        """Return the compiled text of what `advance` calls."""
-        batches = self.batches(0, self.steps_per_call)
+    def program(self, step: int, count: int) -> str:
+        """Return the compiled text of what `advance` calls for these steps."""
+        batches = self.batches(step, count)
         with known_to_layers(self.mesh):
             lowered = self._call.lower(self.like, batches, self.constants)
         return str(lowered.compile().as_text())

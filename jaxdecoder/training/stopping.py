@@ -7,11 +7,14 @@ be gone on with. A second signal ends the process at once.
 from __future__ import annotations
 
 import contextlib
+import math
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import jax
@@ -20,6 +23,8 @@ import numpy as np
 from jaxdecoder.errors import INTERRUPTED, Stopped, how_to_go_on
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ONE_SIGNAL = 0.5
+"""Seconds within which what comes twice was meant once: a process may be told, and its group."""
 
 
 class Stop:
@@ -77,20 +82,27 @@ def anywhere(*flags: bool) -> list[bool]:
 
 
 def _listen(read: socket.socket, stop: Stop) -> None:
+    # A helper is told by its parent, and perhaps by the system too; its parent speaks to the user.
+    helper = multiprocessing.parent_process() is not None
+    first = math.inf
     while data := read.recv(1):
-        if data[0] not in SIGNALS:
+        if data[0] not in SIGNALS or (stop.requested and helper):
+            continue
+        if stop.requested and time.monotonic() - first < ONE_SIGNAL:
             continue
         if stop.requested:
             _leave(INTERRUPTED, "stopped at once")
         if stop.idle:
-            _leave(0, f"stopped; there was nothing new to save; {how_to_go_on()}")
-        stop.requested = True
-        _say("stopping: what is new is saved first; a second time stops at once")
+            _leave(0, "" if helper else f"stopped; nothing new was to be saved; {how_to_go_on()}")
+        stop.requested, first = True, time.monotonic()
+        if not helper:
+            _say("stopping: what is new is saved first; a second time stops at once")
 
 
 def _leave(status: int, why: str) -> None:
     """End the process, whatever its main thread waits for."""
-    _say(why)
+    if why:
+        _say(why)
     os._exit(status)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import statistics
@@ -97,14 +98,14 @@ def tuned(config: Config, *, objective: ToObjective = next_token, say: Say = pri
     """Return the config in the form to train it in here: its run's, one kept, or the quickest.
 
     Call it before JAX has devices. Only what the config leaves at its default is chosen, only on a
-    CPU, and only for a run that is long enough to repay the trials. With `train.tune` off, or
-    a mesh of its own, the config is returned as it is.
+    CPU, and only for a run that is long enough to repay the trials. With `train.tune` off, or a
+    mesh of its own, a run that has not begun is left as it is.
     """
     run = Path(config.train.out)
-    if not config.train.tune or config.mesh != MeshConfig():
-        return config
-    if (run / "config.toml").is_file():
+    if runs.has_results(run):
         return with_form(config, _filled(form_of(config), form_of(runs.read_config(run))))
+    if not config.train.tune or config.mesh != MeshConfig() or config.distillation.cached_top_k:
+        return config
     if not _only_a_cpu() or hosts(os.environ) is not None:
         return config
     config_here = runs.with_source_tokenizer(config)
@@ -218,7 +219,8 @@ class _Process:
 
     def seconds(self) -> float:
         """See `Trial`."""
-        self._here.send(True)
+        with contextlib.suppress(OSError):  # the answer will say that it has ended
+            self._here.send(True)
         return self._answer()
 
     def close(self) -> None:
@@ -231,7 +233,7 @@ class _Process:
     def _answer(self) -> float:
         try:
             found = self._here.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise UserError("the trial ended before it was measured") from None
         if isinstance(found, str):
             raise UserError(found)
@@ -295,7 +297,8 @@ def _repays(config: Config, trials: int) -> bool:
 def _only_a_cpu() -> bool:
     """Return whether JAX will run on the CPU, without starting it: nothing else is installed."""
     chosen = os.environ.get("JAX_PLATFORMS", "")
-    return chosen == "cpu" or not (chosen or importlib.metadata.entry_points(group="jax_plugins"))
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return chosen == "cpu" or not (chosen or plugins or importlib.util.find_spec("libtpu"))
 
 
 def _key(config: Config) -> str:
