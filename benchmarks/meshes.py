@@ -73,7 +73,7 @@ def losses(config: Config, devices: Sequence[Any]) -> tuple[list[float], int]:
     alone = Alone(config, corpus, next_token(config), devices)
     state = alone.start(None)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
-    state, metrics = alone.advance(state, 0, STEPS)
+    state, metrics = alone.advance(state, alone.batches(0, STEPS))
     return [*map(float, metrics.train_loss), *alone.losses(state, "validation", 1)], held
 
 

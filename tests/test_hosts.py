@@ -60,7 +60,6 @@ def mesh(**sizes):
         (2, {"data": 2}),
         (2, {"context": 2}),  # each needs all rows, and half of every row
         (4, {"fsdp": 2, "tensor": 2}),
-        (4, {"data": 2, "context": 2}),
     ],
     ids=str,
 )

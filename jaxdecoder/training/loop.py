@@ -370,6 +370,8 @@ def _leave(
             with checkpoints.open_checkpoints(record.run, keep=1) as manager:
                 steps = record.config.train.steps
                 checkpoints.save(manager, steps, own, summary["validation_loss"])
-        known = {key: x if math.isfinite(x) else None for key, x in summary.items()}
+        known = {
+            key: x if x is not None and math.isfinite(x) else None for key, x in summary.items()
+        }
         told.append(known | {"diverged_at": record.diverged_at})
     return told
