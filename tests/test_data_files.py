@@ -117,7 +117,7 @@ class TestKinds:
             path = tmp_path / name
             path.parent.mkdir(exist_ok=True)
             content = b'{"text": "b"}' if name == "b.jsonl" else path.name[:1].encode()
-            path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+            path.write_bytes(gzip.compress(content, mtime=0) if name.endswith("gz") else content)
         assert documents(tmp_path) == ["a", "b", "d"]
         assert documents(tmp_path / "**" / "*.*") == ["a", "b", "d", "e", "g", "h"]
 
@@ -181,11 +181,11 @@ class TestBrokenRecords:
             ("x.parquet", b"text", "not parquet, or damaged"),
             ("x.parquet", RECORDS[".parquet"][:-9], "not parquet, or damaged"),
             ("x.txt.gz", b"text", "damaged or cut off"),
-            ("x.txt.gz", gzip.compress(b"text" * 99)[:-9], "damaged or cut off"),
+            ("x.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], "damaged or cut off"),
             ("x.txt.bz2", bz2.compress(b"text" * 99)[:-9], "damaged or cut off"),
             ("x.txt.xz", lzma.compress(b"text" * 99)[:-9], "damaged or cut off"),
             ("x.txt.zst", zstd(b"text" * 99)[:-9], "damaged or cut off"),
-            ("x.jsonl.gz", gzip.compress(GOOD + b"half"), "line 2: this is not JSON"),
+            ("x.jsonl.gz", gzip.compress(GOOD + b"half", mtime=0), "line 2: this is not JSON"),
         ],
     )
     def test_they_are_named_by_file_and_place(
@@ -347,7 +347,10 @@ class TestOddFiles:
             ("Hello".encode("utf-16-le"), "byte 1 is NUL; if it is UTF-16"),
             ("é".encode() + b"text\0", "byte 6 is NUL.*remove"),
             ("Grüße".encode("latin-1"), r"byte 2 \(0xfc\).*Latin-1, with `iconv -f LATIN1"),
-            (gzip.compress(b"text"), r"byte 1 \(0x8b\).*looks like gzip; let its name end in \.gz"),
+            (
+                gzip.compress(b"text", mtime=0),
+                r"byte 1 \(0x8b\).*looks like gzip; let its name end in \.gz",
+            ),
             (as_parquet(), r"byte .*looks like parquet; let its name end in \.parquet"),
         ],
     )
