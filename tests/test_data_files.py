@@ -111,15 +111,18 @@ class TestKinds:
             documents(tmp_path / f"some{kind}")
         assert f"some{kind}" in str(said.value)
 
-    def test_a_folder_is_its_texts_and_records_each_as_what_it_is(self, tmp_path: Path) -> None:
+    def test_a_folder_is_its_texts_or_without_any_its_records(self, tmp_path: Path) -> None:
         names = ("a.txt", "b.jsonl", "c/d.txt.gz", "c/e.md", ".git/f.txt", "g.txt~", "h.py")
         for name in names:
             path = tmp_path / name
             path.parent.mkdir(exist_ok=True)
             content = b'{"text": "b"}' if name == "b.jsonl" else path.name[:1].encode()
             path.write_bytes(gzip.compress(content, mtime=0) if name.endswith("gz") else content)
-        assert documents(tmp_path) == ["a", "b", "d"]
+        assert documents(tmp_path) == ["a", "d"]
         assert documents(tmp_path / "**" / "*.*") == ["a", "b", "d", "e", "g", "h"]
+        (tmp_path / "a.txt").unlink()
+        (tmp_path / "c" / "d.txt.gz").unlink()
+        assert documents(tmp_path) == ["b"]
 
     def test_the_key_of_a_file_follows_what_is_read_of_it(self, tmp_path: Path) -> None:
         def key(name: str, content: bytes, **fields: object) -> str:

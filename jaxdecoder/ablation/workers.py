@@ -123,7 +123,7 @@ def _follow(
         try:
             part, said = messages.get(timeout=1.0)
         except queue.Empty:
-            if all(worker.exitcode is not None for worker in workers):
+            if all(worker.exitcode == 0 for worker in workers):
                 what = "a process that trained members was stopped; the same command goes on"
                 raise UserError(what) from None
             continue
