@@ -151,9 +151,7 @@ def moment(folder: Path) -> str:
     metrics = [path for path in folder.rglob("metrics.jsonl") if path.stat().st_size]
     if metrics:
         done = [path.with_name("summary.json").exists() for path in metrics]
-        ended = [
-            f'"step": {600 if "out" in path.parts else 1500}' in _last(path) for path in metrics
-        ]
+        ended = [_last_step(path) == _steps(path.parent) for path in metrics]
         return "evaluating, or at its end" if all(ended) or all(done) else "stepping"
     if any(folder.rglob("corpus_key")):
         return "compiling"
