@@ -138,12 +138,13 @@ def test_the_watchdog_names_what_is_waited_for(tmp_path):
 
     def watchdog(text):
         told.append(text)
-        heard.set()
+        if "evaluation" in text:
+            heard.set()
 
     asked = Clock([record(tmp_path, [])], watchdog=watchdog, patience=0.05)
     with asked as clock, clock.on(EVALUATION):
         assert heard.wait(10)
-    assert told == ["no sign of life for 0 s: evaluation"]
+    assert told[-1] == "no sign of life for 0 s: evaluation"
     assert clock.told()["evaluation_seconds"] >= 0.05
     assert clock.told()["memory_bytes"] > 0
 
