@@ -38,7 +38,7 @@ def test_a_stopped_run_has_saved_all_and_ends_with_the_bits_of_one_never_stopped
     start = time.monotonic()
     said = process.communicate()[0]
     assert process.returncode == 0, said
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
     (step,) = steps_in(run / "checkpoints")[:1]
     assert f"stopped at step {step:,} of 1,500, which is saved" in said
     assert f"to go on: python train.py {config} --train.steps 1500" in said
@@ -166,7 +166,7 @@ def test_a_stopped_ablation_goes_on_where_it_was(tmp_path, number):
     start = time.monotonic()
     said = process.communicate()[0]
     assert process.returncode == 0, said
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
     assert "to go on: python ablate.py" in said
     (saved, *_) = [steps_in(path) for path in out.glob("programs/*/*/checkpoints")]
     assert 0 < saved[0] < 600
