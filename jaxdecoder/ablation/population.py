@@ -32,6 +32,7 @@ from jaxdecoder.errors import UserError
 from jaxdecoder.training import runs
 from jaxdecoder.training.devices import compiled_soon
 from jaxdecoder.training.losses import summed_cross_entropy
+from jaxdecoder.training.memory import peak
 from jaxdecoder.training.optimizers import Hyperparameters, hyperparameters_of
 from jaxdecoder.training.step import (
     Metrics,
@@ -308,14 +309,7 @@ class Population:
 
 def memory_needed(compiled: jax.stages.Compiled) -> int:
     """Return the bytes on each device that a compiled program needs, as the compiler counts."""
-    m = compiled.memory_analysis()
-    assert m is not None  # every backend of this project counts
-    return int(
-        m.argument_size_in_bytes
-        + m.output_size_in_bytes
-        - m.alias_size_in_bytes
-        + m.temp_size_in_bytes
-    )
+    return peak(compiled.memory_analysis())
 
 
 def memory_available(devices: Sequence[jax.Device]) -> int:

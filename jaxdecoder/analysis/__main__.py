@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxdecoder.config import Config, load
-from jaxdecoder.devices import DEVICES, Device
+from jaxdecoder.devices import DEVICES
 from jaxdecoder.errors import UserError, friendly
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from jaxdecoder.analysis.memory import Memory
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -73,9 +71,8 @@ def memory_report(config: Config, name: str, devices: int, estimate: bool) -> It
 
     device = DEVICES[name]
     counts = by.can_count(device) and not estimate
-    tell = functools.cache(
-        functools.partial(_tell, by.told if counts else by.estimated, device=device)
-    )
+    told = by.told if counts else by.estimated
+    tell = functools.cache(lambda config, devices: told(config, device, devices))
     memory, room = tell(config, devices), device.usable
     how = "Counted by XLA." if counts else "Estimated in closed form, not counted by XLA"
     if not counts:
@@ -105,10 +102,6 @@ def memory_report(config: Config, name: str, devices: int, estimate: bool) -> It
         yield f"  {attempt.command}{on}: {gigabytes(needed.total)}, {verdict}"
     if not found:
         yield "Nothing of this fits: take a smaller model, a shorter context, or another device."
-
-
-def _tell(told: Callable[..., Memory], config: Config, devices: int, *, device: Device) -> Memory:
-    return told(config, device, devices)
 
 
 def gigabytes(size: int) -> str:

@@ -112,10 +112,7 @@ def _split(now: Attempt, count: int) -> Attempt | None:
         return None
     if passes != t.gradient_accumulation:
         now = now.with_("train", "gradient_accumulation", passes)
-    mesh = {"data": 1, "fsdp": -1}
-    for axis, size in mesh.items():
-        now = now.with_("mesh", axis, size)
-    return now._replace(devices=count)
+    return now.with_("mesh", "data", 1).with_("mesh", "fsdp", -1)._replace(devices=count)
 
 
 def largest_batch(

@@ -7,7 +7,6 @@ whoever wants weights reads weights alone. Beside them are the checksums of thei
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -22,6 +21,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from jaxdecoder.data.digests import file_digest
 from jaxdecoder.errors import UserError, first_line
 from jaxdecoder.files import disk_is_full, make_room, plain_name
 from jaxdecoder.training.devices import is_first_host
@@ -217,7 +217,7 @@ def verify(checkpoint: Path, items: Iterable[str] | None = None) -> None:
         raise UserError(f"{checkpoint / CHECKSUMS} cannot be read") from None
     for name, checksum in wanted.items():
         path = checkpoint / name
-        if not path.is_file() or _checksum(path) != checksum:
+        if not path.is_file() or file_digest(path) != checksum:
             raise UserError(f"{path} is not as it was saved")
 
 
@@ -225,13 +225,8 @@ def _write_checksums(folder: Path) -> None:
     """Write the checksums of the items that are about to be complete."""
     for checkpoint in folder.glob("*.orbax-checkpoint-tmp*"):
         files = [path for path in sorted(checkpoint.glob("*/**/*")) if path.is_file()]
-        sums = {path.relative_to(checkpoint).as_posix(): _checksum(path) for path in files}
+        sums = {path.relative_to(checkpoint).as_posix(): file_digest(path) for path in files}
         (checkpoint / CHECKSUMS).write_text(json.dumps(sums, indent=0))
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _set_aside(folder: Path, step: int, why: str) -> None:

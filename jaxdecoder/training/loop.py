@@ -124,7 +124,7 @@ def train_together(
             runs.begin(config, corpus)
         stop.idle = True
         with checkpoints.open_checkpoints(folder, keep=longest.train.keep if own else 1) as manager:
-            course = _Course(members, placement, folder, manager, stop, watch)
+            course = _Course(members, longest, own, placement, folder, manager, stop, watch)
             state, clock = course.run()
             if own and not longest.train.steps and manager.latest_step() is None:
                 # A run of no steps is a model too.
@@ -164,23 +164,24 @@ def train_together(
 class _Course:
     """Training of members from their last checkpoint to their last step, faults included.
 
-    `own`: there is one member, and the checkpoints are its own. Only such a run is rolled back;
-    what a member of a population does is its result.
+    `longest` is the member with the most steps. `own`: there is one member, and the checkpoints are
+    its own. Only such a run is rolled back; what a member of a population does is its result.
     """
 
     def __init__(
         self,
         members: Sequence[Config],
+        longest: Config,
+        own: bool,
         placement: Placement,
         folder: Path,
         manager: CheckpointManager,
         stop: Stop,
         watch: Watch,
     ):
-        self.members, self.placement, self.folder = members, placement, folder
+        self.members, self.longest, self.own = members, longest, own
+        self.placement, self.folder = placement, folder
         self.manager, self.stop, self.watch = manager, stop, watch
-        self.longest = max(members, key=lambda config: config.train.steps)
-        self.own = folder == Path(members[0].train.out)
         self.skipped = Skipped(folder)
         like = placement.like
         every = packing.size(like.params, nonzero=False).parameters

@@ -29,11 +29,12 @@ from jaxdecoder.training import ahead
 from jaxdecoder.training.loop import steps_a_call
 from jaxdecoder.training.sharding import (
     batch_sharding,
-    everywhere,
     known_to_layers,
+    located,
     make_mesh,
     sizes_on,
     state_sharding,
+    training_call,
 )
 from jaxdecoder.training.step import State, fuse, init_state, make_step
 
@@ -93,16 +94,8 @@ def lower(config: Config, mesh: Mesh, steps: int) -> Lowered:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
     batches = Batch(array(jnp.int32), array(jnp.int32), array(jnp.float32))
-    call = jax.jit(
-        fuse(make_step(config)),
-        donate_argnums=0,
-        in_shardings=(where, rows, everywhere(mesh)),
-        out_shardings=(where, None),
-    )
-    placed = jax.tree.map(
-        lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, where
-    )
-    return Lowered(call.lower(placed, batches, ()), placed, batches)
+    call, state = training_call(fuse(make_step(config)), mesh, where), located(shapes, where)
+    return Lowered(call.lower(state, batches, ()), state, batches)
 
 
 def counted(lowered: Lowered, compiled: jax.stages.Compiled) -> Memory:

@@ -6,8 +6,8 @@ A parameter's axes have names (`layers/tree.py`), and names map to mesh axes (`k
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,8 @@ from jaxdecoder.kernels.mesh import AXES, RULES, spec
 from jaxdecoder.layers import tree
 
 Anywhere = Mesh | AbstractMesh
+
+T = TypeVar("T")
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -109,6 +111,24 @@ def state_sharding(state: PyTree, mesh: Anywhere, model: Architecture) -> PyTree
         return NamedSharding(mesh, found or PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def located(shapes: T, shardings: PyTree) -> T:
+    """Return the shapes of arrays with where they live."""
+    found: T = jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
+    )
+    return found
+
+
+def training_call(several: Callable[..., Any], mesh: Mesh, shardings: PyTree) -> Any:
+    """Return (state, batches, constants) -> (state, metrics) over a mesh; the state is donated."""
+    return jax.jit(
+        several,
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh, 1), everywhere(mesh)),
+        out_shardings=(shardings, None),
+    )
 
 
 def batch_sharding(mesh: Anywhere, leading: int = 0) -> NamedSharding:

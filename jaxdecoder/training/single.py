@@ -30,10 +30,12 @@ from jaxdecoder.training.sharding import (
     everywhere,
     known_to_layers,
     left_whole,
+    located,
     make_mesh,
     place_rows,
     rows_needed,
     state_sharding,
+    training_call,
 )
 from jaxdecoder.training.step import (
     Metrics,
@@ -146,19 +148,11 @@ class Alone:
         self.mesh = make_mesh(config, devices)
         shapes = jax.eval_shape(partial(init_state, config))
         self.shardings = state_sharding(shapes, self.mesh, config.architecture)
-        self.like = jax.tree.map(
-            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
-            shapes,
-            self.shardings,
-        )
+        self.like = located(shapes, self.shardings)
         self.constants = jax.device_put(objective.constants, everywhere(self.mesh))
         self._evaluate = make_evaluator(make_decoder(config))
-        self._call = jax.jit(
-            fuse(make_step(config, objective=objective)),
-            donate_argnums=0,
-            in_shardings=(self.shardings, batch_sharding(self.mesh, 1), everywhere(self.mesh)),
-            out_shardings=(self.shardings, None),
-        )
+        several = fuse(make_step(config, objective=objective))
+        self._call = training_call(several, self.mesh, self.shardings)
 
     def start(self, params: Params | None) -> State:
         """Return the state at step 0: of these weights, or fresh ones."""
